@@ -1,0 +1,344 @@
+"""Which leaves of a pytree are the two factors of one low-rank adapter.
+
+An adapter adds ``scale * a @ b`` to a weight. Its factors are two leaves of the parameters, found
+by their names; the optimizers see each as a tall matrix, ``(*batch, dimension, rank)``, whatever
+its layout in the tree, and treat both sides with the same functions.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+DEFAULT_RULES: tuple[tuple[str, str], ...] = (
+    # flax.nnx.LoRA, qwix and tunix (`kernel_lora_a`), plain `lora_a`.
+    (r"(.*[/_]|)lora_a", r"(.*[/_]|)lora_b"),
+    # gemma.peft: bare `a` and `b`, so only under a parent of that name.
+    (r"(.*/|)lora/a", r"(.*/|)lora/b"),
+    # MaxText's older layout.
+    (r"(.*[/_]|)lora_a/kernel", r"(.*[/_]|)lora_b/kernel"),
+    # Keras 3.
+    (r"(.*/|)lora_kernel_a", r"(.*/|)lora_kernel_b"),
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraAxes:
+    """How the axes of a pair of factors are to be read.
+
+    Attributes:
+      batch: axes of both factors that enumerate independent adapters (stacked layers).
+      rank_a: the rank axis of ``a``; the other axes of ``a`` that are no batch axes are its rows.
+      rank_b: the rank axis of ``b``; None is its first axis that is no batch axis.
+
+    Example:
+      >>> LoraAxes(batch=(1,))  # (in, layers, r) and (r, layers, out)
+      LoraAxes(batch=(1,), rank_a=-1, rank_b=None)
+    """
+
+    batch: tuple[int, ...] = ()
+    rank_a: int = -1
+    rank_b: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraPairs:
+    """Says which parameters are low-rank pairs, how to read their axes, and their scale.
+
+    It is a frozen value and not a function, so that it can be an argument of an optimizer under
+    `optax.inject_hyperparams`, which would take a function for a schedule.
+
+    Attributes:
+      rules: pairs of regular expressions, for ``a`` and for ``b``, matched against whole paths
+        (keys joined by ``/``). Two leaves are a pair when all groups of both matches agree.
+      axes: a `LoraAxes` for all pairs, or ``(regex, LoraAxes)`` entries of which the first that
+        matches the path of ``a`` counts. None: two-dimensional factors, any number of equal
+        leading batch axes, or one factor with several row axes; else an error asks for them.
+      scale: the adapter's own factor, ``alpha / r`` (``alpha / sqrt(r)`` for rsLoRA), one number
+        for all pairs or ``(regex, number)`` entries as for ``axes`` (1 where none matches).
+
+    Raises:
+      ValueError: a rule is no pair of valid expressions, or a scale is zero or not finite.
+      TypeError: a field is not hashable (a list, a dict); use tuples.
+
+    Example:
+      >>> LoraPairs(scale=2.0).scale
+      2.0
+      >>> by_layer = LoraPairs(scale=((".*attention.*", 2.0), (".*", 0.5)))
+      >>> scanned = LoraPairs(axes=LoraAxes(batch=(1,)))
+      >>> other_names = LoraPairs(rules=((r"(.*)/down", r"(.*)/up"),))
+    """
+
+    rules: tuple[tuple[str, str], ...] = DEFAULT_RULES
+    axes: LoraAxes | tuple[tuple[str, LoraAxes], ...] | None = None
+    scale: float | tuple[tuple[str, float], ...] = 1.0
+
+    def __post_init__(self):
+        try:
+            hash((self.rules, self.axes, self.scale))
+        except TypeError as error:
+            raise TypeError(f"LoraPairs takes tuples, not lists or dicts: {self}") from error
+        patterns = [pattern for rule in self.rules for pattern in rule]
+        patterns += [entry[0] for entry in (*_entries(self.axes), *_entries(self.scale))]
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(
+                    f"LoraPairs: {pattern!r} is no regular expression: {error}"
+                ) from error
+        if any(len(rule) != 2 for rule in self.rules):
+            raise ValueError(f"LoraPairs: each rule is (regex of a, regex of b), got {self.rules}")
+        for _, scale in _entries(self.scale):
+            if not math.isfinite(scale) or scale == 0:
+                raise ValueError(f"LoraPairs: a scale must be finite and not zero, got {scale}")
+
+    def axes_of(self, path: str) -> LoraAxes | None:
+        """The axes told for the pair whose ``a`` is at ``path``."""
+        return next((v for regex, v in _entries(self.axes) if re.fullmatch(regex, path)), None)
+
+    def scale_of(self, path: str) -> float:
+        """The scale told for the pair whose ``a`` is at ``path``, 1 where none is."""
+        return next((v for regex, v in _entries(self.scale) if re.fullmatch(regex, path)), 1.0)
+
+
+def _entries(value: Any) -> tuple[tuple[str, Any], ...]:
+    if value is None:
+        return ()
+    return value if isinstance(value, tuple) else ((r"(?s).*", value),)
+
+
+class FactorLayout(NamedTuple):
+    """How one factor lies in its array: which axes are batch, rows and rank."""
+
+    batch: tuple[int, ...]
+    rows: tuple[int, ...]
+    rank: int
+
+    def tall(self, x: jax.Array) -> jax.Array:
+        """Returns ``x`` as ``(*batch, dimension, width)``; its rank axis may have any width."""
+        x = jnp.transpose(x, (*self.batch, *self.rows, self.rank))
+        return x.reshape(*x.shape[: len(self.batch)], -1, x.shape[-1])
+
+    def untall(self, x: jax.Array, shape: Sequence[int]) -> jax.Array:
+        """Inverse of `tall`, for a factor of that shape (its rank axis excepted)."""
+        order = (*self.batch, *self.rows, self.rank)
+        sizes = [*(shape[axis] for axis in (*self.batch, *self.rows)), x.shape[-1]]
+        return jnp.transpose(x.reshape(sizes), [order.index(axis) for axis in range(len(order))])
+
+
+class Pair(NamedTuple):
+    """A low-rank adapter: two leaves, by their position among the leaves of the tree.
+
+    Attributes:
+      a, b: positions of the factors.
+      layout_a, layout_b: how each lies in its array.
+      m, n, r: rows of ``a``, rows of ``b`` (each as a tall matrix), rank.
+      batch: sizes of the batch axes.
+      scale: the adapter's own scale.
+    """
+
+    a: int
+    b: int
+    layout_a: FactorLayout
+    layout_b: FactorLayout
+    m: int
+    n: int
+    r: int
+    batch: tuple[int, ...]
+    scale: float
+
+
+class PairedTree(NamedTuple):
+    """A flattened pytree and the pairs in it."""
+
+    paths: tuple[str, ...]
+    leaves: list[Any]
+    treedef: Any
+    pairs: tuple[Pair, ...]
+
+
+def find_pairs(params: optax.Params, pairs: LoraPairs | None = None) -> PairedTree:
+    """Finds the low-rank pairs among the leaves of ``params``.
+
+    Args:
+      params: a pytree of arrays or of anything with a shape and a dtype. None, `optax.MaskedNode`
+        and other childless nodes are no leaves.
+      pairs: how to find them; None for the defaults.
+
+    Raises:
+      ValueError: a factor without its partner, an ambiguous one, factors whose shapes do not
+        belong together, a rank above both dimensions, or leaves with no pair among them at all.
+        The message lists the paths and the remedy.
+      TypeError: a leaf that is no real floating-point array.
+
+    Example:
+      >>> params = {"q": {"lora_a": jnp.ones((6, 2)), "lora_b": jnp.zeros((2, 4))}}
+      >>> (pair,) = find_pairs(params).pairs
+      >>> pair.m, pair.n, pair.r
+      (6, 4, 2)
+    """
+    pairs = LoraPairs() if pairs is None else pairs
+    with_paths, treedef = jax.tree_util.tree_flatten_with_path(params)
+    paths = tuple(path_string(path) for path, _ in with_paths)
+    leaves = [leaf for _, leaf in with_paths]
+    if not leaves:  # optax.tree_map_params calls init with such a tree
+        return PairedTree(paths, leaves, treedef, ())
+    _check_dtypes(paths, leaves)
+    found, problems = [], []
+    for a, b in _match_names(paths, pairs.rules):
+        try:
+            found.append(_read_pair(a, b, paths, leaves, pairs))
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError(_listing("These low-rank factors cannot be read:", problems))
+    return PairedTree(paths, leaves, treedef, tuple(found))
+
+
+def path_string(path: Sequence[Any]) -> str:
+    """Joins the keys of a pytree path by ``/``, without the ``.value`` of a Flax Variable.
+
+    Example:
+      >>> tree = {"layers": [{"lora_a": 1}]}
+      >>> path_string(jax.tree_util.tree_flatten_with_path(tree)[0][0][0])
+      'layers/0/lora_a'
+    """
+    keys = list(path)
+    # nnx.Optimizer shows Variables to `init` and bare arrays to `update`.
+    while keys and getattr(keys[-1], "name", None) in ("value", "raw_value"):
+        keys.pop()
+    return jax.tree_util.keystr(tuple(keys), simple=True, separator="/")
+
+
+def _check_dtypes(paths: Sequence[str], leaves: Sequence[Any]) -> None:
+    bad = [
+        f"{path}: {jnp.result_type(leaf)}"
+        for path, leaf in zip(paths, leaves, strict=True)
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+    ]
+    if bad:
+        raise TypeError(
+            _listing(
+                "These parameters are not real floating-point arrays. Frozen or quantized weights "
+                "belong outside the optimizer: give it the adapters alone (nnx.Optimizer(..., "
+                "wrt=nnx.LoRAParam)), or wrap it in optax.masked or optax.partition.",
+                bad,
+            )
+        )
+
+
+def _match_names(paths: Sequence[str], rules: Sequence[tuple[str, str]]) -> list[tuple[int, int]]:
+    """Returns the positions of the leaves whose names make a pair, in the order of ``a``."""
+    roles: dict[int, list[tuple[tuple, str]]] = {}
+    members: dict[tuple, dict[str, list[int]]] = {}
+    for number, rule in enumerate(rules):
+        for role, regex in zip("ab", rule, strict=True):
+            for position, path in enumerate(paths):
+                if match := re.fullmatch(regex, path):
+                    key = (number, *match.groups())
+                    roles.setdefault(position, []).append((key, role))
+                    members.setdefault(key, {"a": [], "b": []})[role].append(position)
+    problems = [
+        f"{paths[position]}: matched {len(taken)} times; make the rules exclusive"
+        for position, taken in roles.items()
+        if len(taken) > 1
+    ]
+    for key, sides in members.items():
+        for role, other in ("ab", "ba"):
+            if not sides[other]:
+                wanted = rules[key[0]]["ab".index(other)]
+                problems += [f"{paths[p]}: no partner matches {wanted!r}" for p in sides[role]]
+        if len(sides["a"]) > 1 or len(sides["b"]) > 1:
+            names = ", ".join(paths[p] for p in (*sides["a"], *sides["b"]))
+            problems.append(f"{names}: more than two leaves in one pair; give the rules groups")
+    if problems:
+        raise ValueError(
+            _listing(
+                "These low-rank factors are unpaired or ambiguous. Both factors of an adapter must "
+                "reach the same transformation (one label of optax.partition, one mask), under "
+                "names that LoraPairs(rules=...) pairs:",
+                problems,
+            )
+        )
+    if not members:
+        raise ValueError(
+            _listing(
+                "No low-rank pair was found. Name the factors with LoraPairs(rules=((regex of a, "
+                "regex of b),)), or use optax.adamw for a tree without adapters. The leaves are:",
+                list(paths),
+            )
+        )
+    return sorted((sides["a"][0], sides["b"][0]) for sides in members.values())
+
+
+def _read_pair(
+    a: int, b: int, paths: Sequence[str], leaves: Sequence[Any], pairs: LoraPairs
+) -> Pair:
+    shape_a, shape_b = jnp.shape(leaves[a]), jnp.shape(leaves[b])
+    where = f"{paths[a]} {shape_a}, {paths[b]} {shape_b}"
+    axes = pairs.axes_of(paths[a]) or _guess_axes(shape_a, shape_b, where)
+    layout_a = _layout(shape_a, axes.batch, axes.rank_a, where)
+    layout_b = _layout(shape_b, axes.batch, axes.rank_b, where)
+    batch = tuple(shape_a[axis] for axis in layout_a.batch)
+    r = shape_a[layout_a.rank]
+    if batch != tuple(shape_b[axis] for axis in layout_b.batch) or r != shape_b[layout_b.rank]:
+        raise ValueError(
+            f"{where}: batch axes or rank differ (a is (*batch, in, r), b is (*batch, r, out); "
+            "else say so with LoraPairs(axes=...))"
+        )
+    m = math.prod(shape_a[axis] for axis in layout_a.rows)
+    n = math.prod(shape_b[axis] for axis in layout_b.rows)
+    if r > max(m, n) or r == 0:
+        raise ValueError(
+            f"{where}: rank {r} must be at least 1 and at most {max(m, n)}, the larger side of the "
+            f"{m} x {n} weight; a higher one adds nothing, so lower it"
+        )
+    return Pair(a, b, layout_a, layout_b, m, n, r, batch, pairs.scale_of(paths[a]))
+
+
+def _guess_axes(shape_a: Sequence[int], shape_b: Sequence[int], where: str) -> LoraAxes:
+    """Reads the axes from the shapes where that has one answer."""
+    dims_a, dims_b = len(shape_a), len(shape_b)
+    if dims_a < 2 or dims_b < 2:
+        raise ValueError(f"{where}: a factor has at least two axes")
+    stacked = (
+        dims_a == dims_b > 2
+        and tuple(shape_a[:-2]) == tuple(shape_b[:-2])
+        and shape_a[-1] == shape_b[-2]
+    )
+    matrix = shape_a[-1] == shape_b[0]
+    if dims_a > 2 and dims_b > 2 and matrix:
+        raise ValueError(
+            f"{where}: ambiguous. Say LoraPairs(axes=LoraAxes(batch=(0,))) for layers stacked on "
+            "axis 0, batch=(1,) for (in, layers, r) and (r, layers, out), batch=() for one matrix"
+        )
+    return LoraAxes(batch=tuple(range(dims_a - 2)) if stacked else ())
+
+
+def _layout(
+    shape: Sequence[int], batch: Sequence[int], rank: int | None, where: str
+) -> FactorLayout:
+    dims = len(shape)
+    if any(not -dims <= axis < dims for axis in (*batch, rank or 0)):
+        raise ValueError(f"{where}: axes {tuple(batch)} and {rank} are not all axes of {shape}")
+    batch = tuple(axis % dims for axis in batch)
+    free = [axis for axis in range(dims) if axis not in batch]
+    if len(free) < 2:
+        raise ValueError(f"{where}: batch axes {batch} leave no matrix of {tuple(shape)}")
+    rank = free[0] if rank is None else rank % dims
+    if rank in batch:
+        raise ValueError(f"{where}: the rank axis {rank} is among the batch axes {batch}")
+    return FactorLayout(batch, tuple(axis for axis in free if axis != rank), rank)
+
+
+def _listing(headline: str, lines: Sequence[str], most: int = 12) -> str:
+    shown = [f"  {line}" for line in lines[:most]]
+    if len(lines) > most:
+        shown.append(f"  and {len(lines) - most} more")
+    return "\n".join([headline, *shown])

@@ -1,0 +1,80 @@
+"""Rebuild the full Adam update and project it back: the one loop over ``m x n`` (eq. 13)."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from loft_jax._moments import AdamStep, packed_quadratic
+
+# Entries of the full update held at once, over a whole batch: large enough for efficient products,
+# small enough for the temporaries not to count.
+_BLOCK_ENTRIES = 2**21
+
+
+def project_adam_direction(
+    mu: Float[Array, "m r"],
+    cross: Float[Array, "m t"],
+    q: Float[Array, "n r"],
+    step: AdamStep,
+    copies: int = 1,
+) -> Float[Array, "m r"]:
+    """Returns ``D @ q`` for the dense Adam direction ``D``, without ever storing ``D``.
+
+    ``D = (mu q^T / c1) / (sqrt(v / c2) + eps)`` with ``v_ij = q_j^T P_i q_j``. The rows of ``q``,
+    which are columns of ``D``, are taken in blocks, and the products ``D_block @ q_block`` summed.
+
+    Blocks are interleaved (block ``b`` holds the rows ``b, b + blocks, ...``): where ``q`` is
+    sharded over its rows each device then works on its own part of every block, while contiguous
+    blocks would have to be gathered.
+
+    Args:
+      mu: first moment in the basis.
+      cross: packed cross terms, ``t = r (r + 1) / 2``.
+      q: orthonormal basis of the partner factor.
+      step: bias corrections, ratio bound and epsilon.
+      copies: how many of these a surrounding `jax.vmap` computes at once, to size the blocks.
+
+    Returns:
+      ``D @ q``, the update in the basis.
+
+    Source: block 5; epsilon outside the square root, as in AdamW (math: exact AdamW at full rank).
+
+    Example:
+      >>> from loft_jax._moments import adam_step
+      >>> q = jnp.eye(2)  # full rank: the update is Adam's own, here the sign of the gradient
+      >>> h = jnp.array([[3.0, -4.0]])
+      >>> cross = jnp.array([[9.0, -12.0, 16.0]])
+      >>> step = adam_step(jnp.array(1), 0.0, 0.0, 0.0, jnp.float32)
+      >>> project_adam_direction(h, cross, q, step)
+      Array([[ 1., -1.]], dtype=float32)
+    """
+    mu_hat = mu / step.correction1
+    cross_hat = cross / step.correction2
+
+    def add_block(total, q_block):
+        moment = mu_hat @ q_block.T
+        # Cancellation can leave a second moment slightly negative, or far too small.
+        second = jnp.maximum(cross_hat @ packed_quadratic(q_block).T, 0)
+        denominator = jnp.sqrt(second) + step.eps
+        ratio = moment / jnp.where(denominator > 0, denominator, 1)
+        return total + jnp.clip(ratio, -step.bound, step.bound) @ q_block, None
+
+    blocks = _interleave(q, _block_count(q.shape[0], mu.shape[0] * copies))
+    if blocks.shape[0] == 1:
+        return add_block(jnp.zeros_like(mu), blocks[0])[0]
+    return jax.lax.scan(add_block, jnp.zeros_like(mu), blocks)[0]
+
+
+def _block_count(n: int, m: int) -> int:
+    """Returns how many blocks to cut ``n`` rows into, a divisor of ``n`` where one is near."""
+    wanted = min(n, -(-n * m // _BLOCK_ENTRIES))
+    return next((count for count in range(wanted, 2 * wanted) if n % count == 0), wanted)
+
+
+def _interleave(q: Float[Array, "n r"], blocks: int) -> Float[Array, "blocks block r"]:
+    """Cuts rows into interleaved blocks; zero rows fill up, and add nothing to the projection."""
+    n, r = q.shape
+    padding = -n % blocks
+    if padding:
+        q = jnp.pad(q, ((0, padding), (0, 0)))
+    return q.reshape(-1, blocks, r).swapaxes(0, 1)

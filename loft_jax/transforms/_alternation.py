@@ -1,0 +1,37 @@
+"""Whose turn it is to move: block 1, alternating updates.
+
+The turn passes from one factor to the other after every step that had a gradient for an adapter.
+A step without one (an all-zero gradient) does not use the turn up. So where a model starts with a
+zero head above the adapters, whose gradient at step 1 is zero, the first factor moves at step 2,
+where a strict alternation would spend step 2 on the factor whose partner is still zero.
+
+Which factor moves never touches the moments, and at full rank either factor realises the full
+step, so the rule keeps every exactness of the method. Bias corrections count all steps, as AdamW's.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+Factor = Literal["a", "b"]
+
+
+def check_moves_first(moves_first: str) -> None:
+    """Raises ValueError unless the name of a factor is given."""
+    if moves_first not in ("a", "b"):
+        raise ValueError(f"moves_first must be 'a' or 'b', got {moves_first!r}")
+
+
+def a_moves(turn: jax.Array, moves_first: str) -> jax.Array:
+    """Returns whether ``a`` moves at this turn (0 or 1); else ``b`` does."""
+    return turn == (0 if moves_first == "a" else 1)
+
+
+def next_turn(turn: jax.Array, factor_gradients: Sequence[jax.Array]) -> jax.Array:
+    """Returns the turn of the next step: the other one, if any factor has a gradient."""
+    if not factor_gradients:
+        return turn
+    seen = jnp.stack([jnp.any(g != 0) for g in factor_gradients]).any()
+    return jnp.where(seen, 1 - turn, turn)

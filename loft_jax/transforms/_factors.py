@@ -1,0 +1,144 @@
+"""What the transformations share: the factors of a pair as tall matrices, checks of arguments."""
+
+import functools
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from loft_jax._basis import Basis, orthonormal_basis
+from loft_jax._pairs import FactorLayout, Pair, PairedTree
+
+
+class Factor(NamedTuple):
+    """The same factor of every pair of a group, as one stack of tall matrices.
+
+    Attributes:
+      leaves: positions of the factors among the leaves of the tree.
+      layout: how each lies in its array.
+      shape: the shape of each array.
+    """
+
+    leaves: tuple[int, ...]
+    layout: FactorLayout
+    shape: tuple[int, ...]
+
+    def tall(self, leaves: Sequence[jax.Array]) -> jax.Array:
+        """Stacks this factor's entries, ``(pairs, *batch, rows, width)``, at least float32."""
+        stack = jnp.stack([leaves[k] for k in self.leaves])
+        return jax.vmap(self.layout.tall)(stack).astype(compute_dtype(stack))
+
+    def put(self, stack: jax.Array, leaves: list[Any], like: Sequence[Any]) -> None:
+        """Inverse of `tall`: writes a stack to ``leaves``, in the dtypes of ``like``."""
+        arrays = jax.vmap(functools.partial(self.layout.untall, shape=self.shape))(stack)
+        for k, array in zip(self.leaves, arrays, strict=True):
+            leaves[k] = array.astype(like[k].dtype)
+
+
+class Group(NamedTuple):
+    """Pairs that differ in nothing but their layer: computed as one batch.
+
+    Program size and compile time then follow the number of different adapters of a layer, not of
+    layers. Only paths that differ in their numbers are stacked: they can be expected to be sharded
+    alike, where two weights of one shape may not be (a column- and a row-parallel projection).
+
+    Attributes:
+      a, b: the two factors.
+      batch: batch axes of their stacks, the stacking first.
+      scale: the adapters' own scale.
+    """
+
+    a: Factor
+    b: Factor
+    batch: tuple[int, ...]
+    scale: float
+
+    @property
+    def sides(self) -> tuple[tuple[Factor, Factor], tuple[Factor, Factor]]:
+        """``(a, b)`` and ``(b, a)``: each factor with the partner it is projected on.
+
+        Everything is written once, for a factor and its partner. The side of ``b`` is that of ``a``
+        with the roles exchanged and the gradient transposed.
+        """
+        return (self.a, self.b), (self.b, self.a)
+
+    def over_batch(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """Maps a function of matrices over the batch axes of stacks."""
+        for _ in self.batch:
+            fn = jax.vmap(fn)
+        return fn
+
+    def bases(self, params: Sequence[jax.Array]) -> dict[Factor, Basis]:
+        """Returns the orthonormal bases of both factors."""
+        basis = self.over_batch(orthonormal_basis)
+        return {factor: basis(factor.tall(params)) for factor in (self.a, self.b)}
+
+
+def group_pairs(tree: PairedTree) -> list[Group]:
+    """Returns the pairs of a tree in groups that can be computed as one batch."""
+    groups: dict[tuple, list[Pair]] = {}
+    for pair in tree.pairs:
+        leaves = [tree.leaves[k] for k in (pair.a, pair.b)]
+        kinds = tuple((jnp.shape(x), jnp.result_type(x)) for x in leaves)
+        role = re.sub(r"\d+", "#", tree.paths[pair.a])
+        key = (role, kinds, pair.layout_a, pair.layout_b, pair.scale)
+        groups.setdefault(key, []).append(pair)
+    return [
+        Group(
+            Factor(tuple(p.a for p in members), layout_a, kind_a[0]),
+            Factor(tuple(p.b for p in members), layout_b, kind_b[0]),
+            batch=(len(members), *members[0].batch),
+            scale=scale,
+        )
+        for (_, (kind_a, kind_b), layout_a, layout_b, scale), members in groups.items()
+    ]
+
+
+def leaves_outside(tree: PairedTree) -> list[int]:
+    """Positions of the leaves that belong to no pair."""
+    inside = {k for pair in tree.pairs for k in (pair.a, pair.b)}
+    return [k for k in range(len(tree.leaves)) if k not in inside]
+
+
+def compute_dtype(*arrays: jax.typing.ArrayLike) -> jnp.dtype:
+    """The dtype to compute and keep state in: the arrays' own, but at least float32."""
+    return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
+
+
+def leaves_like(tree: PairedTree, other: optax.Params, name: str) -> list[Any]:
+    """Returns the subtrees of ``other`` at the leaves of the parameters.
+
+    Raises:
+      ValueError: its structure is not the parameters'.
+    """
+    try:
+        return tree.treedef.flatten_up_to(other)
+    except ValueError as error:
+        raise ValueError(
+            f"The {name} do not have the structure of the parameters: {error}. Take gradients with "
+            "respect to the parameters that the optimizer was given, and after a change of the "
+            "parameters make its state anew with init."
+        ) from error
+
+
+def check_gradients(tree: PairedTree, gradients: Sequence[Any]) -> None:
+    """Raises ValueError where a gradient is missing or has another shape than its parameter."""
+    for path, leaf, gradient in zip(tree.paths, tree.leaves, gradients, strict=True):
+        shape = getattr(gradient, "shape", None)
+        if shape != jnp.shape(leaf):
+            found = f"has shape {shape}" if shape is not None else f"is {type(gradient).__name__}"
+            raise ValueError(
+                f"The gradient of {path} {found}, its parameter has shape {jnp.shape(leaf)}"
+            )
+
+
+def require_params(params: optax.Params | None) -> optax.Params:
+    """Raises ValueError where an update was called without parameters."""
+    if params is None:
+        raise ValueError(
+            "LoFT works on the factors themselves: call update(grads, state, params) with params"
+        )
+    return params

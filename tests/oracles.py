@@ -1,0 +1,197 @@
+"""Independent dense oracles in NumPy float64, written from the paper's equations.
+
+They share nothing with the package: explicit ``m x n`` projectors by pseudo-inverse, whole
+sequences of projected gradients instead of accumulators, Kronecker products instead of packed cross
+terms. Notation of the paper: ``W = W0 + s U V^T`` with ``U`` (m x r), ``V`` (n x r).
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+
+Gradient = Callable[[np.ndarray, int], np.ndarray]
+
+
+@dataclasses.dataclass
+class Problem:
+    """A smooth stochastic objective of ``W``: step ``k`` sees its own batch."""
+
+    m: int
+    n: int
+    r: int
+    seed: int = 0
+    zero_init: bool = False
+    condition: float = 1.0
+    scale: float = 1.0
+
+    def __post_init__(self):
+        rng = np.random.default_rng(self.seed)
+        self.batches = rng.normal(size=(64, 5, self.m))
+        self.targets = 2 * rng.normal(size=(64, 5, self.n))
+        self.w0 = rng.normal(size=(self.m, self.n))
+        self.u = conditioned(rng, self.m, self.r, self.condition)
+        self.v = conditioned(rng, self.n, self.r, self.condition)
+        if self.zero_init:
+            self.v = np.zeros_like(self.v)
+
+    def gradient(self, w: np.ndarray, k: int) -> np.ndarray:
+        """Gradient of ``sum log cosh(X W - Y)`` at step ``k``."""
+        x, y = self.batches[k % 64], self.targets[k % 64]
+        return x.T @ np.tanh(x @ w - y)
+
+    def weight(self, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+        return self.w0 + self.scale * u @ v.T
+
+
+def conditioned(rng: np.random.Generator, n: int, r: int, condition: float) -> np.ndarray:
+    """A random ``n x r`` matrix with singular values spread from 1 to ``1 / condition``."""
+    q = np.linalg.qr(rng.normal(size=(n, n)))[0][:, : min(n, r)]
+    z = np.linalg.qr(rng.normal(size=(r, r)))[0][:, : min(n, r)]
+    return q * np.geomspace(1, 1 / condition, min(n, r)) @ z.T
+
+
+@dataclasses.dataclass(frozen=True)
+class Hyper:
+    lr: float = 0.05
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    max_norm: float | None = None
+    alternate: bool = True
+    moves_first: str = "b"
+    factored: bool = False
+
+
+def projector(v: np.ndarray) -> np.ndarray:
+    return v @ np.linalg.pinv(v)
+
+
+class DenseSide:
+    """Eqs. (8) and (9) for one factor, keeping every projected gradient of the past."""
+
+    def __init__(self, hyper: Hyper):
+        self.hyper = hyper
+        self.past: list[np.ndarray] = []
+        self.row_sums = None
+
+    def see(self, g: np.ndarray, p: np.ndarray) -> None:
+        self.past = [past @ p for past in [*self.past, g]]
+        if self.hyper.factored:
+            self._see_factored(g @ p, p)
+
+    def _see_factored(self, g: np.ndarray, p: np.ndarray) -> None:
+        b2 = self.hyper.b2
+        if self.row_sums is None:
+            self.row_sums, self.gram = np.zeros(g.shape[0]), np.zeros((g.shape[1],) * 2)
+        carried = p @ self.gram @ p
+        total = np.trace(self.gram)
+        shrink = np.trace(carried) / total if total > 0 else 0.0
+        self.row_sums = b2 * shrink * self.row_sums + (1 - b2) * (g * g).sum(1)
+        self.gram = b2 * carried + (1 - b2) * g.T @ g
+
+    def direction(self) -> np.ndarray:
+        """The dense Adam direction ``D`` (``m x n``), before its projection."""
+        h, k = self.hyper, len(self.past)
+        ages = np.arange(k)[::-1]
+        m = (1 - h.b1) * sum(h.b1**age * g for age, g in zip(ages, self.past, strict=True))
+        m_hat = m / (1 - h.b1**k)
+        if h.factored:
+            rows, columns = self.row_sums / (1 - h.b2**k), np.diag(self.gram) / (1 - h.b2**k)
+            a = np.sqrt(rows / columns.size) + h.eps
+            c = np.sqrt(columns / rows.size) + h.eps
+            t = np.sqrt(columns.sum() / (rows.size * columns.size)) + h.eps
+            return m_hat / (a[:, None] * c[None, :] / t)
+        v = (1 - h.b2) * sum(h.b2**age * g * g for age, g in zip(ages, self.past, strict=True))
+        return m_hat / (np.sqrt(v / (1 - h.b2**k)) + h.eps)
+
+
+def dense_loft(problems: list[Problem], hyper: Hyper, steps: int) -> list[list[np.ndarray]]:
+    """Trajectories of ``W`` of several layers trained together (one clipping norm)."""
+    us, vs = [p.u.copy() for p in problems], [p.v.copy() for p in problems]
+    sides = [(DenseSide(hyper), DenseSide(hyper)) for _ in problems]
+    trajectories: list[list[np.ndarray]] = [[] for _ in problems]
+    for k in range(steps):
+        move_u = (k % 2 == 0) == (hyper.moves_first == "a")
+        gs = [p.gradient(p.weight(u, v), k) for p, u, v in zip(problems, us, vs, strict=True)]
+        gs = clip(gs, us, vs, hyper, move_u)
+        for i, (p, g, (side_u, side_v)) in enumerate(zip(problems, gs, sides, strict=True)):
+            u, v = us[i], vs[i]
+            side_u.see(g, projector(v))
+            side_v.see(g.T, projector(u))
+            du = side_u.direction() @ np.linalg.pinv(v).T / p.scale
+            dv = side_v.direction() @ np.linalg.pinv(u).T / p.scale
+            if move_u or not hyper.alternate:
+                us[i] = (1 - hyper.lr * hyper.weight_decay) * u - hyper.lr * du
+            if not move_u or not hyper.alternate:
+                vs[i] = (1 - hyper.lr * hyper.weight_decay) * v - hyper.lr * dv
+            trajectories[i].append(p.weight(us[i], vs[i]))
+    return trajectories
+
+
+def clip(gs, us, vs, hyper: Hyper, move_u: bool) -> list[np.ndarray]:
+    """Block 6 on the effective dense gradients."""
+    if hyper.max_norm is None:
+        return gs
+    effective = []
+    for g, u, v in zip(gs, us, vs, strict=True):
+        of_u, of_v = g @ projector(v), projector(u) @ g
+        both = of_u + of_v
+        effective.append(both if not hyper.alternate else of_u if move_u else of_v)
+    norm = np.sqrt(sum((e**2).sum() for e in effective))
+    return [g * min(1.0, hyper.max_norm / norm) for g in gs]
+
+
+def algorithm_1(problem: Problem, hyper: Hyper, steps: int) -> list[np.ndarray]:
+    """Algorithm 1 as printed, in the raw coordinates, with the errata mended.
+
+    Scaled gradients with ``(V^T V)^-1``, the calibration matrix ``C``, ``r x r`` cross terms as
+    ``m x r^2`` Khatri-Rao products transported by ``C (x) C``; epsilon outside the square root.
+    """
+    p, h = problem, hyper
+    u, v = p.u.copy(), p.scale * p.v  # the scale goes to one factor
+    u_old, v_old = u, v
+    r = p.r
+    mu_u, mu_v = np.zeros_like(u), np.zeros_like(v)
+    p_u, p_v = np.zeros((p.m, r * r)), np.zeros((p.n, r * r))
+    trajectory = []
+    inv = lambda x: np.linalg.pinv(x.T @ x, rcond=1e-30, hermitian=False)
+    khatri_rao = lambda x: np.stack([np.kron(row, row) for row in x])
+    for k in range(1, steps + 1):
+        g = p.gradient(p.w0 + u @ v.T, k - 1)
+        iu, iv = inv(u), inv(v)
+        gu, gv = g @ v @ iv, g.T @ u @ iu
+        cu, cv = u_old.T @ u @ iu, v_old.T @ v @ iv
+        mu_u = h.b1 * mu_u @ cv + (1 - h.b1) * gu
+        mu_v = h.b1 * mu_v @ cu + (1 - h.b1) * gv
+        p_u = h.b2 * p_u @ np.kron(cv, cv) + (1 - h.b2) * khatri_rao(gu)
+        p_v = h.b2 * p_v @ np.kron(cu, cu) + (1 - h.b2) * khatri_rao(gv)
+        u_old, v_old = u, v
+        if (k % 2 == 1) == (h.moves_first == "a"):
+            second = np.sqrt(np.maximum(p_u @ khatri_rao(v).T, 0) / (1 - h.b2**k)) + h.eps
+            du = (mu_u @ v.T / (1 - h.b1**k)) / second @ v @ iv
+            u = (1 - h.lr * h.weight_decay) * u - h.lr * du
+        else:
+            second = np.sqrt(np.maximum(p_v @ khatri_rao(u).T, 0) / (1 - h.b2**k)) + h.eps
+            dv = (mu_v @ u.T / (1 - h.b1**k)) / second @ u @ iu
+            v = (1 - h.lr * h.weight_decay) * v - h.lr * dv
+        trajectory.append(p.w0 + u @ v.T)
+    return trajectory
+
+
+def adamw(problem: Problem, hyper: Hyper, steps: int) -> list[np.ndarray]:
+    """AdamW on the full weight, from the adapter's starting point."""
+    h = hyper
+    w = problem.weight(problem.u, problem.v)
+    m, v = np.zeros_like(w), np.zeros_like(w)
+    trajectory = []
+    for k in range(1, steps + 1):
+        g = problem.gradient(w, k - 1)
+        m, v = h.b1 * m + (1 - h.b1) * g, h.b2 * v + (1 - h.b2) * g * g
+        v_hat = v / (1 - h.b2**k)
+        if h.factored:  # Adafactor's rank-one estimate
+            v_hat = np.outer(v_hat.sum(1), v_hat.sum(0)) / v_hat.sum()
+        w = w - h.lr * (m / (1 - h.b1**k) / (np.sqrt(v_hat) + h.eps) + h.weight_decay * w)
+        trajectory.append(w)
+    return trajectory
