@@ -6,11 +6,8 @@ terms. Notation of the paper: ``W = W0 + s U V^T`` with ``U`` (m x r), ``V`` (n 
 """
 
 import dataclasses
-from collections.abc import Callable
 
 import numpy as np
-
-Gradient = Callable[[np.ndarray, int], np.ndarray]
 
 
 @dataclasses.dataclass
@@ -24,12 +21,13 @@ class Problem:
     zero_init: bool = False
     condition: float = 1.0
     scale: float = 1.0
+    zero_base: bool = False
 
     def __post_init__(self):
         rng = np.random.default_rng(self.seed)
         self.batches = rng.normal(size=(64, 5, self.m))
         self.targets = 2 * rng.normal(size=(64, 5, self.n))
-        self.w0 = rng.normal(size=(self.m, self.n))
+        self.w0 = rng.normal(size=(self.m, self.n)) * (not self.zero_base)
         self.u = conditioned(rng, self.m, self.r, self.condition)
         self.v = conditioned(rng, self.n, self.r, self.condition)
         if self.zero_init:
@@ -39,6 +37,19 @@ class Problem:
         """Gradient of ``sum log cosh(X W - Y)`` at step ``k``."""
         x, y = self.batches[k % 64], self.targets[k % 64]
         return x.T @ np.tanh(x @ w - y)
+
+    def transposed(self) -> "Problem":
+        """The same problem of the transposed weight: the roles of ``U`` and ``V`` exchanged."""
+        other = dataclasses.replace(self)
+        other.m, other.n = self.n, self.m
+        other.w0, other.u, other.v = self.w0.T, self.v, self.u
+        other.gradient = lambda w, k: self.gradient(w.T, k).T
+        return other
+
+    def with_factors(self, u: np.ndarray, v: np.ndarray, scale: float = 1.0) -> "Problem":
+        other = dataclasses.replace(self, scale=scale)
+        other.u, other.v = u, v
+        return other
 
     def weight(self, u: np.ndarray, v: np.ndarray) -> np.ndarray:
         return self.w0 + self.scale * u @ v.T
@@ -107,44 +118,84 @@ class DenseSide:
         return m_hat / (np.sqrt(v / (1 - h.b2**k)) + h.eps)
 
 
-def dense_loft(problems: list[Problem], hyper: Hyper, steps: int) -> list[list[np.ndarray]]:
-    """Trajectories of ``W`` of several layers trained together (one clipping norm)."""
-    us, vs = [p.u.copy() for p in problems], [p.v.copy() for p in problems]
+class Head:
+    """A leaf outside pairs, with a gradient of its own at each step, trained by plain AdamW."""
+
+    def __init__(self, size: int, steps: int, seed: int = 5):
+        rng = np.random.default_rng(seed)
+        self.start = rng.normal(size=size)
+        self.gradients = rng.normal(size=(steps, size))
+
+
+def dense_loft(
+    problems: list[Problem], hyper: Hyper, steps: int, head: Head | None = None
+) -> list[list[np.ndarray]]:
+    """Trajectories of ``W`` of several layers trained together (one clipping norm), then the head.
+
+    Moves ``W`` through its factors: ``dU = D P_V pinv(V^T)``, so that ``dU V^T = D P_V``.
+    """
+    us, vs = [p.u for p in problems], [p.v for p in problems]
     sides = [(DenseSide(hyper), DenseSide(hyper)) for _ in problems]
     trajectories: list[list[np.ndarray]] = [[] for _ in problems]
+    leaf = None if head is None else AdamLeaf(head.start, hyper)
+    decay = 1 - hyper.lr * hyper.weight_decay
     for k in range(steps):
         move_u = (k % 2 == 0) == (hyper.moves_first == "a")
         gs = [p.gradient(p.weight(u, v), k) for p, u, v in zip(problems, us, vs, strict=True)]
-        gs = clip(gs, us, vs, hyper, move_u)
-        for i, (p, g, (side_u, side_v)) in enumerate(zip(problems, gs, sides, strict=True)):
-            u, v = us[i], vs[i]
+        factor = clip_factor(gs, us, vs, hyper, move_u, head and head.gradients[k])
+        for i, (p, (side_u, side_v)) in enumerate(zip(problems, sides, strict=True)):
+            u, v, g = us[i], vs[i], factor * gs[i]
             side_u.see(g, projector(v))
             side_v.see(g.T, projector(u))
-            du = side_u.direction() @ np.linalg.pinv(v).T / p.scale
-            dv = side_v.direction() @ np.linalg.pinv(u).T / p.scale
             if move_u or not hyper.alternate:
-                us[i] = (1 - hyper.lr * hyper.weight_decay) * u - hyper.lr * du
+                du = side_u.direction() @ np.linalg.pinv(v).T / p.scale
+                us[i] = decay * u - hyper.lr * du
             if not move_u or not hyper.alternate:
-                vs[i] = (1 - hyper.lr * hyper.weight_decay) * v - hyper.lr * dv
+                dv = side_v.direction() @ np.linalg.pinv(u).T / p.scale
+                vs[i] = decay * v - hyper.lr * dv
             trajectories[i].append(p.weight(us[i], vs[i]))
-    return trajectories
+        if leaf is not None:
+            leaf.step(factor * head.gradients[k])
+    return trajectories if leaf is None else [*trajectories, leaf.trajectory]
 
 
-def clip(gs, us, vs, hyper: Hyper, move_u: bool) -> list[np.ndarray]:
-    """Block 6 on the effective dense gradients."""
+class AdamLeaf:
+    """AdamW on one array."""
+
+    def __init__(self, start: np.ndarray, hyper: Hyper):
+        self.w, self.m, self.v, self.hyper = start, 0.0, 0.0, hyper
+        self.trajectory: list[np.ndarray] = []
+
+    def step(self, g: np.ndarray) -> None:
+        h, k = self.hyper, len(self.trajectory) + 1
+        self.m = h.b1 * self.m + (1 - h.b1) * g
+        self.v = h.b2 * self.v + (1 - h.b2) * g * g
+        v_hat = self.v / (1 - h.b2**k)
+        if h.factored and g.ndim == 2:  # Adafactor's rank-one estimate
+            v_hat = np.outer(v_hat.sum(1), v_hat.sum(0)) / v_hat.sum()
+        direction = self.m / (1 - h.b1**k) / (np.sqrt(v_hat) + h.eps)
+        self.w = self.w - h.lr * (direction + h.weight_decay * self.w)
+        self.trajectory.append(self.w)
+
+
+def clip_factor(gs, us, vs, hyper: Hyper, move_u: bool, other=None) -> float:
+    """Block 6 on the effective dense gradients, and on a leaf outside pairs as it is."""
     if hyper.max_norm is None:
-        return gs
-    effective = []
+        return 1.0
+    squares = 0.0 if other is None else (other**2).sum()
     for g, u, v in zip(gs, us, vs, strict=True):
         of_u, of_v = g @ projector(v), projector(u) @ g
-        both = of_u + of_v
-        effective.append(both if not hyper.alternate else of_u if move_u else of_v)
-    norm = np.sqrt(sum((e**2).sum() for e in effective))
-    return [g * min(1.0, hyper.max_norm / norm) for g in gs]
+        effective = of_u + of_v if not hyper.alternate else of_u if move_u else of_v
+        squares += (effective**2).sum()
+    return min(1.0, hyper.max_norm / np.sqrt(squares))
 
 
-def algorithm_1(problem: Problem, hyper: Hyper, steps: int) -> list[np.ndarray]:
+def algorithm_1(
+    problem: Problem, hyper: Hyper, steps: int, calibrate: bool = True
+) -> list[np.ndarray]:
     """Algorithm 1 as printed, in the raw coordinates, with the errata mended.
+
+    ``calibrate=False`` is the paper's ablation: the calibration matrices are the identity.
 
     Scaled gradients with ``(V^T V)^-1``, the calibration matrix ``C``, ``r x r`` cross terms as
     ``m x r^2`` Khatri-Rao products transported by ``C (x) C``; epsilon outside the square root.
@@ -163,18 +214,22 @@ def algorithm_1(problem: Problem, hyper: Hyper, steps: int) -> list[np.ndarray]:
         iu, iv = inv(u), inv(v)
         gu, gv = g @ v @ iv, g.T @ u @ iu
         cu, cv = u_old.T @ u @ iu, v_old.T @ v @ iv
+        if not calibrate:
+            cu = cv = np.eye(r)
         mu_u = h.b1 * mu_u @ cv + (1 - h.b1) * gu
         mu_v = h.b1 * mu_v @ cu + (1 - h.b1) * gv
         p_u = h.b2 * p_u @ np.kron(cv, cv) + (1 - h.b2) * khatri_rao(gu)
         p_v = h.b2 * p_v @ np.kron(cu, cu) + (1 - h.b2) * khatri_rao(gv)
         u_old, v_old = u, v
-        if (k % 2 == 1) == (h.moves_first == "a"):
+        move_u = (k % 2 == 1) == (h.moves_first == "a")
+        start = u
+        if move_u or not h.alternate:
             second = np.sqrt(np.maximum(p_u @ khatri_rao(v).T, 0) / (1 - h.b2**k)) + h.eps
             du = (mu_u @ v.T / (1 - h.b1**k)) / second @ v @ iv
             u = (1 - h.lr * h.weight_decay) * u - h.lr * du
-        else:
-            second = np.sqrt(np.maximum(p_v @ khatri_rao(u).T, 0) / (1 - h.b2**k)) + h.eps
-            dv = (mu_v @ u.T / (1 - h.b1**k)) / second @ u @ iu
+        if not move_u or not h.alternate:
+            second = np.sqrt(np.maximum(p_v @ khatri_rao(start).T, 0) / (1 - h.b2**k)) + h.eps
+            dv = (mu_v @ start.T / (1 - h.b1**k)) / second @ start @ iu
             v = (1 - h.lr * h.weight_decay) * v - h.lr * dv
         trajectory.append(p.w0 + u @ v.T)
     return trajectory
@@ -182,16 +237,31 @@ def algorithm_1(problem: Problem, hyper: Hyper, steps: int) -> list[np.ndarray]:
 
 def adamw(problem: Problem, hyper: Hyper, steps: int) -> list[np.ndarray]:
     """AdamW on the full weight, from the adapter's starting point."""
-    h = hyper
+    leaf = AdamLeaf(problem.weight(problem.u, problem.v), hyper)
+    for k in range(steps):
+        leaf.step(problem.gradient(leaf.w, k))
+    return leaf.trajectory
+
+
+def gd_with_momentum(problem: Problem, lr: float, b1: float, steps: int) -> list[np.ndarray]:
+    """Gradient descent on the full weight with the bias-corrected exponential momentum."""
     w = problem.weight(problem.u, problem.v)
-    m, v = np.zeros_like(w), np.zeros_like(w)
+    m = np.zeros_like(w)
     trajectory = []
     for k in range(1, steps + 1):
-        g = problem.gradient(w, k - 1)
-        m, v = h.b1 * m + (1 - h.b1) * g, h.b2 * v + (1 - h.b2) * g * g
-        v_hat = v / (1 - h.b2**k)
-        if h.factored:  # Adafactor's rank-one estimate
-            v_hat = np.outer(v_hat.sum(1), v_hat.sum(0)) / v_hat.sum()
-        w = w - h.lr * (m / (1 - h.b1**k) / (np.sqrt(v_hat) + h.eps) + h.weight_decay * w)
+        m = b1 * m + (1 - b1) * problem.gradient(w, k - 1)
+        w = w - lr * m / (1 - b1**k)
         trajectory.append(w)
     return trajectory
+
+
+class Factorization(Problem):
+    """The matrix factorization problem of the paper's lemmas, ``1/2 |U V^T - A|^2``."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.w0 = np.zeros((self.m, self.n))
+        self.a = np.random.default_rng(self.seed + 1).normal(size=(self.m, self.n))
+
+    def gradient(self, w: np.ndarray, k: int) -> np.ndarray:
+        return w - self.a

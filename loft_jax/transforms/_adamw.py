@@ -280,11 +280,12 @@ def _zero_state(
 ) -> tuple[list[Any], list[Any], list[Any]]:
     """Returns zero bases and moments, each laid out and sharded like its parameter."""
     basis: list[Any] = [optax.MaskedNode() for _ in tree.leaves]
+    # Each array is made anew: one that served twice could not be donated to a compiled step.
+    mu = [jnp.zeros_like(x, dtype=mu_dtype or compute_dtype(x)) for x in tree.leaves]
     nu = [jnp.zeros_like(x, dtype=compute_dtype(x)) for x in tree.leaves]
-    mu = [zeros.astype(mu_dtype or zeros.dtype) for zeros in nu]
     for pair in tree.pairs:
         for k, layout, rows in ((pair.a, pair.layout_a, pair.m), (pair.b, pair.layout_b, pair.n)):
-            basis[k], rank = nu[k], layout.rank
+            basis[k], rank = jnp.zeros_like(nu[k]), layout.rank
             # Broadcasting from one rank column keeps the sharding of the other axes.
             column = jax.lax.slice_in_dim(nu[k], 0, 1, axis=rank)
             shape = (*column.shape[:rank], second.width(rows, pair.r), *column.shape[rank + 1 :])

@@ -26,7 +26,7 @@ class Factor(NamedTuple):
     layout: FactorLayout
     shape: tuple[int, ...]
 
-    def tall(self, leaves: Sequence[jax.Array]) -> jax.Array:
+    def tall(self, leaves: Sequence[Any]) -> jax.Array:
         """Stacks this factor's entries, ``(pairs, *batch, rows, width)``, at least float32."""
         stack = jnp.stack([leaves[k] for k in self.leaves])
         return jax.vmap(self.layout.tall)(stack).astype(compute_dtype(stack))

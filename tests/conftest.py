@@ -1,0 +1,66 @@
+"""Shared by all tests: eight CPU devices, shape-checked annotations, a table of largest errors."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+flags = os.environ.get("XLA_FLAGS", "")
+if "host_platform_device_count" not in flags:
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8".strip()
+
+import jax
+import numpy as np
+import pytest
+from jaxtyping import install_import_hook
+
+# Checks every `Float[Array, "m r"]` of the package, at run time and under jit.
+install_import_hook("loft_jax", "beartype.beartype")
+
+LARGEST_ERRORS = pytest.StashKey[dict]()
+TABLES = pytest.StashKey[list]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[LARGEST_ERRORS] = {}
+    config.stash[TABLES] = []
+
+
+@pytest.fixture
+def x64():
+    """Runs a test in float64."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def assert_close(request: pytest.FixtureRequest):
+    """Asserts a largest absolute difference and keeps it for the summary, by the test's name."""
+
+    def check(got, expected, tolerance: float = 1e-10, name: str | None = None) -> None:
+        got, expected = np.asarray(got), np.asarray(expected)
+        assert got.shape == expected.shape
+        error = float(np.abs(got - expected).max())
+        errors = request.config.stash[LARGEST_ERRORS]
+        key = name or request.node.originalname
+        known = errors.get(key, (0.0, tolerance))
+        errors[key] = (max(known[0], error), max(known[1], tolerance))
+        assert error <= tolerance, f"largest difference {error:.2e}"
+
+    return check
+
+
+@pytest.fixture
+def report(request: pytest.FixtureRequest):
+    """Adds a line to the tables printed after the tests."""
+    return request.config.stash[TABLES].append
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    errors = config.stash[LARGEST_ERRORS]
+    if errors:
+        terminalreporter.section("largest errors against the oracles (tolerance)")
+        for name, (error, tolerance) in sorted(errors.items()):
+            terminalreporter.line(f"{error:8.1e} ({tolerance:.0e})  {name}")
+    if config.stash[TABLES]:
+        terminalreporter.section("tables")
+        for line in config.stash[TABLES]:
+            terminalreporter.line(line)

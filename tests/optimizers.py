@@ -1,0 +1,111 @@
+"""The one table of this package's optimizers, and small trees to run them on.
+
+A new optimizer is one line of `OPTIMIZERS`: every contract then holds for it, or a test says so.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from loft_jax import LoraPairs, clip_by_projected_global_norm, loft_adamw, scale_by_loft_adam
+
+
+def clipped_loft_adamw(
+    learning_rate: float, max_norm: float = 1.0, pairs: LoraPairs | None = None
+) -> optax.GradientTransformation:
+    """Block 6 before the rest, as a user chains them."""
+    return optax.chain(
+        clip_by_projected_global_norm(max_norm, pairs=pairs),
+        loft_adamw(learning_rate, weight_decay=0.1, pairs=pairs),
+    )
+
+
+_loft_adamw = functools.partial(loft_adamw, learning_rate=0.1, weight_decay=0.1)
+
+OPTIMIZERS: dict[str, functools.partial] = {
+    "loft_adamw": _loft_adamw,
+    "loft_adamw_factored": functools.partial(_loft_adamw, second_moment="factored"),
+    "loft_adamw_uncalibrated": functools.partial(_loft_adamw, calibrate=False),
+    "loft_adamw_simultaneous": functools.partial(_loft_adamw, alternate=False),
+    "loft_adamw_a_first": functools.partial(_loft_adamw, moves_first="a"),
+    "scale_by_loft_adam": functools.partial(scale_by_loft_adam),
+    "scale_by_loft_adam_factored": functools.partial(scale_by_loft_adam, second_moment="factored"),
+    "clip": functools.partial(clip_by_projected_global_norm, max_norm=1.0),
+    "clip_simultaneous": functools.partial(
+        clip_by_projected_global_norm, max_norm=1.0, alternate=False
+    ),
+    "clipped_loft_adamw": functools.partial(clipped_loft_adamw, learning_rate=0.1),
+}
+
+
+def random_like(tree: Any, seed: int) -> Any:
+    """Normal entries in the shapes and dtypes of a tree, drawn leaf after leaf."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), tree)
+
+
+def small_params() -> Any:
+    """Two equal layers, which the optimizers stack, and a head outside pairs."""
+    layer = {"lora_a": jnp.zeros((6, 2)), "lora_b": jnp.zeros((2, 5))}
+    return random_like({"layers": [layer, layer], "head": jnp.zeros((5, 3))}, 0)
+
+
+def small_gradients(params: Any, steps: int = 4) -> list[Any]:
+    return [random_like(params, seed) for seed in range(1, steps + 1)]
+
+
+def train(
+    tx: optax.GradientTransformation,
+    params: Any,
+    gradients: Sequence[Any],
+    state: Any = None,
+    **extra: Any,
+) -> tuple[Any, Any]:
+    """Applies gradients one after another; returns the last parameters and state.
+
+    The step is first traced as `jax.jit` would, to see that no type changes from step to step. Its
+    numbers are then computed operation by operation: compiling every wrapper of every optimizer
+    would take minutes, and the tests of `jax.jit` itself do compile.
+    """
+    state = tx.init(params) if state is None else state
+
+    def step(gradient, state, params):
+        updates, state = tx.update(gradient, state, params, **extra)
+        return optax.apply_updates(params, updates), state
+
+    assert types(jax.eval_shape(step, gradients[0], state, params)) == types((params, state))
+    with jax.disable_jit():
+        for gradient in gradients:
+            params, state = step(gradient, state, params)
+    return params, state
+
+
+def types(tree: Any) -> Any:
+    """Shape, dtype and weakness of each leaf."""
+    return jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), tree)
+
+
+def assert_trees_close(actual: Any, expected: Any, rtol: float = 1e-4, atol: float = 1e-5) -> None:
+    """Leaves equal up to the rounding of float32 and what the moments' ratio makes of it."""
+    for path, x, y in _in_pairs(actual, expected):
+        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        np.testing.assert_allclose(x, y, rtol, atol, err_msg=path)
+
+
+def assert_trees_identical(actual: Any, expected: Any) -> None:
+    """Leaves equal to the bit, and in dtype."""
+    for path, x, y in _in_pairs(actual, expected):
+        assert x.dtype == y.dtype, path
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes(), path
+
+
+def _in_pairs(actual: Any, expected: Any) -> list[tuple[str, Any, Any]]:
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    with_paths = jax.tree_util.tree_leaves_with_path(actual)
+    others = jax.tree.leaves(expected)
+    return [(jax.tree_util.keystr(p), x, y) for (p, x), y in zip(with_paths, others, strict=True)]
