@@ -24,6 +24,7 @@ from loft_jax._side import (
 from loft_jax.transforms import _alternation
 from loft_jax.transforms._factors import (
     Group,
+    check_bases,
     check_gradients,
     compute_dtype,
     group_pairs,
@@ -159,6 +160,7 @@ def scale_by_loft_adam(
         before = ScaleByLoftAdamState(
             state.count, state.turn, *(leaves_like(tree, field, "states") for field in state[2:])
         )
+        check_bases(tree, before.basis)
         directions, after = in_auto_axes(
             functools.partial(_step, tree, options),
             tree.leaves,

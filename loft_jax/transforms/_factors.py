@@ -103,7 +103,7 @@ def leaves_outside(tree: PairedTree) -> list[int]:
     return [k for k in range(len(tree.leaves)) if k not in inside]
 
 
-def compute_dtype(*arrays: jax.typing.ArrayLike) -> jnp.dtype:
+def compute_dtype(*arrays: Any) -> jnp.dtype:
     """The dtype to compute and keep state in: the arrays' own, but at least float32."""
     return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
 
@@ -132,6 +132,18 @@ def check_gradients(tree: PairedTree, gradients: Sequence[Any]) -> None:
             found = f"has shape {shape}" if shape is not None else f"is {type(gradient).__name__}"
             raise ValueError(
                 f"The gradient of {path} {found}, its parameter has shape {jnp.shape(leaf)}"
+            )
+
+
+def check_bases(tree: PairedTree, bases: Sequence[Any]) -> None:
+    """Raises ValueError where the state is that of another rank, shape or choice of pairs."""
+    for k in (k for pair in tree.pairs for k in (pair.a, pair.b)):
+        shape = getattr(bases[k], "shape", None)
+        if shape != jnp.shape(tree.leaves[k]):
+            raise ValueError(
+                f"The state of {tree.paths[k]} is not for a factor of shape "
+                f"{jnp.shape(tree.leaves[k])} but for {shape or 'no factor'}: after a change of "
+                "rank or of the pairs make it anew with init"
             )
 
 

@@ -1,0 +1,163 @@
+"""Float32 and bfloat16: what rounding may do, and what it must not."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from oracles import Hyper, Problem, conditioned, projector
+from trajectories import run
+
+import loft_jax
+from loft_jax._basis import orthonormal_basis
+from loft_jax._moments import accumulate_cross_terms, adam_step, packed_quadratic, packed_size
+from loft_jax._projection import project_adam_direction
+
+# Relative error of the path of W that float32 may show after 200 steps, by condition number of both
+# factors: about five times what was measured. What remains at 1e2 is from the first step, whose
+# cross terms are of rank one.
+DRIFT = {1.0: 1e-5, 1e2: 2e-3, 1e3: 2e-4, 1e4: 2e-3}
+
+
+@pytest.mark.parametrize("factored", [False, True], ids=["calibrated", "factored"])
+@pytest.mark.parametrize("condition", DRIFT)
+def test_float32_follows_float64_over_200_steps(condition, factored, report):
+    problem = Problem(48, 40, 4, seed=20, condition=condition)
+    hyper = Hyper(lr=5e-3, factored=factored)
+    single = np.array(run([problem], hyper, 200, np.float32)[0])
+    with jax.enable_x64(True):
+        double = np.array(run([problem], hyper, 200)[0])
+    assert np.isfinite(single).all()
+    start = problem.weight(problem.u, problem.v)
+    errors = [
+        np.linalg.norm(single[k] - double[k]) / np.linalg.norm(double[k] - start)
+        for k in (0, 19, 199)
+    ]
+    name = "factored" if factored else "calibrated"
+    report(
+        f"float32 against float64, {name:10}, cond(U), cond(V) = {condition:.0e}: relative error "
+        f"of W's path after 1, 20, 200 steps: " + ", ".join(f"{e:.1e}" for e in errors)
+    )
+    assert errors[-1] < DRIFT[condition]
+
+
+@pytest.mark.parametrize("condition", [1.0, 1e2, 1e4])
+def test_the_basis_is_orthonormal_in_float32(condition):
+    v = conditioned(np.random.default_rng(0), 300, 8, condition).astype(np.float32)
+    q, l_inv = orthonormal_basis(jnp.asarray(v))
+    np.testing.assert_allclose(q.T @ q, np.eye(8), atol=2e-6)
+    np.testing.assert_allclose(
+        q @ q.T, projector(v.astype(np.float64)), atol=3e-8 * condition + 1e-6
+    )
+    np.testing.assert_allclose(v @ l_inv.T, q, atol=1e-8 * condition + 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_rank_deficient_factor_has_the_basis_of_its_span(dtype):
+    rng = np.random.default_rng(1)
+    v = conditioned(rng, 40, 6, 1.0)
+    v[:, 5], v[:, 4], v[:, 0] = v[:, 3], v[:, 2] - v[:, 1], 0
+    with jax.enable_x64(dtype == np.float64):
+        q, l_inv = orthonormal_basis(jnp.asarray(v, dtype))
+        eps = np.finfo(dtype).eps
+        np.testing.assert_allclose(q @ q.T, projector(v), atol=20 * eps)
+        # What multiplies a gradient stays of the size that the span itself asks for.
+        assert np.abs(q @ l_inv).max() < 100
+
+
+def test_a_zero_factor_has_a_zero_basis():
+    q, l_inv = orthonormal_basis(jnp.zeros((5, 2)))
+    assert not q.any()
+    assert not l_inv.any()
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-8, 1e8, 1e15])
+def test_the_basis_does_not_depend_on_the_size_of_the_factor(scale):
+    v = conditioned(np.random.default_rng(2), 30, 4, 10.0).astype(np.float32)
+    expected = orthonormal_basis(jnp.asarray(v)).q
+    scaled = orthonormal_basis(jnp.asarray(v) * jnp.float32(scale)).q
+    np.testing.assert_allclose(scaled, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 50])
+def test_the_adam_ratio_stays_within_its_bound(steps):
+    # In the first steps P is of low rank, and most entries of v are what cancellation leaves.
+    rng = np.random.default_rng(3)
+    n = r = 16
+    q = jnp.asarray(np.linalg.qr(rng.normal(size=(n, r)))[0], jnp.float32)
+    mu, cross = jnp.zeros((200, r)), jnp.zeros((200, packed_size(r)))
+    for _ in range(steps):
+        h = jnp.asarray(rng.normal(size=(200, r)), jnp.float32)
+        mu = 0.9 * mu + 0.1 * h
+        cross = accumulate_cross_terms(cross, h, 0.999)
+    step = adam_step(steps, 0.9, 0.999, 0.0, jnp.float32)
+    direction = project_adam_direction(mu, cross, q, step) @ q.T  # q is square: D itself
+    assert np.abs(direction).max() <= float(step.bound) * (1 + 1e-5)
+    # Unbounded, the first step's ratio goes far beyond it: the bound is not idle.
+    second = jnp.maximum(cross @ packed_quadratic(q).T, 0) / step.correction2
+    raw = np.abs(mu @ q.T / step.correction1) / np.sqrt(np.maximum(second, 1e-30))
+    if steps == 1:
+        assert raw.max() > 2 * float(step.bound)
+
+
+def test_the_bound_is_what_cauchy_schwarz_gives():
+    for b1, b2, k in [(0.9, 0.999, 1), (0.9, 0.999, 7), (0.9, 0.999, 3000), (0.9, 0.81, 12),
+                      (0.5, 0.2, 9), (0.0, 0.0, 4), (0.0, 0.99, 30)]:  # fmt: skip
+        age = np.arange(k)[::-1]
+        a = (1 - b1) * np.power(b1, age) / (1 - b1**k)
+        b = (1 - b2) * np.power(b2, age) / (1 - b2**k)
+        with jax.enable_x64(True):
+            bound = float(adam_step(k, b1, b2, 0.0, jnp.float64).bound)
+        kept = b > 0
+        np.testing.assert_allclose(bound, np.sqrt((a[kept] ** 2 / b[kept]).sum()), rtol=1e-9)
+    assert np.isinf(adam_step(3, 0.9, 0.0, 0.0, jnp.float32).bound)
+
+
+@pytest.mark.parametrize("factored", [False, True], ids=["calibrated", "factored"])
+@pytest.mark.parametrize("size", [1e-6, 1e6])
+def test_in_float32_too_the_size_of_the_factors_does_not_matter(size, factored):
+    problem, hyper = Problem(20, 16, 3, seed=21), Hyper(lr=5e-3, factored=factored)
+    other = problem.with_factors(problem.u * size, problem.v / size)
+    got, expected = (run([p], hyper, 20, np.float32)[0] for p in (other, problem))
+    np.testing.assert_allclose(got, expected, atol=2e-4)
+
+
+@pytest.mark.parametrize("factored", [False, True], ids=["calibrated", "factored"])
+@pytest.mark.parametrize("kind", ["duplicate columns", "both zero", "rank over the smaller side"])
+def test_degenerate_factors_train_without_blowing_up(kind, factored):
+    problem = Problem(12, 5, 8 if kind.startswith("rank") else 4, seed=22)
+    if kind == "duplicate columns":
+        problem.v[:, 3] = problem.v[:, 2]
+    if kind == "both zero":
+        problem.u, problem.v = 0 * problem.u, 0 * problem.v
+    path = np.array(run([problem], Hyper(lr=1e-2, factored=factored), 40, np.float32)[0])
+    start = problem.weight(problem.u, problem.v)
+    assert np.isfinite(path).all()
+    # 40 Adam steps of 0.01, each entry at most 7.3 of them: the weight cannot have gone far.
+    assert np.abs(path - start).max() < 3
+    assert (np.abs(path[-1] - start).max() > 1e-2) == (kind != "both zero")
+
+
+def test_bfloat16_parameters_train_with_float32_state():
+    rng = np.random.default_rng(4)
+    target = rng.normal(size=(24, 3)) @ rng.normal(size=(3, 16))
+    params = {
+        "lora_a": jnp.asarray(rng.normal(size=(24, 3)), jnp.bfloat16),
+        "lora_b": jnp.zeros((3, 16), jnp.bfloat16),
+    }
+
+    def loss(params):
+        a, b = (params[f"lora_{f}"].astype(jnp.float32) for f in "ab")
+        return jnp.mean((a @ b - target) ** 2)
+
+    tx = loft_jax.loft_adamw(optax.linear_schedule(0.2, 0.0, 200))
+    state, step = tx.init(params), jax.jit(jax.value_and_grad(loss))
+    update = jax.jit(tx.update)
+    first, _ = step(params)
+    for _ in range(200):
+        _, grads = step(params)
+        updates, state = update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(state[0][2:]))
+    assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves((params, updates)))
+    assert float(step(params)[0]) < 1e-2 * float(first)
