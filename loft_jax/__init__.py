@@ -8,7 +8,7 @@ from loft_jax._describe import describe_pairs as describe_pairs
 from loft_jax._pairs import DEFAULT_RULES as DEFAULT_RULES
 from loft_jax._pairs import LoraAxes as LoraAxes
 from loft_jax._pairs import LoraPairs as LoraPairs
-from loft_jax.transforms._adamw import ScaleByLoftAdamState as ScaleByLoftAdamState
+from loft_jax.transforms._adam_step import ScaleByLoftAdamState as ScaleByLoftAdamState
 from loft_jax.transforms._adamw import loft_adamw as loft_adamw
 from loft_jax.transforms._adamw import scale_by_loft_adam as scale_by_loft_adam
 from loft_jax.transforms._clipping import (

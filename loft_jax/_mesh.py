@@ -19,11 +19,17 @@ def in_auto_axes(fn: Callable[..., Any], *args: Any, out_like: Any) -> Any:
       *args: its arguments, pytrees of arrays.
       out_like: pytree of the outputs' structure, of arrays with the outputs' shardings.
     """
-    arrays = jax.tree.leaves(args)
-    if not any(_is_explicit(x) for x in arrays):
+    leaves, treedef = jax.tree.flatten(args)
+    arrays = {k: x for k, x in enumerate(leaves) if not isinstance(x, (int, float))}
+    if not any(_is_explicit(x) for x in arrays.values()):
         return fn(*args)
+
+    def on_arrays(arrays: dict[int, jax.Array]) -> Any:
+        # Python numbers go round: traced, they would be rounded to float32.
+        return fn(*treedef.unflatten([arrays.get(k, x) for k, x in enumerate(leaves)]))
+
     shardings = jax.tree.map(lambda x: jax.typeof(x).sharding, out_like)
-    return jax.sharding.auto_axes(fn, out_sharding=shardings)(*args)
+    return jax.sharding.auto_axes(on_arrays, out_sharding=shardings)(arrays)
 
 
 def _is_explicit(x: jax.typing.ArrayLike) -> bool:

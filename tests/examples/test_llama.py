@@ -1,0 +1,117 @@
+"""The model computes what Hugging Face's computes, and adapters start as the identity."""
+
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import record_llama_logits as hugging_face
+from flax import nnx
+from llama import TARGETS, LlamaConfig, add_lora
+from weights import build_model
+
+
+def assert_same_logits(recorded: dict[str, Any]) -> None:
+    """Ours equal the recorded ones up to float32 rounding through two layers."""
+    model = build_model(LlamaConfig.from_hf(recorded["config"]), recorded["tensors"])
+    logits = model(jnp.asarray(recorded["ids"]))
+    scale = np.abs(recorded["logits"]).max()
+    np.testing.assert_allclose(logits, recorded["logits"], rtol=0, atol=1e-5 * scale)
+
+
+def read_recorded(case: str) -> dict[str, Any]:
+    """A case of the recorded file."""
+    with np.load(hugging_face.PATH) as file:
+        prefix = f"{case}/tensors/"
+        return {
+            "config": json.loads(str(file[f"{case}/config"])),
+            "tensors": {
+                n.removeprefix(prefix): file[n] for n in file.files if n.startswith(prefix)
+            },
+            "ids": file[f"{case}/ids"],
+            "logits": file[f"{case}/logits"],
+        }
+
+
+@pytest.mark.parametrize("case", hugging_face.CASES)
+def test_logits_are_those_recorded_from_hugging_face(case):
+    assert_same_logits(read_recorded(case))
+
+
+@pytest.mark.parametrize("case", hugging_face.CASES)
+def test_logits_are_those_of_hugging_face(case):
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    assert_same_logits(hugging_face.record(case))
+
+
+@pytest.fixture
+def model():
+    recorded = read_recorded("tied")
+    return build_model(LlamaConfig.from_hf(recorded["config"]), recorded["tensors"])
+
+
+IDS = jnp.arange(10)[None]
+
+
+def test_new_adapters_leave_the_logits_unchanged(model):
+    before = model(IDS)
+    adapted = add_lora(model, TARGETS, rank=2, alpha=4, rngs=nnx.Rngs(0))
+    np.testing.assert_array_equal(adapted(IDS), before)
+
+
+def test_alpha_scales_the_adapters_product(model):
+    """An adapter of scale alpha/rank equals the base with alpha/rank * a b added to it."""
+    add_lora(model, ["up"], rank=2, alpha=6, rngs=nnx.Rngs(0))
+    base, lora = model.layers.mlp.up_proj.base, model.layers.mlp.up_proj.lora
+    lora.lora_b[...] = jax.random.normal(jax.random.key(0), lora.lora_b.shape)
+    adapted = model(IDS)
+    base.kernel[...] += 3 * lora.lora_a[...] @ lora.lora_b[...]
+    model.layers.mlp.up_proj = base
+    np.testing.assert_allclose(adapted, model(IDS), rtol=1e-5, atol=1e-5)
+
+
+def test_each_layer_draws_its_own_adapter(model):
+    add_lora(model, ["up"], rank=2, alpha=2, rngs=nnx.Rngs(0))
+    lora = model.layers.mlp.up_proj.lora
+    assert lora.lora_a.shape == (2, 16, 2) and lora.lora_b.shape == (2, 2, 24)
+    assert not np.array_equal(*lora.lora_a[...])
+
+
+def test_only_the_adapters_are_lora_parameters(model):
+    add_lora(model, ["q", "down"], rank=2, alpha=2, rngs=nnx.Rngs(0))
+    paths = [path for path, _ in nnx.to_flat_state(nnx.state(model, nnx.LoRAParam))]
+    assert len(paths) == 2 * 2  # targets, factors
+    assert {path[-1] for path in paths} == {"lora_a", "lora_b"}
+    assert {path[-3] for path in paths} == {"q_proj", "down_proj"}
+
+
+@pytest.mark.parametrize(
+    ("targets", "rank", "message"),
+    [
+        (["q", "head"], 2, "unknown target 'head'"),
+        (["q", "k"], 9, "rank 9 does not fit k_proj: choose from 1 to 8"),
+    ],
+)
+def test_unfit_adapters_are_refused_by_name(model, targets, rank, message):
+    with pytest.raises(ValueError, match=message):
+        add_lora(model, targets, rank=rank, alpha=1, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model_type": "gpt2"},
+        {"hidden_act": "gelu"},
+        {"mlp_bias": True},
+        {"attention_bias": True},
+        {"rope_parameters": {"rope_type": "yarn"}},
+        {"model_type": "mistral", "sliding_window": 4096},
+    ],
+)
+def test_configs_that_would_be_computed_wrongly_are_refused(change):
+    config = read_recorded("tied")["config"]
+    with pytest.raises(ValueError, match="not supported"):
+        LlamaConfig.from_hf(config | change)

@@ -1,0 +1,131 @@
+"""The same model comes out of every format, and a bad folder is named."""
+
+import json
+import shutil
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import weights
+from errors import UserError
+from safetensors.numpy import load_file, save_file
+from tiny_llama import CONFIG, byte_tokenizer, random_tensors
+
+IDS = jnp.arange(12)[None]
+
+
+@pytest.fixture
+def folder(model_folder, tmp_path):
+    """A copy of the tiny model to damage."""
+    return shutil.copytree(model_folder, tmp_path / "model")
+
+
+def test_shards_read_as_one_file_does(folder):
+    whole = weights.load(str(folder)).build()(IDS)
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    shards = {"one.safetensors": names[:5], "two.safetensors": names[5:]}
+    for file, members in shards.items():
+        save_file({name: tensors[name] for name in members}, folder / file)
+    index = {name: file for file, members in shards.items() for name in members}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    np.testing.assert_array_equal(weights.load(str(folder)).build()(IDS), whole)
+
+
+def test_bfloat16_weights_are_computed_in_float32(folder):
+    rounded = {n: t.astype(ml_dtypes.bfloat16) for n, t in random_tensors().items()}
+    save_file(rounded, folder / "model.safetensors")
+    model = weights.load(str(folder)).build()
+    kernel = model.layers.mlp.up_proj.kernel[...]
+    assert kernel.dtype == jnp.float32
+    np.testing.assert_array_equal(kernel[1].T, rounded["model.layers.1.mlp.up_proj.weight"])
+
+
+def test_gguf_gives_the_model_and_tokenizer_it_was_written_from(folder, tmp_path):
+    pytest.importorskip("gguf")
+    write_gguf(tmp_path / "tiny.gguf")
+    read, original = weights.read_gguf(tmp_path / "tiny.gguf"), weights.load(str(folder))
+    np.testing.assert_allclose(read.build()(IDS), original.build()(IDS), rtol=1e-5, atol=1e-5)
+    text = "In 1987 the thin thief\n\n said: naïve!"
+    ids = read.tokenizer.encode(text).ids
+    assert ids == original.tokenizer.encode(text).ids
+    assert read.tokenizer.decode(ids) == text
+
+
+def write_gguf(path) -> None:
+    """The tiny model as llama.cpp's converter writes one, q and k rows permuted by its formula."""
+    import gguf
+
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name("tiny")
+    writer.add_embedding_length(CONFIG["hidden_size"])
+    writer.add_feed_forward_length(CONFIG["intermediate_size"])
+    writer.add_block_count(CONFIG["num_hidden_layers"])
+    writer.add_head_count(CONFIG["num_attention_heads"])
+    writer.add_head_count_kv(CONFIG["num_key_value_heads"])
+    writer.add_rope_dimension_count(4)
+    writer.add_layer_norm_rms_eps(CONFIG["rms_norm_eps"])
+    writer.add_rope_freq_base(CONFIG["rope_theta"])
+    tokenizer = json.loads(byte_tokenizer().to_str())
+    tokens = sorted(tokenizer["model"]["vocab"], key=tokenizer["model"]["vocab"].get)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(tokens)
+    writer.add_token_types([1] * len(tokens))
+    writer.add_token_merges(["t h"])
+    short = {long: short for short, long in weights._GGUF_NAMES.items()}
+    for name, tensor in random_tensors().items():
+        parts = name.removeprefix("model.").removesuffix(".weight").split(".")
+        prefix = f"blk.{parts[1]}." if parts[0] == "layers" else ""
+        kind = ".".join(parts[2:] if prefix else parts)
+        if kind in ("self_attn.q_proj", "self_attn.k_proj"):
+            halves = tensor.reshape(-1, 2, 2, tensor.shape[-1])  # heads, half, head_dim/2, in
+            tensor = halves.swapaxes(1, 2).reshape(tensor.shape)
+        writer.add_tensor(f"{prefix}{short[kind]}.weight", np.ascontiguousarray(tensor))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_a_missing_file_is_named(folder, name):
+    (folder / name).unlink()
+    with pytest.raises(UserError, match=f"has no .*{name.split('.')[1]}"):
+        weights.load(str(folder))
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_a_truncated_file_is_named(folder, name):
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match=f"Cannot (read|use) .*{name}"):
+        weights.load(str(folder))
+
+
+def test_an_unsupported_model_is_refused_with_what_is_supported(folder):
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"model_type": "gpt2"}))
+    with pytest.raises(UserError, match="'gpt2' is not supported: use llama, mistral or qwen2"):
+        weights.load(str(folder))
+
+
+def test_weights_that_do_not_fit_the_config_are_named(folder):
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"intermediate_size": 20}))
+    with pytest.raises(UserError, match="mlp.down_proj.weight as .16, 24."):
+        weights.load(str(folder)).build()
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": 3}))
+    with pytest.raises(UserError, match="The weights lack model.layers.2"):
+        weights.load(str(folder)).build()
+
+
+@pytest.mark.parametrize("source", ["no/such/folder", "nothing"])
+def test_a_missing_folder_is_named(source):
+    with pytest.raises(UserError, match=f"--model {source}: there is no such folder"):
+        weights.load(source)
+
+
+def test_an_unreachable_hub_is_reported_with_the_remedy():
+    with pytest.raises(UserError, match="Cannot fetch owner/name .* pass a local folder"):
+        weights.load("owner/name")
