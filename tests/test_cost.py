@@ -1,0 +1,96 @@
+"""What an update may compute and hold: read off the program, not the clock."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from jax.extend import core as jex
+
+import loft_jax
+
+M, N, R = 4096, 3072, 4
+
+
+def params_of(layers: int = 1, m: int = M, n: int = N) -> dict:
+    shape = jax.ShapeDtypeStruct
+    return {
+        f"layer_{k}": {
+            "lora_a": shape((m, R), jnp.float32),
+            "lora_b": shape((R, n), jnp.float32),
+        }
+        for k in range(layers)
+    }
+
+
+def program(params: dict, **options) -> jex.Jaxpr:
+    tx = loft_jax.loft_adamw(1e-3, **options)
+    state = jax.eval_shape(tx.init, params)
+    return jax.make_jaxpr(tx.update)(params, state, params).jaxpr
+
+
+def equations(jaxpr: jex.Jaxpr):
+    """All equations of a program, those of inner programs included."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+        ):
+            if hasattr(inner, "eqns"):
+                yield from equations(inner.jaxpr if hasattr(inner, "jaxpr") else inner)
+
+
+def largest(jaxpr: jex.Jaxpr) -> int:
+    return max(math.prod(v.aval.shape) for e in equations(jaxpr) for v in e.outvars)
+
+
+def branches(jaxpr: jex.Jaxpr) -> list[list[str]]:
+    """The names of the primitives in each branch of the program's one conditional."""
+    (conditional,) = [e for e in jaxpr.eqns if e.primitive.name == "cond"]
+    return [
+        [e.primitive.name for e in equations(branch.jaxpr)]
+        for branch in conditional.params["branches"]
+    ]
+
+
+def test_the_full_update_is_never_held_whole():
+    assert largest(program(params_of())) < M * N / 5
+
+
+def test_only_the_factor_that_moves_has_full_size_work():
+    jaxpr = program(params_of())
+    outside = [e.primitive.name for e in jaxpr.eqns]
+    assert "scan" not in outside
+    assert [names.count("scan") for names in branches(jaxpr)] == [1, 1]
+    both = program(params_of(), alternate=False)
+    assert [e.primitive.name for e in equations(both)].count("scan") == 2
+
+
+def test_the_factored_moment_does_nothing_larger_than_the_factors():
+    jaxpr = program(params_of(), second_moment="factored")
+    assert largest(jaxpr) <= (R + 1) * max(M, N)
+    assert "scan" not in [e.primitive.name for e in equations(jaxpr)]
+
+
+@pytest.mark.parametrize("second_moment", ["calibrated", "factored"])
+def test_the_mathematics_is_compiled_once_for_layers_that_are_alike(second_moment):
+    few, many = (
+        branches(program(params_of(layers, 64, 48), second_moment=second_moment))
+        for layers in (2, 20)
+    )
+    assert few == many
+
+
+@pytest.mark.parametrize(
+    ("second_moment", "width"), [("calibrated", R * (R + 1) // 2), ("factored", 2)]
+)
+def test_the_state_has_the_size_it_is_documented_to_have(second_moment, width):
+    state = jax.eval_shape(
+        loft_jax.scale_by_loft_adam(second_moment=second_moment).init, params_of()
+    )
+    size = sum(math.prod(x.shape) for x in jax.tree.leaves(state[2:]))
+    assert size == (M + N) * (2 * R + width)
+    plain = optax.scale_by_adam().init(params_of())
+    lora = sum(math.prod(x.shape) for x in jax.tree.leaves((plain.mu, plain.nu)))
+    assert (second_moment == "factored") == (size <= 1.25 * lora)
