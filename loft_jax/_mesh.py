@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 
 
 def in_auto_axes(fn: Callable[..., Any], *args: Any, out_like: Any) -> Any:
@@ -28,7 +28,9 @@ def in_auto_axes(fn: Callable[..., Any], *args: Any, out_like: Any) -> Any:
         # Python numbers go round: traced, they would be rounded to float32.
         return fn(*treedef.unflatten([arrays.get(k, x) for k, x in enumerate(leaves)]))
 
-    shardings = jax.tree.map(lambda x: jax.typeof(x).sharding, out_like)
+    mesh = next(jax.typeof(x).sharding.mesh for x in arrays.values() if _is_explicit(x))
+    # Scalars made outside of `jax.set_mesh` are on no mesh yet.
+    shardings = jax.tree.map(lambda x: NamedSharding(mesh, jax.typeof(x).sharding.spec), out_like)
     return jax.sharding.auto_axes(on_arrays, out_sharding=shardings)(arrays)
 
 

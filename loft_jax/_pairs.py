@@ -11,7 +11,6 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 
@@ -163,7 +162,7 @@ class PairedTree(NamedTuple):
     pairs: tuple[Pair, ...]
 
 
-def find_pairs(params: chex.ArrayTree, pairs: LoraPairs | None = None) -> PairedTree:
+def find_pairs(params: Any, pairs: LoraPairs | None = None) -> PairedTree:
     """Finds the low-rank pairs among the leaves of ``params``.
 
     Args:

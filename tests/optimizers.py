@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from loft_jax import LoraPairs, clip_by_projected_global_norm, loft_adamw, scale_by_loft_adam
 
@@ -52,11 +53,28 @@ def random_like(tree: Any, seed: int) -> Any:
 def small_params() -> Any:
     """Two equal layers, which the optimizers stack, and a head outside pairs."""
     layer = {"lora_a": jnp.zeros((6, 2)), "lora_b": jnp.zeros((2, 5))}
-    return random_like({"layers": [layer, layer], "head": jnp.zeros((5, 3))}, 0)
+    return random_like({"head": jnp.zeros((5, 3)), "layer0": layer, "layer1": layer}, 0)
 
 
 def small_gradients(params: Any, steps: int = 4) -> list[Any]:
     return [random_like(params, seed) for seed in range(1, steps + 1)]
+
+
+@functools.cache
+def quick(make: functools.partial, **options: Any) -> optax.GradientTransformation:
+    """An optimizer of the table with its update compiled once for all tests.
+
+    It stays compiled under `jax.disable_jit`, so that wrappers can run operation by operation
+    around it: to compile every wrapper of every optimizer would take minutes.
+    """
+    tx = make(**options)
+    jitted = jax.jit(tx.update)
+
+    def update(*args):
+        with jax.disable_jit(False):
+            return jitted(*args)
+
+    return optax.GradientTransformation(tx.init, update)
 
 
 def train(
@@ -69,8 +87,7 @@ def train(
     """Applies gradients one after another; returns the last parameters and state.
 
     The step is first traced as `jax.jit` would, to see that no type changes from step to step. Its
-    numbers are then computed operation by operation: compiling every wrapper of every optimizer
-    would take minutes, and the tests of `jax.jit` itself do compile.
+    numbers are then computed operation by operation, but for what is compiled already.
     """
     state = tx.init(params) if state is None else state
 
@@ -87,7 +104,7 @@ def train(
 
 def types(tree: Any) -> Any:
     """Shape, dtype and weakness of each leaf."""
-    return jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), tree)
+    return jax.tree.map(lambda x: f"{x.dtype}{x.shape}{'w' * x.weak_type}", tree)
 
 
 def assert_trees_close(actual: Any, expected: Any, rtol: float = 1e-4, atol: float = 1e-5) -> None:
@@ -109,3 +126,19 @@ def _in_pairs(actual: Any, expected: Any) -> list[tuple[str, Any, Any]]:
     with_paths = jax.tree_util.tree_leaves_with_path(actual)
     others = jax.tree.leaves(expected)
     return [(jax.tree_util.keystr(p), x, y) for (p, x), y in zip(with_paths, others, strict=True)]
+
+
+every_optimizer = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
+
+# One optimizer for each kind of state, for tests that compile much and depend on little else.
+_leaf_types = lambda make: frozenset(jax.tree.leaves(types(make().init(small_params()))))
+_kinds = {_leaf_types(make): name for name, make in OPTIMIZERS.items()}.values()
+every_kind = pytest.mark.parametrize("make", [OPTIMIZERS[name] for name in _kinds], ids=_kinds)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def hasty_compiler():
+    """For a module that imports it: compiles programs that run once with little optimization."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
