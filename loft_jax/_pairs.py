@@ -82,17 +82,23 @@ class LoraPairs:
             hash((self.rules, self.axes, self.scale))
         except TypeError as error:
             raise TypeError(f"LoraPairs takes tuples, not lists or dicts: {self}") from error
+        for name, entries in (("rules", self.rules), ("axes", _entries(self.axes)),
+                              ("scale", _entries(self.scale))):  # fmt: skip
+            for entry in entries:
+                if not (isinstance(entry, tuple) and len(entry) == 2):
+                    raise ValueError(
+                        f"LoraPairs: {name} is a tuple of pairs, each with a regex first (mind the "
+                        f"comma after a single pair), got {entry!r} in it"
+                    )
         patterns = [pattern for rule in self.rules for pattern in rule]
-        patterns += [entry[0] for entry in (*_entries(self.axes), *_entries(self.scale))]
+        patterns += [regex for regex, _ in (*_entries(self.axes), *_entries(self.scale))]
         for pattern in patterns:
             try:
                 re.compile(pattern)
-            except re.error as error:
+            except (re.error, TypeError) as error:
                 raise ValueError(
                     f"LoraPairs: {pattern!r} is no regular expression: {error}"
                 ) from error
-        if any(len(rule) != 2 for rule in self.rules):
-            raise ValueError(f"LoraPairs: each rule is (regex of a, regex of b), got {self.rules}")
         for _, scale in _entries(self.scale):
             if not math.isfinite(scale) or scale == 0:
                 raise ValueError(f"LoraPairs: a scale must be finite and not zero, got {scale}")
