@@ -68,7 +68,8 @@ def scale_by_loft_adam(
       alternate: False moves both factors from the same point at every step (ablation of block 1).
       moves_first: the factor that moves first, "a" or "b". Choose the zero-initialised one: the
         other has no gradient until its partner has moved.
-      mu_dtype: dtype of the first moment's state; None for the dtype of the computation.
+      mu_dtype: dtype of the first moment's state; None for the dtype of the computation. Under
+        `optax.inject_hyperparams`, which takes a dtype object for a schedule, give its name.
       pairs: how to find the pairs; None for the defaults of `LoraPairs`.
 
     Returns:
