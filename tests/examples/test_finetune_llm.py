@@ -83,9 +83,17 @@ def test_loft_leaves_its_results(finished):
     assert_results(*finished, leaves=2 * 2)  # the factors of q and up
 
 
-@pytest.mark.parametrize(("method", "leaves"), [("lora", 4), ("full", 11)])
-def test_the_baselines_leave_the_same_results(arguments, tmp_path, capsys, method, leaves):
-    assert run(*arguments, "--method", method, "--output", tmp_path / "out") == 0
+@pytest.mark.parametrize(
+    ("flags", "leaves"),
+    [
+        (("--second-moment", "factored"), 4),
+        (("--method", "lora"), 4),
+        (("--method", "full"), 11),
+    ],
+    ids=["factored", "lora", "full"],
+)
+def test_other_methods_leave_the_same_results(arguments, tmp_path, capsys, flags, leaves):
+    assert run(*arguments, *flags, "--output", tmp_path / "out") == 0
     assert_results(tmp_path / "out", capsys.readouterr().out, leaves)
 
 
