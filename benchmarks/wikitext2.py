@@ -4,8 +4,9 @@
 
 Twenty steps of 4 x 128 tokens from the validation split, loss on windows of the test split; rank 4
 on Q, K, V, Up, Down; warm-up over 10 % of the steps, then linear decay to zero; clipping at 1, no
-weight decay. About 80 s a run on two CPU cores, 39 runs. Results are appended to a JSON-lines file,
-and runs that it has are not made again; then the table is printed and the figure drawn.
+weight decay. About 80 s a run on two CPU cores. Results are appended to a JSON-lines file, and runs
+that it has are not made again; then the table is printed and the figure drawn. To save time, search
+the rates with `--seeds 0` and give the best ones more seeds with `--rates`.
 """
 
 import argparse
@@ -33,8 +34,8 @@ from loft_jax import LoraAxes, LoraPairs
 FULL_RATES = (1e-4, 3e-4, 1e-3)
 RATES = {
     "full": FULL_RATES,
-    "loft calibrated": FULL_RATES,
-    "loft factored": FULL_RATES,
+    "loft calibrated": (*FULL_RATES, 3e-3),
+    "loft factored": (*FULL_RATES, 3e-3),
     "lora": (1e-3, 3e-3, 1e-2, 3e-2),
 }
 LABELS = {
@@ -199,6 +200,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=4)
     parser.add_argument("--windows", type=int, default=48, help="test windows of 128 tokens")
     parser.add_argument("--results", type=Path, default=RESULTS / "wikitext2.jsonl")
+    parser.add_argument("--figure", type=Path, help="default: beside the results")
     options = parser.parse_args()
     if options.train and options.test:
         run_all(options)
@@ -206,7 +208,7 @@ def main() -> None:
         parser.error("give --train and --test: the two text files of WikiText-2")
     records = read(options.results)
     print_table(records)
-    draw(records, options.results.with_suffix(".png"))
+    draw(records, options.figure or options.results.with_suffix(".png"))
 
 
 if __name__ == "__main__":

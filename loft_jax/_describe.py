@@ -9,13 +9,16 @@ from loft_jax._factored import factored_width
 from loft_jax._moments import packed_size
 from loft_jax._pairs import LoraPairs, find_pairs
 
+_SHOWN = 6  # leaves outside pairs that are named
+
 
 def describe_pairs(params: chex.ArrayTree, pairs: LoraPairs | None = None) -> None:
     """Prints the low-rank pairs found in ``params``, and what their optimizer state takes.
 
     One line a pair: its path, the shapes of ``U`` and ``V`` (``W = W0 + scale * U V^T``), its batch
     axes, its scale, and the bytes of its state with the calibrated and with the factored second
-    moment (basis, first and second moment of both factors). Then the totals.
+    moment (basis, first and second moment of both factors, at the default ``mu_dtype``). Then the
+    totals, and the first of the leaves that are no factors and get plain AdamW.
 
     Args:
       params: a pytree of arrays or `jax.ShapeDtypeStruct`.
@@ -29,7 +32,7 @@ def describe_pairs(params: chex.ArrayTree, pairs: LoraPairs | None = None) -> No
       >>> describe_pairs(params)
       pair         U     V  batch  scale  calibrated  factored
       q/lora_a  64×4  32×4      -      1      6.9 kB    3.8 kB
-      pairs: 1, with 384 parameters; outside pairs: 0
+      pairs: 1 with 384 parameters
       state of the pairs: calibrated 6.9 kB, factored 3.8 kB
     """
     tree = find_pairs(params, pairs)
@@ -53,8 +56,13 @@ def describe_pairs(params: chex.ArrayTree, pairs: LoraPairs | None = None) -> No
         cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
         print("  ".join([row[0].ljust(widths[0]), *cells]))
     inside = {position for pair in tree.pairs for position in (pair.a, pair.b)}
-    outside = sum(math.prod(jnp.shape(x)) for k, x in enumerate(tree.leaves) if k not in inside)
-    print(f"pairs: {len(rows)}, with {parameters:,} parameters; outside pairs: {outside:,}")
+    outside = [k for k in range(len(tree.leaves)) if k not in inside]
+    print(f"pairs: {len(rows)} with {parameters:,} parameters")
+    if outside:
+        # By name: an adapter that was not recognised would be trained by plain AdamW.
+        count = sum(math.prod(jnp.shape(tree.leaves[k])) for k in outside)
+        names = ", ".join(tree.paths[k] for k in outside[:_SHOWN]) + ", …" * (len(outside) > _SHOWN)
+        print(f"outside pairs: {len(outside)} leaves with {count:,} parameters: {names}")
     print(f"state of the pairs: calibrated {_bytes(totals[0])}, factored {_bytes(totals[1])}")
 
 

@@ -90,7 +90,6 @@ def factored_adam_direction(
     state: Float[Array, "m width"],
     q: Float[Array, "n r"],
     step: AdamStep,
-    copies: int = 1,
 ) -> Float[Array, "m r"]:
     """Returns ``D @ q`` for the Adam direction with the factored second moment.
 
@@ -110,7 +109,6 @@ def factored_adam_direction(
       Array([[ 1., -1.]], dtype=float32)
     """
     m, n = mu.shape[0], q.shape[0]
-    del copies  # no blocks to size: nothing here is larger than the factors
     rows, gram = unpack_factored(state / step.correction2, q.shape[1])
     columns = jnp.sum((q @ gram) * q, axis=1)
     of_row = jnp.sqrt(_raise_to_rounding(rows) / n) + step.eps

@@ -39,7 +39,7 @@ def packed_quadratic(q: Float[Array, "n r"]) -> Float[Array, "n t"]:
       Array([[ 4., 12.,  9.]], dtype=float32)
     """
     row, col = np.triu_indices(q.shape[-1])
-    return packed_outer(q) * jnp.asarray(np.where(row == col, 1.0, 2.0), q.dtype)
+    return packed_outer(q) * jnp.asarray(np.where(row == col, 1.0, 2.0), q.dtype)[None, :]
 
 
 def packed_congruence(transport: Float[Array, "r r"]) -> Float[Array, "t t"]:
@@ -68,6 +68,11 @@ def accumulate_cross_terms(
 ) -> Float[Array, "m t"]:
     """Adds a gradient to transported cross terms (eq. 12, second term)."""
     return b2 * cross + (1 - b2) * packed_outer(h)
+
+
+def as_scalar(x: float | jax.Array, dtype: jax.typing.DTypeLike) -> float | jax.Array:
+    """Returns a number as Python's, which promotes nothing; an array in ``dtype``."""
+    return float(x) if isinstance(x, (int, float, np.generic)) else jnp.asarray(x, dtype)
 
 
 class AdamStep(NamedTuple):
@@ -108,13 +113,16 @@ def adam_step(
       7.27
     """
     k = jnp.asarray(count, dtype)
+    b1, b2, eps = (as_scalar(x, dtype) for x in (b1, b2, eps))
     correction1, correction2 = _one_minus_power(b1, k), _one_minus_power(b2, k)
+    rest1, rest2 = jnp.asarray(1 - b1, dtype), jnp.asarray(1 - b2, dtype)  # not rounded first
     b1, b2 = jnp.asarray(b1, dtype), jnp.asarray(b2, dtype)
     # b2 = 0 forgets all gradients but the last: bounded only if the first moment does too.
     ratio = jnp.where(b2 > 0, b1**2 / jnp.where(b2 > 0, b2, 1), jnp.where(b1 > 0, jnp.inf, 0))
-    series = jnp.where(ratio == 1, k, (1 - ratio**k) / jnp.where(ratio == 1, 1, 1 - ratio))
+    finite = jnp.where(jnp.isfinite(ratio) & (ratio != 1), ratio, 0)
+    series = jnp.where(ratio == 1, k, (1 - finite**k) / (1 - finite))
     series = jnp.where(jnp.isfinite(ratio), series, jnp.inf)
-    squared = ((1 - b1) / correction1) ** 2 * (correction2 / (1 - b2)) * series
+    squared = (rest1 / correction1) ** 2 * (correction2 / rest2) * series
     # The closed form itself rounds; a bound a hair too tight would bend exact steps.
     slack = 1 + 16 * jnp.finfo(dtype).eps
     return AdamStep(correction1, correction2, jnp.sqrt(squared) * slack, eps)

@@ -44,6 +44,10 @@ class LoraAxes:
     rank_a: int = -1
     rank_b: int | None = None
 
+    def __post_init__(self):
+        if not isinstance(self.batch, tuple):
+            raise TypeError(f"LoraAxes: batch is a tuple of axes, (0,) for one, got {self.batch!r}")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraPairs:
@@ -59,7 +63,8 @@ class LoraPairs:
         matches the path of ``a`` counts. None: two-dimensional factors, any number of equal
         leading batch axes, or one factor with several row axes; else an error asks for them.
       scale: the adapter's own factor, ``alpha / r`` (``alpha / sqrt(r)`` for rsLoRA), one number
-        for all pairs or ``(regex, number)`` entries as for ``axes`` (1 where none matches).
+        for all pairs or ``(regex, number)`` entries as for ``axes`` (1 where none matches;
+        `describe_pairs` shows what each pair got).
 
     Raises:
       ValueError: a rule is no pair of valid expressions, or a scale is zero or not finite.
@@ -81,15 +86,16 @@ class LoraPairs:
         try:
             hash((self.rules, self.axes, self.scale))
         except TypeError as error:
-            raise TypeError(f"LoraPairs takes tuples, not lists or dicts: {self}") from error
-        for name, entries in (("rules", self.rules), ("axes", _entries(self.axes)),
-                              ("scale", _entries(self.scale))):  # fmt: skip
-            for entry in entries:
-                if not (isinstance(entry, tuple) and len(entry) == 2):
-                    raise ValueError(
-                        f"LoraPairs: {name} is a tuple of pairs, each with a regex first (mind the "
-                        f"comma after a single pair), got {entry!r} in it"
-                    )
+            raise TypeError(
+                f"LoraPairs takes tuples and numbers, not lists, dicts or arrays: {self}"
+            ) from error
+        fields = {"rules": self.rules, "axes": _entries(self.axes), "scale": _entries(self.scale)}
+        for name, entries in fields.items():
+            if any(not isinstance(entry, tuple) or len(entry) != 2 for entry in entries):
+                raise ValueError(
+                    f"LoraPairs: {name} is a tuple of pairs, each with a regex first (mind the "
+                    f"comma after a single pair), got {entries!r}"
+                )
         patterns = [pattern for rule in self.rules for pattern in rule]
         patterns += [regex for regex, _ in (*_entries(self.axes), *_entries(self.scale))]
         for pattern in patterns:
@@ -222,10 +228,12 @@ def path_string(path: Sequence[Any]) -> str:
 
 
 def _check_dtypes(paths: Sequence[str], leaves: Sequence[Any]) -> None:
+    kinds = [leaf.dtype if hasattr(leaf, "dtype") else type(leaf) for leaf in leaves]
     bad = [
-        f"{path}: {jnp.result_type(leaf)}"
-        for path, leaf in zip(paths, leaves, strict=True)
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+        f"{path}: {getattr(kind, '__name__', kind)}"
+        for path, kind in zip(paths, kinds, strict=True)
+        if kind is not float
+        and not (hasattr(kind, "itemsize") and jnp.issubdtype(kind, jnp.floating))
     ]
     if bad:
         raise TypeError(
@@ -299,6 +307,8 @@ def _read_pair(
         )
     m = math.prod(shape_a[axis] for axis in layout_a.rows)
     n = math.prod(shape_b[axis] for axis in layout_b.rows)
+    if min(m, n, *batch, 1) == 0:
+        raise ValueError(f"{where}: an axis of length zero leaves nothing to train")
     if r > max(m, n) or r == 0:
         raise ValueError(
             f"{where}: rank {r} must be at least 1 and at most {max(m, n)}, the larger side of the "

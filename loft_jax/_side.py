@@ -43,7 +43,8 @@ SECOND_MOMENTS: dict[str, SecondMoment] = {
         _factored.factored_width,
         _factored.transport_factored,
         _factored.accumulate_factored,
-        _factored.factored_adam_direction,
+        # No blocks to size: nothing here is larger than the factors.
+        lambda mu, nu, q, step, copies: _factored.factored_adam_direction(mu, nu, q, step),
     ),
 }
 
@@ -74,6 +75,7 @@ def advance_moments(
     second: SecondMoment,
 ) -> Moments:
     """Carries the moments into the new basis and adds the gradient (blocks 3 and 4)."""
+    b1, b2 = (_moments.as_scalar(b, before.nu.dtype) for b in (b1, b2))
     mu = b1 * (before.mu @ transport) + (1 - b1) * h
     return Moments(mu, second.accumulate(second.transport(before.nu, transport), h, b2))
 

@@ -463,6 +463,32 @@ def test_a_state_of_another_rank_is_refused(make):
         quick(make).update(wider, state, wider)
 
 
+def test_a_state_of_the_other_second_moment_is_refused():
+    params = small_params()
+    state = quick(OPTIMIZERS["scale_by_loft_adam"]).init(params)
+    with pytest.raises(ValueError, match="layer0/lora_a .* of second_moment"):
+        quick(OPTIMIZERS["scale_by_loft_adam_factored"]).update(params, state, params)
+
+
+@every_optimizer
+def test_arguments_of_other_transformations_are_taken(make):
+    params = small_params()
+    updates, _ = make().update(params, make().init(params), params, value=1.0)
+    assert jax.tree.structure(updates) == jax.tree.structure(params)
+
+
+@pytest.mark.parametrize("name", ["scale_by_loft_adam", "scale_by_loft_adam_factored"])
+@pytest.mark.parametrize("number", [np.float64, jnp.float64])
+def test_wide_hyperparameters_promote_nothing(name, number):
+    with jax.enable_x64(True):
+        params = jax.tree.map(lambda x: x.astype(jnp.float32), small_params())
+        tx = OPTIMIZERS[name](b1=number(0.9), b2=number(0.999), eps=number(1e-8))
+        state = tx.init(params)
+        updates, after = jax.eval_shape(tx.update, params, state, params)
+        assert types(after) == types(state)
+        assert types(updates) == types(params)
+
+
 @every_optimizer
 @pytest.mark.parametrize("leaf", [jnp.ones(3, jnp.int8), jnp.ones(3, complex), jnp.ones(3, bool)])
 def test_a_leaf_that_is_no_real_float_is_refused(make, leaf):

@@ -229,14 +229,15 @@ def test_the_first_scale_that_matches_counts():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"rules": [("a", "b")]}, TypeError, "tuples, not lists"),
-        ({"axes": [(".*", LoraAxes())]}, TypeError, "tuples, not lists"),
-        ({"axes": {".*": LoraAxes()}}, TypeError, "tuples, not lists"),
-        ({"scale": {".*": 2.0}}, TypeError, "tuples, not lists"),
+        ({"rules": [("a", "b")]}, TypeError, "not lists, dicts"),
+        ({"axes": [(".*", LoraAxes())]}, TypeError, "not lists, dicts"),
+        ({"axes": {".*": LoraAxes()}}, TypeError, "not lists, dicts"),
+        ({"scale": {".*": 2.0}}, TypeError, "not lists, dicts"),
         ({"rules": (("(", "b"),)}, ValueError, "'(' is no regular expression"),
         ({"rules": (("a", "b", "c"),)}, ValueError, "rules is a tuple of pairs"),
         ({"rules": ("a", "b")}, ValueError, "mind the comma"),
         ({"scale": (".*", 2.0)}, ValueError, "mind the comma"),
+        ({"scale": jnp.ones(())}, TypeError, "or arrays"),
         ({"axes": (".*", LoraAxes())}, ValueError, "mind the comma"),
         ({"axes": (("[", LoraAxes()),)}, ValueError, "'[' is no regular expression"),
         ({"scale": (("*", 1.0),)}, ValueError, "'*' is no regular expression"),
@@ -296,6 +297,7 @@ DESCRIPTION = """
 pair               U       V  batch  scale  calibrated  factored
 blocks/lora_a   64×4  4096×4     12      1      3.6 MB    2.0 MB
 q/lora_a       128×2    32×2      -    0.5      4.5 kB    3.8 kB
-pairs: 2, with 200,000 parameters; outside pairs: 30
+pairs: 2 with 200,000 parameters
+outside pairs: 1 leaves with 30 parameters: head
 state of the pairs: calibrated 3.6 MB, factored 2.0 MB
 """

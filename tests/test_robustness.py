@@ -113,6 +113,16 @@ def test_the_bound_is_what_cauchy_schwarz_gives():
     assert np.isinf(adam_step(3, 0.9, 0.0, 0.0, jnp.float32).bound)
 
 
+@pytest.mark.parametrize("b2", [0.9, 0.999, 0.9999, 0.999999])
+def test_the_bound_does_not_bend_the_first_step_in_float32(b2):
+    # At step 1 every ratio is 1, on the bound: full-rank Adam moves by the sign.
+    params = {"lora_a": jnp.eye(3), "lora_b": jnp.eye(3)}
+    g = jnp.asarray(np.random.default_rng(6).normal(size=(3, 3)), jnp.float32)
+    tx = loft_jax.scale_by_loft_adam(b2=b2)
+    updates, _ = tx.update({"lora_a": g, "lora_b": g}, tx.init(params), params)
+    np.testing.assert_allclose(updates["lora_b"], np.sign(g), atol=2e-6)
+
+
 @pytest.mark.parametrize("factored", [False, True], ids=["calibrated", "factored"])
 @pytest.mark.parametrize("size", [1e-6, 1e6])
 def test_in_float32_too_the_size_of_the_factors_does_not_matter(size, factored):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from loft_jax._basis import Basis
-from loft_jax._moments import AdamStep, adam_step
+from loft_jax._moments import AdamStep, adam_step, as_scalar
 from loft_jax._pairs import PairedTree
 from loft_jax._side import (
     Moments,
@@ -141,6 +141,7 @@ def _adam(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Adam's own direction and moments, for a leaf outside pairs."""
     g = gradient.astype(nu.dtype)
+    b1, b2 = as_scalar(b1, nu.dtype), as_scalar(b2, nu.dtype)
     first = b1 * mu.astype(nu.dtype) + (1 - b1) * g
     nu = b2 * nu + (1 - b2) * g * g
     direction = first / step.correction1 / (jnp.sqrt(nu / step.correction2) + step.eps)

@@ -19,8 +19,8 @@ from loft_jax.transforms._adam_step import (
     zero_state,
 )
 from loft_jax.transforms._factors import (
-    check_bases,
     check_gradients,
+    check_state,
     leaves_like,
     require_params,
 )
@@ -36,10 +36,10 @@ def scale_by_loft_adam(
     second_moment: SecondMomentName = "calibrated",
     calibrate: bool = True,
     alternate: bool = True,
-    moves_first: _alternation.Factor = "b",
+    moves_first: _alternation.FactorName = "b",
     mu_dtype: jax.typing.DTypeLike | None = None,
     pairs: LoraPairs | None = None,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     r"""The core of LoFT-AdamW, without learning rate and weight decay, for chaining.
 
     For the pair :math:`W = W_0 + s U V^\top`, with :math:`sV = Q L^\top` and
@@ -61,15 +61,17 @@ def scale_by_loft_adam(
       b2: decay rate of the second moment.
       eps: added to the denominator, outside the square root.
       second_moment: "calibrated", the paper's, with ``r (r + 1) / 2`` cross terms a row, or
-        "factored", Adafactor's rank-one estimate formed exactly in the basis: a state of LoRA's
-        own size and no ``m x n`` work.
+        "factored", Adafactor's rank-one estimate formed exactly in the basis: about the state of
+        LoRA's own AdamW (two numbers a row in place of ``r``, beside ``basis``) and no ``m x n``
+        work.
       calibrate: False leaves the moments in the coordinates of the raw factors (the paper's
         ablation of blocks 3 and 4).
       alternate: False moves both factors from the same point at every step (ablation of block 1).
       moves_first: the factor that moves first, "a" or "b". Choose the zero-initialised one: the
         other has no gradient until its partner has moved.
       mu_dtype: dtype of the first moment's state; None for the dtype of the computation. Under
-        `optax.inject_hyperparams`, which takes a dtype object for a schedule, give its name.
+        `optax.inject_hyperparams`, which takes a dtype object for a schedule, give its name (and
+        there, with bfloat16 parameters, ``hyperparam_dtype=jnp.float32``, as for any optimizer).
       pairs: how to find the pairs; None for the defaults of `LoraPairs`.
 
     Returns:
@@ -95,7 +97,7 @@ def scale_by_loft_adam(
       >>> bool((updates["lora_a"] == 0).all())
       True
     """
-    if second_moment not in SECOND_MOMENTS:
+    if second_moment not in tuple(SECOND_MOMENTS):
         names = ", ".join(map(repr, SECOND_MOMENTS))
         raise ValueError(f"second_moment must be one of {names}, got {second_moment!r}")
     _alternation.check_moves_first(moves_first)
@@ -119,9 +121,11 @@ def scale_by_loft_adam(
         gradients = leaves_like(tree, updates, "gradients")
         check_gradients(tree, gradients)
         before = ScaleByLoftAdamState(
-            state.count, state.turn, *(leaves_like(tree, field, "states") for field in state[2:])
+            state.count,
+            state.turn,
+            *(leaves_like(tree, field, "states") for field in (state.basis, state.mu, state.nu)),
         )
-        check_bases(tree, before.basis)
+        check_state(tree, before.basis, before.nu, options.second.width)
         directions, after = in_auto_axes(
             functools.partial(loft_adam_step, tree, options),
             tree.leaves,
@@ -131,11 +135,11 @@ def scale_by_loft_adam(
             out_like=(tree.leaves, before),
         )
         unflatten = tree.treedef.unflatten
-        return unflatten(directions), ScaleByLoftAdamState(
-            after.count, after.turn, *(unflatten(field) for field in after[2:])
+        return unflatten(directions), after._replace(
+            basis=unflatten(after.basis), mu=unflatten(after.mu), nu=unflatten(after.nu)
         )
 
-    return optax.GradientTransformation(init, update)
+    return optax.with_extra_args_support(optax.GradientTransformation(init, update))
 
 
 def loft_adamw(
@@ -143,16 +147,16 @@ def loft_adamw(
     b1: float | jax.Array = 0.9,
     b2: float | jax.Array = 0.999,
     eps: float | jax.Array = 1e-8,
-    weight_decay: float | jax.Array = 1e-4,
+    weight_decay: optax.ScalarOrSchedule = 1e-4,
     *,
     second_moment: SecondMomentName = "calibrated",
     calibrate: bool = True,
     alternate: bool = True,
-    moves_first: _alternation.Factor = "b",
+    moves_first: _alternation.FactorName = "b",
     mask: Any | Callable[[optax.Params], Any] | None = None,
     mu_dtype: jax.typing.DTypeLike | None = None,
     pairs: LoraPairs | None = None,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     r"""LoFT-AdamW: low-rank adaptation that follows full fine-tuning with AdamW.
 
     The drop-in for `optax.adamw` on the adapters of a model. The factor whose turn it is, say
@@ -160,11 +164,14 @@ def loft_adamw(
     `scale_by_loft_adam`; the other rests, and does not decay either. Learning rates are those of
     full fine-tuning, not LoRA's larger ones: start from there.
 
+    The arguments that it shares with `optax.adamw` have the same names, defaults and meaning; give
+    those after ``eps`` by name, since that one has others in between.
+
     Args:
       learning_rate: a number or a schedule of the step.
       b1, b2, eps: as in `optax.adamw`.
-      weight_decay: decoupled, times the learning rate. It decays the adapter's part of the weight,
-        not the frozen base.
+      weight_decay: decoupled, times the learning rate; a number or a schedule. It decays the
+        adapter's part of the weight, not the frozen base.
       mask: a tree of booleans, or a function from parameters to one, of what to decay.
       second_moment, calibrate, alternate, moves_first, mu_dtype, pairs: see `scale_by_loft_adam`.
 
@@ -221,7 +228,7 @@ def loft_adamw(
         updates, rate_state = rate.update(updates, rate_state, params)
         return updates, (after, decay_state, rate_state)
 
-    return optax.GradientTransformation(init, update)
+    return optax.with_extra_args_support(optax.GradientTransformation(init, update))
 
 
 def _rest(

@@ -15,7 +15,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-Factor = Literal["a", "b"]
+FactorName = Literal["a", "b"]
 
 
 def check_moves_first(moves_first: str) -> None:

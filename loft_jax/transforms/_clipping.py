@@ -35,9 +35,9 @@ def clip_by_projected_global_norm(
     max_norm: float | jax.Array,
     *,
     alternate: bool = True,
-    moves_first: _alternation.Factor = "b",
+    moves_first: _alternation.FactorName = "b",
     pairs: LoraPairs | None = None,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     r"""Clips gradients by the norm of the full gradient's projection.
 
     The gradient of a factor depends on the size of its partner; what full fine-tuning would clip by
@@ -46,7 +46,7 @@ def clip_by_projected_global_norm(
     :math:`G P_V + P_U G`. All pairs and, as they are, the leaves outside them add up to one global
     norm, and all gradients are scaled by ``min(1, max_norm / norm)``.
 
-    Chain it before `loft_adamw`, inside the same wrappers (`optax.MultiSteps`,
+    Chain it directly before `loft_adamw`, inside the same wrappers (`optax.MultiSteps`,
     `optax.apply_if_finite`), with the same ``alternate``, ``moves_first`` and ``pairs``, so that
     both count the same turns.
 
@@ -102,7 +102,7 @@ def clip_by_projected_global_norm(
         )
         return tree.treedef.unflatten(clipped), ClipByProjectedGlobalNormState(turn)
 
-    return optax.GradientTransformation(init, update)
+    return optax.with_extra_args_support(optax.GradientTransformation(init, update))
 
 
 @jax.default_matmul_precision("highest")

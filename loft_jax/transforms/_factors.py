@@ -42,8 +42,8 @@ class Group(NamedTuple):
     """Pairs that differ in nothing but their layer: computed as one batch.
 
     Program size and compile time then follow the number of different adapters of a layer, not of
-    layers. Only paths that differ in their numbers are stacked: they can be expected to be sharded
-    alike, where two weights of one shape may not be (a column- and a row-parallel projection).
+    layers. Only paths that differ in nothing but numbers are stacked: layers of one kind, which are
+    sharded alike, where weights of one shape need not be (a column- and a row-parallel one).
 
     Attributes:
       a, b: the two factors.
@@ -103,9 +103,9 @@ def leaves_outside(tree: PairedTree) -> list[int]:
     return [k for k in range(len(tree.leaves)) if k not in inside]
 
 
-def compute_dtype(*arrays: Any) -> jnp.dtype:
-    """The dtype to compute and keep state in: the arrays' own, but at least float32."""
-    return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
+def compute_dtype(array: Any) -> jnp.dtype:
+    """The dtype to compute and keep state in: the array's own, but at least float32."""
+    return jnp.promote_types(jnp.result_type(array), jnp.float32)
 
 
 def leaves_like(tree: PairedTree, other: optax.Params, name: str) -> list[Any]:
@@ -127,24 +127,38 @@ def leaves_like(tree: PairedTree, other: optax.Params, name: str) -> list[Any]:
 def check_gradients(tree: PairedTree, gradients: Sequence[Any]) -> None:
     """Raises ValueError where a gradient is missing or has another shape than its parameter."""
     for path, leaf, gradient in zip(tree.paths, tree.leaves, gradients, strict=True):
-        shape = getattr(gradient, "shape", None)
-        if shape != jnp.shape(leaf):
-            found = f"has shape {shape}" if shape is not None else f"is {type(gradient).__name__}"
+        is_array = hasattr(gradient, "shape") or isinstance(gradient, float)
+        if not is_array or jnp.shape(gradient) != jnp.shape(leaf):
+            found = (
+                f"has shape {jnp.shape(gradient)}" if is_array else f"is {type(gradient).__name__}"
+            )
             raise ValueError(
                 f"The gradient of {path} {found}, its parameter has shape {jnp.shape(leaf)}"
             )
 
 
-def check_bases(tree: PairedTree, bases: Sequence[Any]) -> None:
-    """Raises ValueError where the state is that of another rank, shape or choice of pairs."""
-    for k in (k for pair in tree.pairs for k in (pair.a, pair.b)):
-        shape = getattr(bases[k], "shape", None)
-        if shape != jnp.shape(tree.leaves[k]):
-            raise ValueError(
-                f"The state of {tree.paths[k]} is not for a factor of shape "
-                f"{jnp.shape(tree.leaves[k])} but for {shape or 'no factor'}: after a change of "
-                "rank or of the pairs make it anew with init"
-            )
+def check_state(
+    tree: PairedTree,
+    basis: Sequence[Any],
+    nu: Sequence[Any],
+    width: Callable[[int, int], int],
+) -> None:
+    """Raises ValueError where the state is that of another rank, shape, method or choice of pairs.
+
+    ``width(rows, r)`` is the number of second-moment entries per row that the method keeps.
+    """
+    for pair in tree.pairs:
+        for k, layout, rows in ((pair.a, pair.layout_a, pair.m), (pair.b, pair.layout_b, pair.n)):
+            shape = jnp.shape(tree.leaves[k])
+            rank = layout.rank
+            of_nu = (*shape[:rank], width(rows, pair.r), *shape[rank + 1 :])
+            found = [getattr(x, "shape", None) for x in (basis[k], nu[k])]
+            if found != [shape, of_nu]:
+                raise ValueError(
+                    f"The state of {tree.paths[k]} is not for a factor of shape {shape}: its basis "
+                    f"and second moment have shapes {found}, not {[shape, of_nu]}. After a change "
+                    "of rank, of second_moment or of the pairs, make it anew with init"
+                )
 
 
 def require_params(params: optax.Params | None) -> optax.Params:
