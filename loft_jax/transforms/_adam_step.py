@@ -194,16 +194,19 @@ def _move(
         )
         return group.over_batch(direction_of)(*side)
 
-    def move(which: str) -> list[list[jax.Array]]:
+    def directions(moving: tuple[bool, bool]) -> list[list[jax.Array]]:
         return [
             [
-                direction(group, step, side) if name in which else jnp.zeros_like(side.moments.mu)
-                for name, side in zip("ab", both, strict=True)
+                direction(group, step, side) if moves else jnp.zeros_like(side.moments.mu)
+                for moves, side in zip(moving, both, strict=True)
             ]
             for group, both, step in zip(groups, advanced, steps, strict=True)
         ]
 
     if not options.alternate:
-        return move("ab")
-    moves_a = _alternation.a_moves(turn, options.moves_first)
-    return jax.lax.cond(moves_a, lambda: move("a"), lambda: move("b"))
+        return directions((True, True))
+    return jax.lax.cond(
+        _alternation.a_moves(turn, options.moves_first),
+        lambda: directions((True, False)),
+        lambda: directions((False, True)),
+    )

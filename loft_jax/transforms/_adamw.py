@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from loft_jax._mesh import in_auto_axes
-from loft_jax._pairs import LoraPairs, find_pairs
+from loft_jax._pairs import LoraPairs, PairedTree, find_pairs
 from loft_jax._side import SECOND_MOMENTS
 from loft_jax.transforms import _alternation
 from loft_jax.transforms._adam_step import (
@@ -19,10 +19,9 @@ from loft_jax.transforms._adam_step import (
     zero_state,
 )
 from loft_jax.transforms._factors import (
-    check_gradients,
     check_state,
     leaves_like,
-    require_params,
+    read_arguments,
 )
 
 SecondMomentName = Literal["calibrated", "factored"]
@@ -117,9 +116,7 @@ def scale_by_loft_adam(
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.OptState]:
-        tree = find_pairs(require_params(params), pairs)
-        gradients = leaves_like(tree, updates, "gradients")
-        check_gradients(tree, gradients)
+        tree, gradients = read_arguments(params, updates, pairs)
         before = ScaleByLoftAdamState(
             state.count,
             state.turn,
@@ -224,7 +221,7 @@ def loft_adamw(
         updates, after = core.update(updates, core_state, params)
         updates, decay_state = decay.update(updates, decay_state, params)
         if alternate:
-            updates = _rest(updates, params, core_state.turn, moves_first, pairs)
+            updates = _rest(updates, find_pairs(params, pairs), core_state.turn, moves_first)
         updates, rate_state = rate.update(updates, rate_state, params)
         return updates, (after, decay_state, rate_state)
 
@@ -232,14 +229,9 @@ def loft_adamw(
 
 
 def _rest(
-    updates: optax.Params,
-    params: optax.Params | None,
-    turn: jax.Array,
-    moves_first: str,
-    pairs: LoraPairs | None,
-) -> optax.Params:
+    updates: optax.Updates, tree: PairedTree, turn: jax.Array, moves_first: str
+) -> optax.Updates:
     """Zeroes the updates of the factors that rest at this turn (their weight decay)."""
-    tree = find_pairs(require_params(params), pairs)
     leaves = leaves_like(tree, updates, "updates")
     moves_a = _alternation.a_moves(turn, moves_first)
     for pair in tree.pairs:

@@ -12,12 +12,10 @@ from loft_jax._pairs import LoraPairs, PairedTree, find_pairs
 from loft_jax._side import projected_gradient
 from loft_jax.transforms import _alternation
 from loft_jax.transforms._factors import (
-    check_gradients,
     compute_dtype,
     group_pairs,
-    leaves_like,
     leaves_outside,
-    require_params,
+    read_arguments,
 )
 
 
@@ -82,9 +80,7 @@ def clip_by_projected_global_norm(
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.OptState]:
-        tree = find_pairs(require_params(params), pairs)
-        gradients = leaves_like(tree, updates, "gradients")
-        check_gradients(tree, gradients)
+        tree, gradients = read_arguments(params, updates, pairs)
 
         def clip(params, gradients, turn, max_norm):
             moves_a = _alternation.a_moves(turn, moves_first) if alternate else None

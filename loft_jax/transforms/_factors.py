@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from loft_jax._basis import Basis, orthonormal_basis
-from loft_jax._pairs import FactorLayout, Pair, PairedTree
+from loft_jax._pairs import FactorLayout, LoraPairs, Pair, PairedTree, find_pairs
 
 
 class Factor(NamedTuple):
@@ -124,8 +124,21 @@ def leaves_like(tree: PairedTree, other: optax.Params, name: str) -> list[Any]:
         ) from error
 
 
-def check_gradients(tree: PairedTree, gradients: Sequence[Any]) -> None:
-    """Raises ValueError where a gradient is missing or has another shape than its parameter."""
+def read_arguments(
+    params: optax.Params | None, updates: optax.Updates, pairs: LoraPairs | None
+) -> tuple[PairedTree, list[Any]]:
+    """Returns the parameters with their pairs, and the gradients in the order of their leaves.
+
+    Raises:
+      ValueError: parameters that are missing or unpaired, a gradient that is missing or has another
+        shape than its parameter.
+    """
+    if params is None:
+        raise ValueError(
+            "LoFT works on the factors themselves: call update(grads, state, params) with params"
+        )
+    tree = find_pairs(params, pairs)
+    gradients = leaves_like(tree, updates, "gradients")
     for path, leaf, gradient in zip(tree.paths, tree.leaves, gradients, strict=True):
         is_array = hasattr(gradient, "shape") or isinstance(gradient, float)
         if not is_array or jnp.shape(gradient) != jnp.shape(leaf):
@@ -135,6 +148,7 @@ def check_gradients(tree: PairedTree, gradients: Sequence[Any]) -> None:
             raise ValueError(
                 f"The gradient of {path} {found}, its parameter has shape {jnp.shape(leaf)}"
             )
+    return tree, gradients
 
 
 def check_state(
@@ -159,12 +173,3 @@ def check_state(
                     f"and second moment have shapes {found}, not {[shape, of_nu]}. After a change "
                     "of rank, of second_moment or of the pairs, make it anew with init"
                 )
-
-
-def require_params(params: optax.Params | None) -> optax.Params:
-    """Raises ValueError where an update was called without parameters."""
-    if params is None:
-        raise ValueError(
-            "LoFT works on the factors themselves: call update(grads, state, params) with params"
-        )
-    return params
