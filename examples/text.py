@@ -118,6 +118,7 @@ def _read_text(path: Path) -> str:
 def _from_hub(source: str) -> list[str]:
     name, _, configuration = source.partition(":")
     try:
+        # Optional and large, so not among the extras: it may be missing where types are checked.
         from datasets import load_dataset  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise UserError(

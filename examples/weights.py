@@ -224,6 +224,7 @@ def _gguf_tokenizer(field: Callable[[str], Any]) -> Tokenizer:
     tokens = field("tokenizer.ggml.tokens")
     merges = [tuple(merge.split(" ")) for merge in field("tokenizer.ggml.merges")]
     vocabulary = {token: index for index, token in enumerate(tokens)}
+    # The stubs of tokenizers leave out the constructor of models.
     tokenizer = Tokenizer(models.BPE(vocabulary, merges))  # pyright: ignore[reportCallIssue]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

@@ -73,14 +73,13 @@ def test_loft_is_algorithm_1(shape, hyper, calibrate, assert_close):
 @pytest.mark.parametrize("decays", [(0.9, 0.999), (0.0, 0.0)])
 def test_full_rank_loft_is_adamw(decays, condition, moves_first, factored, assert_close):
     problem = Problem(8, 8, 8, seed=11, condition=condition)
-    hyper = Hyper(
-        b1=decays[0], b2=decays[1], moves_first=moves_first, factored=factored,
-        eps=0.0 if factored else 1e-8,
-    )  # fmt: skip
+    b1, b2 = decays
+    eps = 0.0 if factored else 1e-8
+    hyper = Hyper(b1=b1, b2=b2, eps=eps, moves_first=moves_first, factored=factored)
     # With b2 = 0 the step is the sign of the last gradient, from cross terms of rank one: entries
     # near zero lose digits to cancellation in any form of eq. (9).
-    tolerance = 1e-10 if decays[1] > 0 else 1e-8 if factored else 1e-6
-    name = "full rank is AdamW" + ", b2 = 0" * (decays[1] == 0) + ", factored" * factored
+    tolerance = 1e-10 if b2 > 0 else 1e-8 if factored else 1e-6
+    name = "full rank is AdamW" + ", b2 = 0" * (b2 == 0) + ", factored" * factored
     assert_close(run([problem], hyper, STEPS), [adamw(problem, hyper, STEPS)], tolerance, name)
 
 

@@ -42,6 +42,7 @@ def test_logits_are_those_recorded_from_hugging_face(case):
 
 @pytest.mark.parametrize("case", hugging_face.CASES)
 def test_logits_are_those_of_hugging_face(case):
+    # Gigabytes that the test extra leaves out: the recorded logits above always run.
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
     assert_same_logits(hugging_face.record(case))

@@ -44,7 +44,6 @@ def test_bfloat16_weights_are_computed_in_float32(folder):
 
 
 def test_gguf_gives_the_model_and_tokenizer_it_was_written_from(folder, tmp_path):
-    pytest.importorskip("gguf")
     write_gguf(tmp_path / "tiny.gguf")
     read, original = weights.read_gguf(tmp_path / "tiny.gguf"), weights.load(str(folder))
     np.testing.assert_allclose(read.build()(IDS), original.build()(IDS), rtol=1e-5, atol=1e-5)

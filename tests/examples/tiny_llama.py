@@ -21,7 +21,7 @@ def byte_tokenizer() -> Tokenizer:
     """A tokenizer of the 256 bytes, with one merge so that merges are exercised."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate([*alphabet[:-1], "th"])}
-    tokenizer = Tokenizer(models.BPE(vocabulary, [("t", "h")]))  # pyright: ignore
+    tokenizer = Tokenizer(models.BPE(vocabulary, [("t", "h")]))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Digits(individual_digits=True),
