@@ -35,6 +35,7 @@ from optimizers import hasty_compiler as hasty_compiler
 
 from loft_jax import LoraAxes, LoraPairs
 
+ADAMW = functools.partial(optax.adamw, learning_rate=0.1)
 is_masked = lambda x: isinstance(x, optax.MaskedNode)
 is_factor = lambda path: "lora" in jax.tree_util.keystr(path)
 labels = lambda params: jax.tree.map_with_path(
@@ -114,7 +115,8 @@ def test_multi_steps_is_one_step_on_the_mean(make, skip):
     assert_trees_close(state.inner_opt_state, inner)
 
 
-@every_optimizer
+# AdamW among them: what it owes its user here is what ours do.
+@pytest.mark.parametrize("make", [*OPTIMIZERS.values(), ADAMW], ids=[*OPTIMIZERS, "optax.adamw"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_apply_if_finite_skips_a_bad_gradient_as_if_it_never_came(make, bad):
     params, gradients = small_params(), small_gradients(small_params())
