@@ -12,6 +12,9 @@ TRAIN, HELD_OUT = "#6f94b5", "#c8553d"
 def draw_curve(records: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
     """Training loss (dots, and their running mean) and held-out perplexity, as a PNG.
 
+    The vertical axis is that of the two lines. Single batches scatter far more than a short
+    run learns, so the dots beyond it are left out: metrics.jsonl has them.
+
     Args:
         records: lines of metrics.jsonl; those with a `loss`, and those with an `eval_loss`.
         path: where to write the image.
@@ -47,7 +50,10 @@ def draw_curve(records: Sequence[Mapping[str, Any]], path: Path, title: str) -> 
     axes.set_xlabel("step")
     axes.set_ylabel("loss, nats a token")
     axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-    axes.margins(x=0.03, y=0.12)
+    shown = np.concatenate([means, held_out[:, 1]])
+    margin = max(np.ptp(shown), 0.1) * np.array([0.15, 0.4])  # above: room for the labels
+    axes.set_ylim(shown.min() - margin[0], shown.max() + margin[1])
+    axes.margins(x=0.03)
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="upper right", ncols=2)
