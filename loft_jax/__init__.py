@@ -17,5 +17,10 @@ from loft_jax.transforms._clipping import (
 from loft_jax.transforms._clipping import (
     clip_by_projected_global_norm as clip_by_projected_global_norm,
 )
+from loft_jax.transforms._momentum import ScaleByLoftMomentumState as ScaleByLoftMomentumState
+from loft_jax.transforms._momentum import loft_sgd as loft_sgd
+from loft_jax.transforms._momentum import scale_by_loft_momentum as scale_by_loft_momentum
+from loft_jax.transforms._muon import loft_muon as loft_muon
+from loft_jax.transforms._muon import scale_by_loft_muon as scale_by_loft_muon
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""One side of a pair: the moments of a factor, in the basis of its partner (blocks 2 to 5).
+"""One side of a pair: the moments of a factor, in the frame of its partner (blocks 3 to 5).
 
 Everything is written for a factor ``U`` (``m x r``) and its partner ``V`` (``n x r``) in
 ``W = W0 + scale * U V^T``; the side of ``V`` is the same function with the roles exchanged.
@@ -10,9 +10,9 @@ from typing import NamedTuple
 import jax
 from jaxtyping import Array, Float
 
-from loft_jax import _factored, _moments, _projection
-from loft_jax._basis import Basis
-from loft_jax._moments import AdamStep
+from loft_jax import _entrywise, _factored, _moments, _projection
+from loft_jax._frame import Frame, project, to_factor
+from loft_jax._moments import AdamStep, as_scalar
 
 
 class SecondMoment(NamedTuple):
@@ -20,16 +20,19 @@ class SecondMoment(NamedTuple):
 
     Attributes:
       width: ``(m, r) ->`` numbers of state per row of the factor.
-      transport: ``(nu, T) -> nu`` in the basis that ``T`` leads to.
+      transport: ``(nu, T) -> nu`` in the frame that ``T`` leads to.
       accumulate: ``(nu, h, b2) -> nu`` with one more gradient.
-      direction: ``(mu, nu, q, step, copies) -> D @ q``, the Adam direction projected on the basis;
-        ``copies`` of it are computed at once.
+      rebuild: ``(mu, nu, span, step, copies) -> D @ span``, with the Adam direction ``D`` (``m x
+        n``) of the full weight; ``copies`` of it are computed at once. None where the state does
+        not determine ``D``.
+      diagonal: ``(nu, r) -> (m, r)``, the second moment of each coordinate.
     """
 
     width: Callable[[int, int], int]
     transport: Callable[..., jax.Array]
     accumulate: Callable[..., jax.Array]
-    direction: Callable[..., jax.Array]
+    rebuild: Callable[..., jax.Array] | None
+    diagonal: Callable[..., jax.Array]
 
 
 SECOND_MOMENTS: dict[str, SecondMoment] = {
@@ -38,13 +41,22 @@ SECOND_MOMENTS: dict[str, SecondMoment] = {
         _moments.transport_cross_terms,
         _moments.accumulate_cross_terms,
         _projection.project_adam_direction,
+        _entrywise.diagonal_of_cross_terms,
     ),
     "factored": SecondMoment(
         _factored.factored_width,
         _factored.transport_factored,
         _factored.accumulate_factored,
         # No blocks to size: nothing here is larger than the factors.
-        lambda mu, nu, q, step, copies: _factored.factored_adam_direction(mu, nu, q, step),
+        lambda mu, nu, span, step, copies: _factored.factored_adam_direction(mu, nu, span, step),
+        _entrywise.diagonal_of_factored,
+    ),
+    "diagonal": SecondMoment(
+        lambda m, r: r,
+        lambda nu, transport: nu,  # Left behind when the frame turns: LoFT (simple).
+        lambda nu, h, b2: b2 * nu + (1 - b2) * h * h,
+        None,
+        lambda nu, r: nu,
     ),
 }
 
@@ -56,38 +68,56 @@ class Moments(NamedTuple):
     nu: Float[Array, "m width"]
 
 
-def projected_gradient(
-    gradient: Float[Array, "m r"], basis: Basis, scale: float
+def advance_momentum(
+    before: Float[Array, "m r"],
+    h: Float[Array, "m r"],
+    transport: Float[Array, "r r"] | None,
+    decay: float | jax.Array,
+    weight: float | jax.Array = 1.0,
 ) -> Float[Array, "m r"]:
-    """Returns ``h = G Q`` from ``gradient = G V scale``, so that ``G P_V = h Q^T`` (block 2).
+    """Returns ``decay * before @ transport + weight * h`` (block 3); no transport: left as it is.
 
-    The Frobenius norm of ``h`` is that of the projected full gradient (block 6).
+    Example:
+      >>> import jax.numpy as jnp
+      >>> m, h = jnp.array([[1.0, 2.0]]), jnp.array([[5.0, 5.0]])
+      >>> advance_momentum(m, h, jnp.diag(jnp.array([1.0, 0.0])), 0.5)
+      Array([[5.5, 5. ]], dtype=float32)
     """
-    return gradient @ basis.l_inv.T / scale
+    carried = before if transport is None else before @ transport
+    return decay * carried + weight * h
 
 
 def advance_moments(
     before: Moments,
     h: Float[Array, "m r"],
-    transport: Float[Array, "r r"],
+    transport: Float[Array, "r r"] | None,
     b1: float | jax.Array,
     b2: float | jax.Array,
     second: SecondMoment,
 ) -> Moments:
-    """Carries the moments into the new basis and adds the gradient (blocks 3 and 4)."""
-    b1, b2 = (_moments.as_scalar(b, before.nu.dtype) for b in (b1, b2))
-    mu = b1 * (before.mu @ transport) + (1 - b1) * h
-    return Moments(mu, second.accumulate(second.transport(before.nu, transport), h, b2))
+    """Carries the moments into the new frame and adds the gradient (blocks 3 and 4)."""
+    b1, b2 = (as_scalar(b, before.nu.dtype) for b in (b1, b2))
+    mu = advance_momentum(before.mu, h, transport, b1, 1 - b1)
+    nu = before.nu if transport is None else second.transport(before.nu, transport)
+    return Moments(mu, second.accumulate(nu, h, b2))
 
 
 def factor_direction(
     moments: Moments,
-    basis: Basis,
-    scale: float,
+    frame: Frame,
     step: AdamStep,
     second: SecondMoment,
+    reconstruct: bool = True,
     copies: int = 1,
 ) -> Float[Array, "m r"]:
-    """Returns ``dU`` with ``scale * dU V^T = D P_V``: rebuilt, projected (block 5)."""
-    projected = second.direction(moments.mu, moments.nu, basis.q, step, copies)
-    return projected @ basis.l_inv / scale
+    """Returns ``dU`` with ``scale * dU V^T = D P_V``: rebuilt and projected (block 5).
+
+    Where the second moment does not determine ``D``, or ``reconstruct`` is off, Adam's ratio is
+    taken entry by entry in the frame instead.
+    """
+    mu, nu = moments
+    if reconstruct and second.rebuild is not None:
+        rebuilt = second.rebuild(mu, nu, frame.span, step, copies)
+        return to_factor(project(rebuilt, frame), frame)
+    entries = second.diagonal(nu, mu.shape[1])
+    return to_factor(_entrywise.entrywise_direction(mu, entries, step), frame)

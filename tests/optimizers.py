@@ -13,7 +13,16 @@ import numpy as np
 import optax
 import pytest
 
-from loft_jax import LoraPairs, clip_by_projected_global_norm, loft_adamw, scale_by_loft_adam
+from loft_jax import (
+    LoraPairs,
+    clip_by_projected_global_norm,
+    loft_adamw,
+    loft_muon,
+    loft_sgd,
+    scale_by_loft_adam,
+    scale_by_loft_momentum,
+    scale_by_loft_muon,
+)
 
 
 def clipped_loft_adamw(
@@ -31,11 +40,18 @@ _loft_adamw = functools.partial(loft_adamw, learning_rate=0.1, weight_decay=0.1)
 OPTIMIZERS: dict[str, functools.partial] = {
     "loft_adamw": _loft_adamw,
     "loft_adamw_factored": functools.partial(_loft_adamw, second_moment="factored"),
+    "loft_adamw_diagonal": functools.partial(_loft_adamw, second_moment="diagonal"),
     "loft_adamw_uncalibrated": functools.partial(_loft_adamw, calibrate=False),
     "loft_adamw_simultaneous": functools.partial(_loft_adamw, alternate=False),
+    "loft_adamw_entrywise": functools.partial(_loft_adamw, scale_gradient=False, reconstruct=False),
     "loft_adamw_a_first": functools.partial(_loft_adamw, moves_first="a"),
     "scale_by_loft_adam": functools.partial(scale_by_loft_adam),
     "scale_by_loft_adam_factored": functools.partial(scale_by_loft_adam, second_moment="factored"),
+    "loft_sgd": functools.partial(loft_sgd, learning_rate=0.1),
+    "loft_sgd_momentum": functools.partial(loft_sgd, learning_rate=0.1, momentum=0.9),
+    "scale_by_loft_momentum": functools.partial(scale_by_loft_momentum, nesterov=True),
+    "loft_muon": functools.partial(loft_muon, learning_rate=0.1, weight_decay=0.1),
+    "scale_by_loft_muon": functools.partial(scale_by_loft_muon, consistent_rms=0.2),
     "clip": functools.partial(clip_by_projected_global_norm, max_norm=1.0),
     "clip_simultaneous": functools.partial(
         clip_by_projected_global_norm, max_norm=1.0, alternate=False

@@ -191,11 +191,19 @@ def clip_factor(gs, us, vs, hyper: Hyper, move_u: bool, other=None) -> float:
 
 
 def algorithm_1(
-    problem: Problem, hyper: Hyper, steps: int, calibrate: bool = True
+    problem: Problem,
+    hyper: Hyper,
+    steps: int,
+    calibrate: bool = True,
+    scale_gradient: bool = True,
+    reconstruct: bool = True,
+    diagonal: bool = False,
 ) -> list[np.ndarray]:
     """Algorithm 1 as printed, in the raw coordinates, with the errata mended.
 
-    ``calibrate=False`` is the paper's ablation: the calibration matrices are the identity.
+    The switches are the ablations: calibration matrices that are the identity, the factors' own
+    gradients, Adam's ratio entry by entry in the factors, and (then) a second moment of the factors
+    that keeps squares alone and is not calibrated. The last two take the scale to be 1.
 
     Scaled gradients with ``(V^T V)^-1``, the calibration matrix ``C``, ``r x r`` cross terms as
     ``m x r^2`` Khatri-Rao products transported by ``C (x) C``; epsilon outside the square root.
@@ -209,27 +217,37 @@ def algorithm_1(
     trajectory = []
     inv = lambda x: np.linalg.pinv(x.T @ x, rcond=1e-30, hermitian=False)
     khatri_rao = lambda x: np.stack([np.kron(row, row) for row in x])
+
+    def entrywise(mu, cross):
+        squares = np.maximum(cross[:, :: r + 1], 0)
+        return mu / (1 - h.b1**k) / (np.sqrt(squares / (1 - h.b2**k)) + h.eps)
+
     for k in range(1, steps + 1):
         g = p.gradient(p.w0 + u @ v.T, k - 1)
         iu, iv = inv(u), inv(v)
-        gu, gv = g @ v @ iv, g.T @ u @ iu
+        gu, gv = g @ v, g.T @ u
+        if scale_gradient:
+            gu, gv = gu @ iv, gv @ iu
         cu, cv = u_old.T @ u @ iu, v_old.T @ v @ iv
         if not calibrate:
             cu = cv = np.eye(r)
         mu_u = h.b1 * mu_u @ cv + (1 - h.b1) * gu
         mu_v = h.b1 * mu_v @ cu + (1 - h.b1) * gv
-        p_u = h.b2 * p_u @ np.kron(cv, cv) + (1 - h.b2) * khatri_rao(gu)
-        p_v = h.b2 * p_v @ np.kron(cu, cu) + (1 - h.b2) * khatri_rao(gv)
+        ku, kv = (np.eye(r * r) if diagonal else np.kron(c, c) for c in (cu, cv))
+        p_u = h.b2 * p_u @ kv + (1 - h.b2) * khatri_rao(gu)
+        p_v = h.b2 * p_v @ ku + (1 - h.b2) * khatri_rao(gv)
         u_old, v_old = u, v
         move_u = (k % 2 == 1) == (h.moves_first == "a")
         start = u
         if move_u or not h.alternate:
             second = np.sqrt(np.maximum(p_u @ khatri_rao(v).T, 0) / (1 - h.b2**k)) + h.eps
             du = (mu_u @ v.T / (1 - h.b1**k)) / second @ v @ iv
+            du = du if reconstruct else entrywise(mu_u, p_u)
             u = (1 - h.lr * h.weight_decay) * u - h.lr * du
         if not move_u or not h.alternate:
             second = np.sqrt(np.maximum(p_v @ khatri_rao(start).T, 0) / (1 - h.b2**k)) + h.eps
             dv = (mu_v @ start.T / (1 - h.b1**k)) / second @ start @ iu
+            dv = dv if reconstruct else entrywise(mu_v, p_v)
             v = (1 - h.lr * h.weight_decay) * v - h.lr * dv
         trajectory.append(p.w0 + u @ v.T)
     return trajectory
@@ -243,15 +261,100 @@ def adamw(problem: Problem, hyper: Hyper, steps: int) -> list[np.ndarray]:
     return leaf.trajectory
 
 
-def gd_with_momentum(problem: Problem, lr: float, b1: float, steps: int) -> list[np.ndarray]:
-    """Gradient descent on the full weight with the bias-corrected exponential momentum."""
+def newton_schulz(x: np.ndarray, steps: int = 5, eps: float = 1e-7) -> np.ndarray:
+    """Algorithm 3, on a dense matrix of any shape."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = x / (np.linalg.norm(x) + eps)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x
+
+
+@dataclasses.dataclass(frozen=True)
+class MomentumHyper:
+    lr: float = 0.02
+    momentum: float = 0.95
+    nesterov: bool = False
+    weight_decay: float = 0.0
+    alternate: bool = True
+    moves_first: str = "b"
+    muon: bool = False
+    consistent_rms: float | None = None
+
+    def direction(self, moment: np.ndarray, g: np.ndarray) -> np.ndarray:
+        """What the full weight moves along, from its moment and its gradient."""
+        d = g + self.momentum * moment if self.nesterov else moment
+        if not self.muon:
+            return d
+        factor = 1 if self.consistent_rms is None else self.consistent_rms * max(d.shape) ** 0.5
+        return factor * newton_schulz(d)
+
+
+def dense_momentum(problem: Problem, hyper: MomentumHyper, steps: int) -> list[np.ndarray]:
+    """Momentum (or Muon's) on projected full gradients, each moment projected step after step."""
+    p, h = problem, hyper
+    u, v = p.u, p.v
+    m_u = m_v = 0.0
+    decay = 1 - h.lr * h.weight_decay
+    trajectory = []
+    for k in range(steps):
+        g = p.gradient(p.weight(u, v), k)
+        on_v, on_u = projector(v), projector(u)
+        m_u = h.momentum * m_u @ on_v + g @ on_v if k else g @ on_v
+        m_v = on_u @ (h.momentum * m_v + g)
+        move_u = (k % 2 == 0) == (h.moves_first == "a")
+        du = h.direction(m_u, g @ on_v) @ np.linalg.pinv(v).T / p.scale
+        dv = h.direction(m_v, on_u @ g).T @ np.linalg.pinv(u).T / p.scale
+        if move_u or not h.alternate:
+            u = decay * u - h.lr * du
+        if not move_u or not h.alternate:
+            v = decay * v - h.lr * dv
+        trajectory.append(p.weight(u, v))
+    return trajectory
+
+
+def full_momentum(problem: Problem, hyper: MomentumHyper, steps: int) -> list[np.ndarray]:
+    """Gradient descent with momentum, or Muon, on the full weight."""
     w = problem.weight(problem.u, problem.v)
-    m = np.zeros_like(w)
+    moment, trajectory = np.zeros_like(w), []
+    for k in range(steps):
+        g = problem.gradient(w, k)
+        moment = hyper.momentum * moment + g
+        w = w - hyper.lr * hyper.direction(moment, g)
+        trajectory.append(w)
+    return trajectory
+
+
+def simple_loft(problem: Problem, hyper: Hyper, steps: int) -> list[np.ndarray]:
+    """LoFT (simple) in Gram-Schmidt bases of the factors, scale and all.
+
+    The projected gradients of the past are carried exactly; their squares in the basis are not.
+    """
+    p, h = problem, hyper
+    u, v = p.u, p.v
+    pasts: list[list[np.ndarray]] = [[], []]
+    squares = [0.0, 0.0]
     trajectory = []
     for k in range(1, steps + 1):
-        m = b1 * m + (1 - b1) * problem.gradient(w, k - 1)
-        w = w - lr * m / (1 - b1**k)
-        trajectory.append(w)
+        g = p.gradient(p.weight(u, v), k - 1)
+        steps_of = []
+        for i, (full, partner) in enumerate(((g, v), (g.T, u))):
+            q, r = np.linalg.qr(partner) if partner.any() else (0 * partner, np.eye(p.r))
+            signs = np.sign(np.diag(r))
+            q, r = q * signs, r * signs[:, None]
+            pasts[i] = [past @ q @ q.T for past in [*pasts[i], full]]
+            moment = sum(h.b1 ** (k - 1 - j) * past for j, past in enumerate(pasts[i])) @ q
+            squares[i] = h.b2 * squares[i] + (1 - h.b2) * (full @ q) ** 2
+            m_hat = (1 - h.b1) * moment / (1 - h.b1**k)
+            ratio = m_hat / (np.sqrt(squares[i] / (1 - h.b2**k)) + h.eps)
+            steps_of.append(ratio @ np.linalg.inv(r).T / p.scale)
+        move_u = (k % 2 == 1) == (h.moves_first == "a")
+        if move_u or not h.alternate:
+            u = (1 - h.lr * h.weight_decay) * u - h.lr * steps_of[0]
+        if not move_u or not h.alternate:
+            v = (1 - h.lr * h.weight_decay) * v - h.lr * steps_of[1]
+        trajectory.append(p.weight(u, v))
     return trajectory
 
 

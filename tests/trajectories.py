@@ -23,9 +23,8 @@ def transformation(
         hyper.b2,
         hyper.eps,
         hyper.weight_decay,
-        second_moment="factored" if hyper.factored else "calibrated",
         **order,
-        **options,
+        **{"second_moment": "factored" if hyper.factored else "calibrated", **options},
     )
     if hyper.max_norm is None:
         return tx
@@ -40,8 +39,18 @@ def run(
     head: Head | None = None,
     **options,
 ) -> list[list[np.ndarray]]:
+    """Trajectories of the weights under `transformation`, see `follow`."""
+    return follow(transformation(problems, hyper, **options), problems, steps, dtype, head)
+
+
+def follow(
+    tx: optax.GradientTransformation,
+    problems: list[Problem],
+    steps: int,
+    dtype: jnp.dtype = np.float64,
+    head: Head | None = None,
+) -> list[list[np.ndarray]]:
     """Trajectories of the weights, one list a layer (and one for the head)."""
-    tx = transformation(problems, hyper, **options)
     params = {
         f"layer{i}": {"lora_a": jnp.asarray(p.u, dtype), "lora_b": jnp.asarray(p.v.T, dtype)}
         for i, p in enumerate(problems)

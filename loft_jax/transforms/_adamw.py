@@ -9,22 +9,15 @@ import jax.numpy as jnp
 import optax
 
 from loft_jax._mesh import in_auto_axes
-from loft_jax._pairs import LoraPairs, PairedTree, find_pairs
+from loft_jax._pairs import LoraPairs, find_pairs
 from loft_jax._side import SECOND_MOMENTS
 from loft_jax.transforms import _alternation
-from loft_jax.transforms._adam_step import (
-    Options,
-    ScaleByLoftAdamState,
-    loft_adam_step,
-    zero_state,
-)
-from loft_jax.transforms._factors import (
-    check_state,
-    leaves_like,
-    read_arguments,
-)
+from loft_jax.transforms._adam_step import ScaleByLoftAdamState, loft_adam_step
+from loft_jax.transforms._descent import descend
+from loft_jax.transforms._factors import check_state, leaves_like, read_arguments
+from loft_jax.transforms._step import Blocks, zero_memory
 
-SecondMomentName = Literal["calibrated", "factored"]
+SecondMomentName = Literal["calibrated", "factored", "diagonal"]
 
 
 def scale_by_loft_adam(
@@ -35,6 +28,8 @@ def scale_by_loft_adam(
     second_moment: SecondMomentName = "calibrated",
     calibrate: bool = True,
     alternate: bool = True,
+    scale_gradient: bool = True,
+    reconstruct: bool = True,
     moves_first: _alternation.FactorName = "b",
     mu_dtype: jax.typing.DTypeLike | None = None,
     pairs: LoraPairs | None = None,
@@ -59,13 +54,21 @@ def scale_by_loft_adam(
       b1: decay rate of the first moment.
       b2: decay rate of the second moment.
       eps: added to the denominator, outside the square root.
-      second_moment: "calibrated", the paper's, with ``r (r + 1) / 2`` cross terms a row, or
+      second_moment: "calibrated", the paper's, with ``r (r + 1) / 2`` cross terms a row;
         "factored", Adafactor's rank-one estimate formed exactly in the basis: about the state of
         LoRA's own AdamW (two numbers a row in place of ``r``, beside ``basis``) and no ``m x n``
-        work.
+        work; or "diagonal", LoFT (simple): Adam's ratio entry by entry in the basis, with ``r``
+        squares a row that are not calibrated. No ``m x n`` work either, but its steps depend on how
+        ``W`` is factored (up to a rotation of the basis), and it wants about ten times the
+        learning rate.
       calibrate: False leaves the moments in the coordinates of the raw factors (the paper's
         ablation of blocks 3 and 4).
       alternate: False moves both factors from the same point at every step (ablation of block 1).
+      scale_gradient: False takes the factor's own gradient for the projected one (ablation of
+        block 2).
+      reconstruct: False takes Adam's ratio entry by entry in the coordinates of the raw factors
+        (ablation of block 5). With "diagonal" that is LoFT (simple) as the authors' code has it.
+        With these four all False, and "diagonal", what is left is LoRA with Adam.
       moves_first: the factor that moves first, "a" or "b". Choose the zero-initialised one: the
         other has no gradient until its partner has moved.
       mu_dtype: dtype of the first moment's state; None for the dtype of the computation. Under
@@ -99,32 +102,27 @@ def scale_by_loft_adam(
     if second_moment not in tuple(SECOND_MOMENTS):
         names = ", ".join(map(repr, SECOND_MOMENTS))
         raise ValueError(f"second_moment must be one of {names}, got {second_moment!r}")
-    _alternation.check_moves_first(moves_first)
-    options = Options(SECOND_MOMENTS[second_moment], calibrate, alternate, moves_first)
+    _alternation.check_factor_name(moves_first)
+    second = SECOND_MOMENTS[second_moment]
+    blocks = Blocks(alternate, scale_gradient, calibrate, reconstruct, moves_first)
+    widths = (lambda m, r: r, second.width)
 
     def init(params: optax.Params) -> ScaleByLoftAdamState:
         tree = find_pairs(params, pairs)
-        basis, mu, nu = zero_state(tree, options.second, mu_dtype)
-        return ScaleByLoftAdamState(
-            count=jnp.zeros([], jnp.int32),
-            turn=jnp.zeros([], jnp.int32),
-            basis=tree.treedef.unflatten(basis),
-            mu=tree.treedef.unflatten(mu),
-            nu=tree.treedef.unflatten(nu),
-        )
+        memory = zero_memory(tree, widths, (mu_dtype, None))
+        trees = map(tree.treedef.unflatten, (memory.basis, *memory.moments))
+        # Two arrays: a buffer that served twice could not be donated.
+        return ScaleByLoftAdamState(jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32), *trees)
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.OptState]:
         tree, gradients = read_arguments(params, updates, pairs)
-        before = ScaleByLoftAdamState(
-            state.count,
-            state.turn,
-            *(leaves_like(tree, field, "states") for field in (state.basis, state.mu, state.nu)),
-        )
-        check_state(tree, before.basis, before.nu, options.second.width)
+        fields = (leaves_like(tree, field, "states") for field in state[2:])
+        before = ScaleByLoftAdamState(state.count, state.turn, *fields)
+        check_state(tree, before.basis, (before.mu, before.nu), widths)
         directions, after = in_auto_axes(
-            functools.partial(loft_adam_step, tree, options),
+            functools.partial(loft_adam_step, tree, blocks, second),
             tree.leaves,
             gradients,
             before,
@@ -132,9 +130,8 @@ def scale_by_loft_adam(
             out_like=(tree.leaves, before),
         )
         unflatten = tree.treedef.unflatten
-        return unflatten(directions), after._replace(
-            basis=unflatten(after.basis), mu=unflatten(after.mu), nu=unflatten(after.nu)
-        )
+        trees = map(unflatten, (after.basis, after.mu, after.nu))
+        return unflatten(directions), ScaleByLoftAdamState(after.count, after.turn, *trees)
 
     return optax.with_extra_args_support(optax.GradientTransformation(init, update))
 
@@ -149,6 +146,8 @@ def loft_adamw(
     second_moment: SecondMomentName = "calibrated",
     calibrate: bool = True,
     alternate: bool = True,
+    scale_gradient: bool = True,
+    reconstruct: bool = True,
     moves_first: _alternation.FactorName = "b",
     mask: Any | Callable[[optax.Params], Any] | None = None,
     mu_dtype: jax.typing.DTypeLike | None = None,
@@ -170,7 +169,8 @@ def loft_adamw(
       weight_decay: decoupled, times the learning rate; a number or a schedule. It decays the
         adapter's part of the weight, not the frozen base.
       mask: a tree of booleans, or a function from parameters to one, of what to decay.
-      second_moment, calibrate, alternate, moves_first, mu_dtype, pairs: see `scale_by_loft_adam`.
+      second_moment, calibrate, alternate, scale_gradient, reconstruct, moves_first, mu_dtype,
+        pairs: see `scale_by_loft_adam`.
 
     Returns:
       A transformation whose ``update`` needs ``params``, with the state ``(ScaleByLoftAdamState,
@@ -204,37 +204,10 @@ def loft_adamw(
         second_moment=second_moment,
         calibrate=calibrate,
         alternate=alternate,
+        scale_gradient=scale_gradient,
+        reconstruct=reconstruct,
         moves_first=moves_first,
         mu_dtype=mu_dtype,
         pairs=pairs,
     )
-    decay = optax.add_decayed_weights(weight_decay, mask)
-    rate = optax.scale_by_learning_rate(learning_rate)
-
-    def init(params: optax.Params) -> tuple[Any, Any, Any]:
-        return core.init(params), decay.init(params), rate.init(params)
-
-    def update(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, optax.OptState]:
-        core_state, decay_state, rate_state = state
-        updates, after = core.update(updates, core_state, params)
-        updates, decay_state = decay.update(updates, decay_state, params)
-        if alternate:
-            updates = _rest(updates, find_pairs(params, pairs), core_state.turn, moves_first)
-        updates, rate_state = rate.update(updates, rate_state, params)
-        return updates, (after, decay_state, rate_state)
-
-    return optax.with_extra_args_support(optax.GradientTransformation(init, update))
-
-
-def _rest(
-    updates: optax.Updates, tree: PairedTree, turn: jax.Array, moves_first: str
-) -> optax.Updates:
-    """Zeroes the updates of the factors that rest at this turn (their weight decay)."""
-    leaves = leaves_like(tree, updates, "updates")
-    moves_a = _alternation.a_moves(turn, moves_first)
-    for pair in tree.pairs:
-        leaves[pair.a] = jnp.where(moves_a, leaves[pair.a], 0)
-        leaves[pair.b] = jnp.where(moves_a, 0, leaves[pair.b])
-    return tree.treedef.unflatten(leaves)
+    return descend(core, learning_rate, weight_decay, mask, alternate, moves_first, pairs)

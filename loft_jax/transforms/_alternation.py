@@ -18,10 +18,10 @@ import jax.numpy as jnp
 FactorName = Literal["a", "b"]
 
 
-def check_moves_first(moves_first: str) -> None:
+def check_factor_name(value: str, argument: str = "moves_first") -> None:
     """Raises ValueError unless the name of a factor is given."""
-    if moves_first not in ("a", "b"):
-        raise ValueError(f"moves_first must be 'a' or 'b', got {moves_first!r}")
+    if value not in ("a", "b"):
+        raise ValueError(f"{argument} must be 'a' or 'b', got {value!r}")
 
 
 def a_moves(turn: jax.Array, moves_first: str) -> jax.Array:

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from loft_jax._frame import coordinates, orthonormal_frame
 from loft_jax._mesh import in_auto_axes
 from loft_jax._pairs import LoraPairs, PairedTree, find_pairs
-from loft_jax._side import projected_gradient
 from loft_jax.transforms import _alternation
 from loft_jax.transforms._factors import (
     compute_dtype,
@@ -71,7 +71,7 @@ def clip_by_projected_global_norm(
       >>> bool(jnp.allclose(ratio, 1 / jnp.linalg.norm(full)))
       True
     """
-    _alternation.check_moves_first(moves_first)
+    _alternation.check_factor_name(moves_first)
 
     def init(params: optax.Params) -> ClipByProjectedGlobalNormState:
         find_pairs(params, pairs)  # so that unpaired factors are told of at once
@@ -112,18 +112,17 @@ def _squared_norm(
         _sum_of_squares(gradients[k].astype(compute_dtype(params[k]))) for k in leaves_outside(tree)
     ]
     for group in group_pairs(tree):
-        bases = group.bases(params)
+        frame = functools.partial(orthonormal_frame, scale=group.scale)
+        frames = group.of_factors(frame, params)
         h_a, h_b = (
-            group.over_batch(functools.partial(projected_gradient, scale=group.scale))(
-                factor.tall(gradients), bases[partner]
-            )
+            group.over_batch(coordinates)(factor.tall(gradients), frames[partner])
             for factor, partner in group.sides
         )
         if moves_a is not None:
             terms.append(jnp.where(moves_a, _sum_of_squares(h_a), _sum_of_squares(h_b)))
         else:
             # |G P_V + P_U G|^2: the inner product of the two is |P_U G P_V|^2.
-            shared = jnp.swapaxes(bases[group.a].q, -1, -2) @ h_a
+            shared = jnp.swapaxes(frames[group.a].span, -1, -2) @ h_a
             terms += [_sum_of_squares(h_a), _sum_of_squares(h_b), 2 * _sum_of_squares(shared)]
     return jnp.stack(terms).sum() if terms else jnp.zeros([])
 

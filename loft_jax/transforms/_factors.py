@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from loft_jax._basis import Basis, orthonormal_basis
 from loft_jax._pairs import FactorLayout, LoraPairs, Pair, PairedTree, find_pairs
 
 
@@ -71,10 +70,10 @@ class Group(NamedTuple):
             fn = jax.vmap(fn)
         return fn
 
-    def bases(self, params: Sequence[jax.Array]) -> dict[Factor, Basis]:
-        """Returns the orthonormal bases of both factors."""
-        basis = self.over_batch(orthonormal_basis)
-        return {factor: basis(factor.tall(params)) for factor in (self.a, self.b)}
+    def of_factors(self, fn: Callable[..., Any], params: Sequence[jax.Array]) -> dict[Factor, Any]:
+        """Returns a function of a tall matrix, such as its frame, for both factors."""
+        fn = self.over_batch(fn)
+        return {factor: fn(factor.tall(params)) for factor in (self.a, self.b)}
 
 
 def group_pairs(tree: PairedTree) -> list[Group]:
@@ -106,6 +105,14 @@ def leaves_outside(tree: PairedTree) -> list[int]:
 def compute_dtype(array: Any) -> jnp.dtype:
     """The dtype to compute and keep state in: the array's own, but at least float32."""
     return jnp.promote_types(jnp.result_type(array), jnp.float32)
+
+
+def widened(zeros: jax.Array, axis: int, width: int) -> jax.Array:
+    """Returns zeros with another size of one axis, sharded as before along the others."""
+    if zeros.shape[axis] == width:
+        return zeros
+    column = jax.lax.slice_in_dim(zeros, 0, 1, axis=axis)
+    return jnp.broadcast_to(column, (*zeros.shape[:axis], width, *zeros.shape[axis + 1 :]))
 
 
 def leaves_like(tree: PairedTree, other: optax.Params, name: str) -> list[Any]:
@@ -154,22 +161,22 @@ def read_arguments(
 def check_state(
     tree: PairedTree,
     basis: Sequence[Any],
-    nu: Sequence[Any],
-    width: Callable[[int, int], int],
+    moments: Sequence[Sequence[Any]],
+    widths: Sequence[Callable[[int, int], int]],
 ) -> None:
     """Raises ValueError where the state is that of another rank, shape, method or choice of pairs.
 
-    ``width(rows, r)`` is the number of second-moment entries per row that the method keeps.
+    ``widths[i](rows, r)`` is the number of entries per row of a factor of ``moments[i]``.
     """
     for pair in tree.pairs:
         for k, layout, rows in ((pair.a, pair.layout_a, pair.m), (pair.b, pair.layout_b, pair.n)):
-            shape = jnp.shape(tree.leaves[k])
-            rank = layout.rank
-            of_nu = (*shape[:rank], width(rows, pair.r), *shape[rank + 1 :])
-            found = [getattr(x, "shape", None) for x in (basis[k], nu[k])]
-            if found != [shape, of_nu]:
+            shape, rank = jnp.shape(tree.leaves[k]), layout.rank
+            expected = [shape]
+            expected += [(*shape[:rank], w(rows, pair.r), *shape[rank + 1 :]) for w in widths]
+            found = [getattr(x, "shape", None) for x in (basis[k], *(m[k] for m in moments))]
+            if found != expected:
                 raise ValueError(
                     f"The state of {tree.paths[k]} is not for a factor of shape {shape}: its basis "
-                    f"and second moment have shapes {found}, not {[shape, of_nu]}. After a change "
-                    "of rank, of second_moment or of the pairs, make it anew with init"
+                    f"and moments have shapes {found}, not {expected}. After a change of rank, of "
+                    "second_moment or of the pairs, make it anew with init"
                 )

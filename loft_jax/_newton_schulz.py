@@ -1,0 +1,52 @@
+"""Newton-Schulz orthogonalisation of a moment, in the orthonormal frame of the partner factor.
+
+The full moment is ``M Q^T`` with orthonormal ``Q``. Every iterate of the dense iteration is then
+``X Q^T`` with the iterate ``X`` of the iteration on ``M`` alone, and the norms that start it are
+equal. So the low-rank form (Algorithm 4) is the dense form (Algorithm 3) on an ``m x r`` matrix.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def newton_schulz(
+    x: Float[Array, "m r"],
+    steps: int | jax.Array,
+    coeffs: tuple[float | jax.Array, float | jax.Array, float | jax.Array],
+    eps: float | jax.Array,
+) -> Float[Array, "m r"]:
+    """Returns the matrix with its singular values driven towards 1.
+
+    Each step maps a singular value ``s`` to ``a s + b s^3 + c s^5``, after a division by
+    ``|x|_F + eps``. A zero matrix stays zero.
+
+    Args:
+      x: the matrix.
+      steps: how many iterations.
+      coeffs: ``(a, b, c)``.
+      eps: added to the norm.
+
+    Source: Algorithm 3 of Tastan et al., ICLR 2026, after Jordan et al., "Muon", 2024.
+
+    Example:
+      >>> x = jnp.array([[3.0, 0.0], [0.0, 0.4]])
+      >>> jnp.diagonal(newton_schulz(x, 20, (1.5, -0.5, 0.0), 0.0)).round(3)
+      Array([1., 1.], dtype=float32)
+    """
+    a, b, c = coeffs
+    # The norm of entries up to 1: squares of tiny ones would underflow in float32.
+    largest = jnp.max(jnp.abs(x))
+    scale = jnp.where(largest > 0, largest, 1)
+    norm = scale * jnp.sqrt(jnp.sum((x / scale) ** 2)) + eps
+    x = x / jnp.where(norm > 0, norm, 1)
+
+    def iterate(_, x):
+        # The Gram matrix of the short side: a tall matrix meets r x r products only.
+        if x.shape[0] < x.shape[1]:
+            gram = x @ x.T
+            return a * x + (b * gram + c * gram @ gram) @ x
+        gram = x.T @ x
+        return a * x + x @ (b * gram + c * gram @ gram)
+
+    return jax.lax.fori_loop(0, steps, iterate, x)

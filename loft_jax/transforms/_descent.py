@@ -1,0 +1,58 @@
+"""From a direction to a step: weight decay and learning rate, for factors that take turns."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from loft_jax._pairs import LoraPairs, PairedTree, find_pairs
+from loft_jax.transforms import _alternation
+from loft_jax.transforms._factors import leaves_like
+
+
+def descend(
+    core: optax.GradientTransformationExtraArgs,
+    learning_rate: optax.ScalarOrSchedule,
+    weight_decay: optax.ScalarOrSchedule,
+    mask: Any | Callable[[optax.Params], Any] | None,
+    alternate: bool,
+    moves_first: _alternation.FactorName,
+    pairs: LoraPairs | None,
+) -> optax.GradientTransformationExtraArgs:
+    """Chains a core with decoupled weight decay and a learning rate.
+
+    `optax.chain`, but that a factor which rests does not decay either; the core's state has a
+    ``turn``. The state is a tuple of the three states.
+    """
+    decay = optax.add_decayed_weights(weight_decay, mask)
+    rate = optax.scale_by_learning_rate(learning_rate)
+
+    def init(params: optax.Params) -> tuple[Any, Any, Any]:
+        return core.init(params), decay.init(params), rate.init(params)
+
+    def update(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        core_state, decay_state, rate_state = state
+        updates, after = core.update(updates, core_state, params)
+        updates, decay_state = decay.update(updates, decay_state, params)
+        if alternate:
+            updates = _rest(updates, find_pairs(params, pairs), core_state.turn, moves_first)
+        updates, rate_state = rate.update(updates, rate_state, params)
+        return updates, (after, decay_state, rate_state)
+
+    return optax.with_extra_args_support(optax.GradientTransformation(init, update))
+
+
+def _rest(
+    updates: optax.Updates, tree: PairedTree, turn: jax.Array, moves_first: str
+) -> optax.Updates:
+    """Zeroes the updates of the factors that rest at this turn (their weight decay)."""
+    leaves = leaves_like(tree, updates, "updates")
+    moves_a = _alternation.a_moves(turn, moves_first)
+    for pair in tree.pairs:
+        leaves[pair.a] = jnp.where(moves_a, leaves[pair.a], 0)
+        leaves[pair.b] = jnp.where(moves_a, 0, leaves[pair.b])
+    return tree.treedef.unflatten(leaves)
