@@ -1,0 +1,162 @@
+"""DoRA: the weight as a magnitude per output and a direction, of which LoRA adapts the second."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+@jax.default_matmul_precision("highest")
+def dora_init(kernel: Float[Array, "..."]) -> Float[Array, " n"]:
+    r"""Returns DoRA's initial magnitude, :math:`\|W_0\|_c`: the norm of each output's weights.
+
+    Args:
+      kernel: ``(in, out)``, floating point: the pretrained weight, whole. After `pissa_init` or
+        `lora_ga_init` it is still the weight from before, not their residual.
+
+    Raises:
+      ValueError: a kernel that is no matrix.
+
+    Returns:
+      ``(out,)``, in the kernel's dtype: a leaf to train, ``lora_magnitude`` say.
+
+    Source: Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", ICML 2024, eq. (2). The paper
+      takes the norms of the columns of a ``d x k`` weight; here, as in the released code and in
+      PEFT, there is one norm for each output, over its inputs.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> dora_init(jnp.array([[3.0, 0.0], [4.0, 2.0]])).tolist()
+      [5.0, 2.0]
+    """
+    _check("dora_init", kernel)
+    wide = _wide(kernel)
+    return jnp.sqrt(jnp.sum(wide * wide, axis=0)).astype(kernel.dtype)
+
+
+@jax.default_matmul_precision("highest")
+def dora_weight(
+    kernel: Float[Array, "..."],
+    magnitude: Float[Array, "..."],
+    a: Float[Array, "..."],
+    b: Float[Array, "..."],
+    scale: float | jax.Array = 1.0,
+    *,
+    detach_norm: bool = True,
+) -> Float[Array, "m n"]:
+    r"""Returns DoRA's weight, the adapted direction with the magnitude for its length.
+
+    .. math:: W' = m \frac{W_0 + s A B}{\|W_0 + s A B\|_c}
+
+    A stack of layers is mapped over with `jax.vmap`. An output whose weights are all zero has no
+    direction: it stays zero.
+
+    Args:
+      kernel: ``(in, out)``, frozen, floating point; computed with in float32 at least.
+      magnitude: ``(out,)``, see `dora_init`.
+      a: ``(in, r)``.
+      b: ``(r, out)``; zero at the start, where the weight is then the kernel.
+      scale: the adapter's own scale ``s``.
+      detach_norm: True takes the norm for a constant in the gradient, as the paper recommends for
+        its memory, and as PEFT always does; False takes the gradient of the formula.
+
+    Returns:
+      ``(in, out)``, in the kernel's dtype.
+
+    Raises:
+      ValueError: shapes that do not belong together.
+
+    Source: Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", ICML 2024, eq. (5); section
+      4.3 for the constant norm (``dora_simple`` in the released code, its default). Columns are
+      read as in `dora_init`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> kernel = jnp.array([[3.0, 0.0], [4.0, 2.0]])
+      >>> a, b = jnp.ones((2, 1)), jnp.zeros((1, 2))
+      >>> bool(jnp.allclose(dora_weight(kernel, dora_init(kernel), a, b), kernel))
+      True
+    """
+    _check("dora_weight", kernel, magnitude, a, b)
+    direction = _direction(kernel, a, b, scale)
+    weight = direction * _gain(direction, magnitude, detach_norm)
+    return weight.astype(kernel.dtype)
+
+
+def dora_output(
+    x: Float[Array, "..."],
+    kernel: Float[Array, "..."],
+    magnitude: Float[Array, "..."],
+    a: Float[Array, "..."],
+    b: Float[Array, "..."],
+    scale: float | jax.Array = 1.0,
+    *,
+    detach_norm: bool = True,
+) -> Float[Array, "..."]:
+    """Returns ``x @ dora_weight(...)``, with the adapter applied factor by factor.
+
+    The products with ``x`` are those of a LoRA layer, in the precision of the surroundings, so that
+    neither a merged weight in low precision nor its gradient is formed: only the norms need the
+    merged weight. There is no dropout.
+
+    Args:
+      x: ``(..., in)``.
+      kernel, magnitude, a, b, scale, detach_norm: as in `dora_weight`.
+
+    Returns:
+      ``(..., out)``, without a bias, in the dtype of ``x @ kernel``.
+
+    Raises:
+      ValueError: shapes that do not belong together.
+
+    Source: as `dora_weight`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> kernel, a, b = jnp.eye(2), jnp.ones((2, 1)), jnp.zeros((1, 2))
+      >>> dora_output(jnp.array([1.0, 2.0]), kernel, jnp.array([1.0, 3.0]), a, b).tolist()
+      [1.0, 6.0]
+    """
+    _check("dora_output", kernel, magnitude, a, b)
+    with jax.default_matmul_precision("highest"):
+        gain = _gain(_direction(kernel, a, b, scale), magnitude, detach_norm)
+    y = x @ kernel
+    return (gain * (y + scale * ((x @ a) @ b))).astype(y.dtype)
+
+
+def _direction(
+    kernel: Float[Array, "m n"],
+    a: Float[Array, "m r"],
+    b: Float[Array, "r n"],
+    scale: float | jax.Array,
+) -> Float[Array, "m n"]:
+    kernel = _wide(kernel)
+    return kernel + (scale * (_wide(a) @ _wide(b))).astype(kernel.dtype)
+
+
+def _gain(
+    direction: Float[Array, "m n"], magnitude: Float[Array, " n"], detach_norm: bool
+) -> Float[Array, " n"]:
+    """Returns what each column of the direction is multiplied with, ``m / |column|``."""
+    square = jnp.sum(direction * direction, axis=0)
+    # The gradient of a root at zero is not finite, and would be NaN behind any later `where`.
+    norm = jnp.sqrt(jnp.where(square > 0, square, 1))
+    return _wide(magnitude) / (jax.lax.stop_gradient(norm) if detach_norm else norm)
+
+
+def _check(name: str, kernel: jax.Array, *others: jax.Array) -> None:
+    if kernel.ndim != 2:
+        raise ValueError(
+            f"{name} takes one matrix (in, out), got shape {kernel.shape}: reshape a kernel with "
+            "several input or output axes, map over a stack of layers with jax.vmap"
+        )
+    (m, n), shapes = kernel.shape, [x.shape for x in others]
+    r = shapes[-1][0] if shapes and shapes[-1] else 0
+    if shapes and shapes != [(n,), (m, r), (r, n)]:
+        raise ValueError(
+            f"{name}: with a kernel of shape {kernel.shape} the magnitude is ({n},), the factors "
+            f"({m}, r) and (r, {n}), got {', '.join(map(str, shapes))}"
+        )
+
+
+def _wide(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

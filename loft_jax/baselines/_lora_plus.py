@@ -1,0 +1,71 @@
+"""LoRA+: AdamW with a larger learning rate for one factor."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+from loft_jax._pairs import LoraPairs, find_pairs
+from loft_jax.baselines._checked import checked
+from loft_jax.transforms._alternation import FactorName, check_factor_name
+from loft_jax.transforms._factors import leaves_like
+
+
+def lora_plus(
+    learning_rate: optax.ScalarOrSchedule,
+    ratio: float | jax.Array = 16.0,
+    b1: float | jax.Array = 0.9,
+    b2: float | jax.Array = 0.999,
+    eps: float | jax.Array = 1e-8,
+    weight_decay: float | jax.Array = 0.0,
+    *,
+    fast: FactorName = "b",
+    mask: Any | Callable[[optax.Params], Any] | None = None,
+    mu_dtype: jax.typing.DTypeLike | None = None,
+    pairs: LoraPairs | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""LoRA+: the zero-initialised factor learns ``ratio`` times as fast.
+
+    `optax.adamw` on all leaves, with the learning rate :math:`\eta` for ``lora_a`` and the leaves
+    outside pairs, and :math:`\mathrm{ratio} \cdot \eta` for ``lora_b`` (its weight decay included).
+
+    Args:
+      learning_rate: :math:`\eta`, a number or a schedule of the step.
+      ratio: of the two learning rates; the paper advises about 16.
+      b1, b2, eps, weight_decay, mask, mu_dtype: as in `optax.adamw`.
+      fast: the factor with the larger learning rate.
+      pairs: how to find the pairs; None for the defaults of `LoraPairs`.
+
+    Returns:
+      A transformation whose ``update`` needs ``params``. State: AdamW's, ``2 r`` numbers a row.
+
+    Raises:
+      ValueError, TypeError: as `scale_by_loft_adam`.
+
+    Source: Hayou, Ghosh and Yu, "LoRA+: Efficient Low Rank Adaptation of Large Models", ICML 2024.
+      The released code also gives one-dimensional parameters the larger rate and embeddings one of
+      their own: choose those with `optax.partition`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> params = {"lora_a": jnp.ones((3, 1)), "lora_b": jnp.zeros((1, 2))}
+      >>> tx = lora_plus(1e-3, ratio=8.0)
+      >>> updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
+      >>> float((updates["lora_b"][0, 0] / updates["lora_a"][0, 0]).round(3))
+      8.0
+    """
+    check_factor_name(fast, "fast")
+    adamw = optax.adamw(
+        learning_rate, b1, b2, eps, mu_dtype=mu_dtype, weight_decay=weight_decay, mask=mask
+    )
+
+    def hasten(updates: optax.Updates, params: optax.Params | None) -> optax.Updates:
+        tree = find_pairs(params, pairs)
+        leaves = leaves_like(tree, updates, "updates")
+        for pair in tree.pairs:
+            k = pair.b if fast == "b" else pair.a
+            leaves[k] = (ratio * leaves[k]).astype(leaves[k].dtype)
+        return tree.treedef.unflatten(leaves)
+
+    return checked(optax.chain(adamw, optax.stateless(hasten)), pairs)

@@ -1,0 +1,222 @@
+"""Gradients of a factor multiplied by the inverse Gram matrix of its partner, then AdamW or SGD.
+
+Riemannian preconditioning ("scaled" optimizers) and LoRA-FA.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+from jaxtyping import Array, Float
+
+from loft_jax._mesh import in_auto_axes
+from loft_jax._pairs import LoraPairs, find_pairs
+from loft_jax.baselines._checked import checked
+from loft_jax.baselines._matrices import inverse_gram, over_factors
+from loft_jax.transforms._alternation import FactorName, check_factor_name
+from loft_jax.transforms._factors import read_arguments
+
+
+def precondition_by_partner(
+    damping: float | jax.Array = 1e-6, *, pairs: LoraPairs | None = None
+) -> optax.GradientTransformationExtraArgs:
+    r"""Multiplies the gradient of each factor by :math:`(V^\top V + \delta I)^{-1}` of its partner.
+
+    The adapter's scale does not enter, as in the paper: the step in ``W`` carries its square.
+    Leaves outside pairs pass through.
+
+    Args:
+      damping: :math:`\delta`, absolute. It is much of the method: the authors tuned it from 0 to
+        1e8, and where it is far above :math:`V^\top V` what is left is the plain gradient.
+      pairs: how to find the pairs; None for the defaults of `LoraPairs`.
+
+    Returns:
+      A transformation without state whose ``update`` needs ``params``.
+
+    Raises:
+      ValueError, TypeError: as `scale_by_loft_adam`.
+
+    Source: Zhang and Pilanci, "Riemannian Preconditioned LoRA for Fine-Tuning Foundation Models",
+      ICML 2024.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> params = {"lora_a": jnp.array([[3.0], [4.0]]), "lora_b": jnp.zeros((1, 2))}
+      >>> grads = {"lora_a": jnp.zeros((2, 1)), "lora_b": jnp.array([[25.0, 50.0]])}
+      >>> updates, _ = precondition_by_partner().update(grads, optax.EmptyState(), params)
+      >>> updates["lora_b"].round(4)
+      Array([[1., 2.]], dtype=float32)
+    """
+    return _preconditioner(damping, "ab", False, pairs)
+
+
+def scaled_adamw(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: float | jax.Array = 0.9,
+    b2: float | jax.Array = 0.999,
+    eps: float | jax.Array = 1e-8,
+    weight_decay: float | jax.Array = 0.0,
+    *,
+    damping: float | jax.Array = 1e-6,
+    mask: Any | Callable[[optax.Params], Any] | None = None,
+    mu_dtype: jax.typing.DTypeLike | None = None,
+    pairs: LoraPairs | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Riemannian preconditioned LoRA with AdamW: `precondition_by_partner`, then `optax.adamw`.
+
+    Args:
+      learning_rate, b1, b2, eps, weight_decay, mask, mu_dtype: as in `optax.adamw`.
+      damping, pairs: see `precondition_by_partner`.
+
+    Returns:
+      A transformation whose ``update`` needs ``params``. State: AdamW's, ``2 r`` numbers a row.
+
+    Raises:
+      ValueError, TypeError: as `scale_by_loft_adam`.
+
+    Source: Zhang and Pilanci, ICML 2024. Both preconditioners are of the point that the step
+      starts from, as in the paper and in PEFT; in the released AdamW the second factor meets the
+      first one's new value. Bias is corrected and the decay decoupled as in `optax.adamw`; the
+      released code leaves out the correction by default.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> params = {"lora_a": jnp.ones((3, 1)), "lora_b": jnp.zeros((1, 2))}
+      >>> tx = scaled_adamw(1e-3)
+      >>> updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
+      >>> round(float(updates["lora_b"][0, 0]), 4)
+      -0.001
+    """
+    adamw = optax.adamw(
+        learning_rate, b1, b2, eps, mu_dtype=mu_dtype, weight_decay=weight_decay, mask=mask
+    )
+    return checked(optax.chain(precondition_by_partner(damping, pairs=pairs), adamw), pairs)
+
+
+def scaled_sgd(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    damping: float | jax.Array = 1e-6,
+    pairs: LoraPairs | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Riemannian preconditioned LoRA with gradient descent ("scaled GD").
+
+    Args:
+      learning_rate: a number or a schedule of the step.
+      damping, pairs: see `precondition_by_partner`.
+
+    Returns:
+      A transformation whose ``update`` needs ``params``, with no state but the learning rate's.
+
+    Raises:
+      ValueError, TypeError: as `scale_by_loft_adam`.
+
+    Source: Zhang and Pilanci, ICML 2024.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> params = {"lora_a": jnp.array([[3.0], [4.0]]), "lora_b": jnp.zeros((1, 1))}
+      >>> grads = {"lora_a": jnp.zeros((2, 1)), "lora_b": jnp.array([[25.0]])}
+      >>> tx = scaled_sgd(0.1)
+      >>> updates, _ = tx.update(grads, tx.init(params), params)
+      >>> round(float(updates["lora_b"][0, 0]), 4)
+      -0.1
+    """
+    precondition = precondition_by_partner(damping, pairs=pairs)
+    return checked(optax.chain(precondition, optax.scale_by_learning_rate(learning_rate)), pairs)
+
+
+def lora_fa(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: float | jax.Array = 0.9,
+    b2: float | jax.Array = 0.999,
+    eps: float | jax.Array = 1e-6,
+    weight_decay: float | jax.Array = 0.0,
+    *,
+    correct_gradient: bool = True,
+    damping: float | jax.Array = 1e-8,
+    frozen: FactorName = "a",
+    mu_dtype: jax.typing.DTypeLike | None = None,
+    pairs: LoraPairs | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""LoRA-FA: one factor stays as it was drawn, AdamW trains the other.
+
+    The gradient of :math:`V` (``lora_b``) is taken as
+    :math:`s^{-2} \, \nabla_V f \, (U^\top U + \delta I)^{-1}`, so that a plain step would move
+    ``W`` by :math:`-\eta \, P_U G`.
+
+    That activations for the frozen factor's gradient need not be kept is the model's to use: leave
+    it out of what is differentiated.
+
+    Args:
+      learning_rate, b1, b2, eps, weight_decay, mu_dtype: as in `optax.adamw`.
+      correct_gradient: False trains with the factor's own gradient, as the paper's first version.
+      damping: :math:`\delta`, absolute.
+      frozen: the factor that stays; the other must not need it to move first.
+      pairs: how to find the pairs; None for the defaults of `LoraPairs`.
+
+    Returns:
+      A transformation whose ``update`` needs ``params``. State: AdamW's for the trained factor and
+      the leaves outside pairs, none for the frozen one.
+
+    Raises:
+      ValueError, TypeError: as `scale_by_loft_adam`.
+
+    Source: Zhang et al., "LoRA-FA: Memory-efficient Low-rank Adaptation for Large Language Models
+      Fine-tuning", arXiv:2308.03303; the corrected gradient is its second version's, and PEFT's. In
+      PEFT epsilon is added before the bias correction, and weights decay after the step; here
+      `optax.adamw` does both.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> params = {"lora_a": jnp.ones((3, 1)), "lora_b": jnp.zeros((1, 2))}
+      >>> tx = lora_fa(1e-3)
+      >>> updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
+      >>> bool((updates["lora_a"] == 0).all()), bool((updates["lora_b"] < 0).all())
+      (True, True)
+    """
+    check_factor_name(frozen, "frozen")
+    adamw = optax.adamw(learning_rate, b1, b2, eps, mu_dtype=mu_dtype, weight_decay=weight_decay)
+
+    def labels(params: optax.Params) -> Any:
+        tree = find_pairs(params, pairs)
+        still = {pair.a if frozen == "a" else pair.b for pair in tree.pairs}
+        names = ["frozen" if k in still else "trained" for k in range(len(tree.leaves))]
+        return tree.treedef.unflatten(names)
+
+    halves = optax.partition({"frozen": optax.set_to_zero(), "trained": adamw}, labels)
+    if not correct_gradient:
+        return checked(halves, pairs)
+    trained = "b" if frozen == "a" else "a"
+    return checked(optax.chain(_preconditioner(damping, trained, True, pairs), halves), pairs)
+
+
+def _preconditioner(
+    damping: float | jax.Array, factors: str, unscale: bool, pairs: LoraPairs | None
+) -> optax.GradientTransformationExtraArgs:
+    def precondition(
+        gradient: Float[Array, "m r"], partner: Float[Array, "n r"], damping: Any, scale: float
+    ) -> Float[Array, "m r"]:
+        direction = gradient @ inverse_gram(partner, damping)
+        return direction / scale**2 if unscale else direction
+
+    @jax.default_matmul_precision("highest")
+    def of_leaves(tree, params, gradients, damping):
+        of_pair = functools.partial(precondition, damping=damping)
+        return over_factors(tree, params, gradients, of_pair, factors)
+
+    def init(params: optax.Params) -> optax.EmptyState:
+        find_pairs(params, pairs)
+        return optax.EmptyState()
+
+    def update(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        tree, gradients = read_arguments(params, updates, pairs)
+        fn = functools.partial(of_leaves, tree)
+        directions = in_auto_axes(fn, tree.leaves, gradients, damping, out_like=tree.leaves)
+        return tree.treedef.unflatten(directions), state
+
+    return optax.with_extra_args_support(optax.GradientTransformation(init, update))
