@@ -1,6 +1,7 @@
 """The one table of this package's optimizers, and small trees to run them on.
 
-A new optimizer is one line of `OPTIMIZERS`: every contract then holds for it, or a test says so.
+A new optimizer is one line of `LOFT` or `PEERS`: every contract then holds for it, or a test says
+so.
 """
 
 import functools
@@ -15,6 +16,7 @@ import pytest
 
 from loft_jax import (
     LoraPairs,
+    baselines,
     clip_by_projected_global_norm,
     loft_adamw,
     loft_muon,
@@ -37,7 +39,7 @@ def clipped_loft_adamw(
 
 _loft_adamw = functools.partial(loft_adamw, learning_rate=0.1, weight_decay=0.1)
 
-OPTIMIZERS: dict[str, functools.partial] = {
+LOFT: dict[str, functools.partial] = {
     "loft_adamw": _loft_adamw,
     "loft_adamw_factored": functools.partial(_loft_adamw, second_moment="factored"),
     "loft_adamw_diagonal": functools.partial(_loft_adamw, second_moment="diagonal"),
@@ -58,6 +60,16 @@ OPTIMIZERS: dict[str, functools.partial] = {
     ),
     "clipped_loft_adamw": functools.partial(clipped_loft_adamw, learning_rate=0.1),
 }
+PEERS: dict[str, functools.partial] = {
+    "lora_plus": functools.partial(baselines.lora_plus, learning_rate=0.1, weight_decay=0.1),
+    "scaled_adamw": functools.partial(baselines.scaled_adamw, learning_rate=0.1),
+    "scaled_sgd": functools.partial(baselines.scaled_sgd, learning_rate=0.1),
+    "lora_fa": functools.partial(baselines.lora_fa, learning_rate=0.1, weight_decay=0.1),
+    "altlora": functools.partial(baselines.altlora, learning_rate=0.1, weight_decay=0.1),
+    "altlora_plus": functools.partial(baselines.altlora_plus, learning_rate=0.1),
+    "lora_pro": functools.partial(baselines.lora_pro, learning_rate=0.1),
+}
+OPTIMIZERS = LOFT | PEERS
 
 
 def random_like(tree: Any, seed: int) -> Any:
@@ -150,6 +162,8 @@ every_optimizer = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIM
 _leaf_types = lambda make: frozenset(jax.tree.leaves(types(make().init(small_params()))))
 _kinds = {_leaf_types(make): name for name, make in OPTIMIZERS.items()}.values()
 every_kind = pytest.mark.parametrize("make", [OPTIMIZERS[name] for name in _kinds], ids=_kinds)
+_ours = {_leaf_types(make): name for name, make in LOFT.items()}.values()
+every_loft_kind = pytest.mark.parametrize("make", [LOFT[name] for name in _ours], ids=_ours)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -20,9 +20,11 @@ from flax.core import freeze
 from flax.training.train_state import TrainState
 from optimizers import (
     OPTIMIZERS,
+    PEERS,
     assert_trees_close,
     assert_trees_identical,
     every_kind,
+    every_loft_kind,
     every_optimizer,
     quick,
     random_like,
@@ -200,12 +202,14 @@ def test_tree_get_and_set_reach_the_counters(make):
     params, gradients = small_params(), small_gradients(small_params(), 1)
     _, state = train(quick(make), params, gradients)
     found = {key: optax.tree.get_all_with_path(state, key) for key in ("count", "turn")}
-    assert found["turn"] and all(int(v) == 1 for of_key in found.values() for _, v in of_key)
-    changed = optax.tree.set(state, turn=jnp.int32(0))
-    assert all(int(v) == 0 for _, v in optax.tree.get_all_with_path(changed, "turn"))
-    if found["count"]:
-        changed = optax.tree.set(changed, count=jnp.int32(7))
-        assert int(optax.tree.get(changed, "count")) == 7
+    assert found["turn"] or make in PEERS.values()
+    assert all(int(v) == 1 for of_key in found.values() for _, v in of_key)
+    changed = state
+    for key, value in {"turn": 0, "count": 7}.items():
+        if found[key]:
+            changed = optax.tree.set(changed, **{key: jnp.int32(value)})
+        values = [int(v) for _, v in optax.tree.get_all_with_path(changed, key)]
+        assert values == [value] * len(found[key])
     train(quick(make), params, gradients, changed)
 
 
@@ -295,7 +299,7 @@ def test_containers_of_every_kind_hold_parameters(make):
     assert_trees_close(got, contained(train(quick(make), params, gradients)[0]))
 
 
-@every_kind
+@every_loft_kind  # the peers that are `optax.adamw` with a twist keep its dtypes
 def test_bfloat16_parameters_have_float32_state(make):
     rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (small_params(), small_params()))
     params, gradient = rounded
@@ -466,7 +470,7 @@ def test_a_state_of_another_rank_is_refused(make):
     wider = {**params, "layer1": {"lora_a": jnp.ones((6, 3)), "lora_b": jnp.ones((3, 5))}}
     state = make().init(params)
     has_factors = types(state) != types(make().init(wider))
-    refused = pytest.raises(ValueError, match="layer1/lora_a is not for a factor of shape")
+    refused = pytest.raises(ValueError, match="layer1/lora_[ab] is not for a factor of shape")
     with refused if has_factors else contextlib.nullcontext():
         quick(make).update(wider, state, wider)
 

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from optimizers import (
     assert_trees_close,
     every_kind,
+    every_loft_kind,
     every_optimizer,
     quick,
     random_like,
@@ -106,7 +107,7 @@ def test_replicas_of_a_shard_map_do_what_one_device_does(make):
     )
 
 
-@every_kind
+@every_loft_kind
 def test_nothing_of_the_weights_size_crosses_devices(make):
     """What does cross: r x r sums, and blocks of the partner's basis with its packed squares."""
     m, n, r = 2048, 1536, 8
