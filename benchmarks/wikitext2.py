@@ -36,12 +36,14 @@ RATES = {
     "full": FULL_RATES,
     "loft calibrated": (*FULL_RATES, 3e-3),
     "loft factored": (*FULL_RATES, 3e-3),
+    "loft diagonal": (1e-3, 3e-3, 1e-2, 3e-2),
     "lora": (1e-3, 3e-3, 1e-2, 3e-2),
 }
 LABELS = {
     "full": "full fine-tuning",
     "loft calibrated": "LoFT, calibrated",
     "loft factored": "LoFT, factored",
+    "loft diagonal": "LoFT (simple)",
     "lora": "LoRA",
 }
 TARGETS = ("q", "k", "v", "up", "down")
@@ -54,7 +56,7 @@ def optimizer_for(method: str, learning_rate: Any):
     return make_optimizer(
         name,
         learning_rate,
-        second_moment="factored" if second_moment == "factored" else "calibrated",
+        second_moment=second_moment or "calibrated",
         pairs=pairs,
     )
 

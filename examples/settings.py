@@ -17,7 +17,7 @@ class Settings:
     """What a run computes; kept in its folder, and fixed for its lifetime."""
 
     method: str = "loft"
-    second_moment: Literal["calibrated", "factored"] = "calibrated"
+    second_moment: Literal["calibrated", "factored", "diagonal"] = "calibrated"
     model: str | None = None
     data: str | None = None
     eval_data: str | None = None
@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--method", choices=METHODS, help=f"default {defaults.method}")
     add(
         "--second-moment",
-        choices=("calibrated", "factored"),
+        choices=("calibrated", "factored", "diagonal"),
         help=f"LoFT's; default {defaults.second_moment}",
     )
     add("--model", help="folder of LLaMA-family safetensors, or hub id; default SmolLM2-135M")

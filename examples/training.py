@@ -28,7 +28,7 @@ def make_optimizer(
     method: str,
     learning_rate: optax.ScalarOrSchedule,
     *,
-    second_moment: Literal["calibrated", "factored"] = "calibrated",
+    second_moment: Literal["calibrated", "factored", "diagonal"] = "calibrated",
     pairs: loft_jax.LoraPairs | None = None,
     weight_decay: float = 0.0,
     max_norm: float = 1.0,
@@ -41,7 +41,7 @@ def make_optimizer(
     Args:
         method: one of `METHODS`.
         learning_rate: a float, a traced scalar, or an Optax schedule.
-        second_moment: LoFT's, "calibrated" or "factored".
+        second_moment: LoFT's, "calibrated", "factored" or "diagonal".
         pairs: what LoFT should know of the adapters: their scale, and which axes stack layers.
         weight_decay: AdamW's decoupled decay.
         max_norm: the global norm at which gradients are clipped.

@@ -9,6 +9,7 @@ import pytest
 from jax.extend import core as jex
 
 import loft_jax
+from loft_jax import baselines
 
 M, N, R = 4096, 3072, 4
 
@@ -58,6 +59,11 @@ def test_the_full_update_is_never_held_whole():
     assert largest(program(params_of())) < M * N / 5
 
 
+def test_without_momentum_there_is_no_state_but_the_turn():
+    (state, *_) = jax.eval_shape(loft_jax.loft_sgd(1e-3).init, params_of())
+    assert [x.shape for x in jax.tree.leaves(state)] == [()]
+
+
 def test_only_the_factor_that_moves_has_full_size_work():
     jaxpr = program(params_of())
     outside = [e.primitive.name for e in jaxpr.eqns]
@@ -67,13 +73,24 @@ def test_only_the_factor_that_moves_has_full_size_work():
     assert [e.primitive.name for e in equations(both)].count("scan") == 2
 
 
-def test_the_factored_moment_does_nothing_larger_than_the_factors():
-    jaxpr = program(params_of(), second_moment="factored")
+THIN = {
+    "factored": loft_jax.loft_adamw(1e-3, second_moment="factored"),
+    "diagonal": loft_jax.loft_adamw(1e-3, second_moment="diagonal"),
+    "momentum": loft_jax.loft_sgd(1e-3, momentum=0.9),
+    "muon": loft_jax.loft_muon(1e-3),
+    "altlora_plus": baselines.altlora_plus(1e-3),
+    "scaled_adamw": baselines.scaled_adamw(1e-3),
+}
+
+
+@pytest.mark.parametrize("tx", THIN.values(), ids=THIN)
+def test_the_thin_methods_do_nothing_larger_than_the_factors(tx):
+    params = params_of()
+    jaxpr = jax.make_jaxpr(tx.update)(params, jax.eval_shape(tx.init, params), params).jaxpr
     assert largest(jaxpr) <= (R + 1) * max(M, N)
-    assert "scan" not in [e.primitive.name for e in equations(jaxpr)]
 
 
-@pytest.mark.parametrize("second_moment", ["calibrated", "factored"])
+@pytest.mark.parametrize("second_moment", ["calibrated", "factored", "diagonal"])
 def test_the_mathematics_is_compiled_once_for_layers_that_are_alike(second_moment):
     few, many = (
         branches(program(params_of(layers, 64, 48), second_moment=second_moment))
@@ -83,7 +100,8 @@ def test_the_mathematics_is_compiled_once_for_layers_that_are_alike(second_momen
 
 
 @pytest.mark.parametrize(
-    ("second_moment", "width"), [("calibrated", R * (R + 1) // 2), ("factored", 2)]
+    ("second_moment", "width"),
+    [("calibrated", R * (R + 1) // 2), ("factored", 2), ("diagonal", R)],
 )
 def test_the_state_has_the_size_it_is_documented_to_have(second_moment, width):
     state = jax.eval_shape(

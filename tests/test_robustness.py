@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 from oracles import Hyper, Problem, conditioned, projector
-from trajectories import run
+from trajectories import follow, run
 
 import loft_jax
 from loft_jax._basis import orthonormal_basis
@@ -39,6 +39,56 @@ def test_float32_follows_float64_over_200_steps(condition, factored, report):
         f"of W's path after 1, 20, 200 steps: " + ", ".join(f"{e:.1e}" for e in errors)
     )
     assert errors[-1] < DRIFT[condition]
+
+
+OTHERS = {
+    "diagonal": loft_jax.loft_adamw(2e-3, weight_decay=0.0, second_moment="diagonal"),
+    "momentum": loft_jax.loft_sgd(2e-3, momentum=0.9),
+    "muon": loft_jax.loft_muon(5e-3),
+}
+every_other = pytest.mark.parametrize("tx", OTHERS.values(), ids=OTHERS)
+
+
+@every_other
+@pytest.mark.parametrize("condition", [1.0, 1e2, 1e4])
+def test_float32_follows_float64_with_the_other_methods(condition, tx, report, request):
+    problem = Problem(48, 40, 4, seed=20, condition=condition)
+    single = np.array(follow(tx, [problem], 200, np.float32)[0])
+    with jax.enable_x64(True):
+        double = np.array(follow(tx, [problem], 200)[0])
+    start = problem.weight(problem.u, problem.v)
+    error = np.linalg.norm(single[-1] - double[-1]) / np.linalg.norm(double[-1] - start)
+    report(f"float32 against float64, {request.node.callspec.id}, 200 steps: {error:.1e}")
+    assert error < DRIFT[condition]
+
+
+@every_other
+@pytest.mark.parametrize("kind", ["duplicate columns", "both zero", "rank over the smaller side"])
+def test_degenerate_factors_do_not_blow_up_the_other_methods(kind, tx):
+    problem = degenerate(kind)
+    path = np.array(follow(tx, [problem], 40, np.float32)[0])
+    start = problem.weight(problem.u, problem.v)
+    assert np.isfinite(path).all()
+    assert (np.abs(path[-1] - start).max() > 1e-2) == (kind != "both zero")
+    assert np.abs(path - start).max() < 5
+
+
+@every_other
+@pytest.mark.parametrize("size", [1e-6, 1e6])
+def test_the_size_of_the_factors_does_not_matter_to_the_other_methods(size, tx):
+    problem = Problem(20, 16, 3, seed=21)
+    other = problem.with_factors(problem.u * size, problem.v / size)
+    got, expected = (follow(tx, [p], 20, np.float32)[0] for p in (other, problem))
+    np.testing.assert_allclose(got, expected, atol=2e-4)
+
+
+def degenerate(kind: str) -> Problem:
+    problem = Problem(12, 5, 8 if kind.startswith("rank") else 4, seed=22)
+    if kind == "duplicate columns":
+        problem.v[:, 3] = problem.v[:, 2]
+    if kind == "both zero":
+        problem.u, problem.v = 0 * problem.u, 0 * problem.v
+    return problem
 
 
 @pytest.mark.parametrize("condition", [1.0, 1e2, 1e4])
@@ -135,11 +185,7 @@ def test_in_float32_too_the_size_of_the_factors_does_not_matter(size, factored):
 @pytest.mark.parametrize("factored", [False, True], ids=["calibrated", "factored"])
 @pytest.mark.parametrize("kind", ["duplicate columns", "both zero", "rank over the smaller side"])
 def test_degenerate_factors_train_without_blowing_up(kind, factored):
-    problem = Problem(12, 5, 8 if kind.startswith("rank") else 4, seed=22)
-    if kind == "duplicate columns":
-        problem.v[:, 3] = problem.v[:, 2]
-    if kind == "both zero":
-        problem.u, problem.v = 0 * problem.u, 0 * problem.v
+    problem = degenerate(kind)
     path = np.array(run([problem], Hyper(lr=1e-2, factored=factored), 40, np.float32)[0])
     start = problem.weight(problem.u, problem.v)
     assert np.isfinite(path).all()

@@ -145,7 +145,7 @@ def loft_step(
                 tuple(factor.tall(moment) for moment in before.moments),
                 factor.tall(gradients),
                 frames[partner],
-                partner.tall(before.basis) if before.moments else frames[partner].span,
+                partner.tall(before.basis) if before.moments else None,
             )
             for moment, new, old in zip(after.moments, moments, before.moments, strict=True):
                 factor.put(new, moment, like=old)
@@ -168,11 +168,12 @@ def _advance(
     moments: tuple[jax.Array, ...],
     gradient: jax.Array,
     frame: Frame,
-    span_before: jax.Array,
+    span_before: jax.Array | None,
 ) -> tuple[tuple[jax.Array, ...], _Side]:
     """Adds a gradient to one side's moments (blocks 2 to 4)."""
     h = coordinates(gradient, frame) if blocks.scale_gradient else gradient
-    calibration = transport(span_before, frame) if blocks.calibrate else None
+    nothing = span_before is None or not blocks.calibrate
+    calibration = None if nothing else transport(span_before, frame)
     moments, source = method.advance(moments, h, calibration)
     return moments, _Side(source, frame, h)
 
