@@ -36,7 +36,7 @@ RATES = {
     "full": FULL_RATES,
     "loft calibrated": (*FULL_RATES, 3e-3),
     "loft factored": (*FULL_RATES, 3e-3),
-    "loft diagonal": (1e-3, 3e-3, 1e-2, 3e-2),
+    "loft diagonal": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
     "lora": (1e-3, 3e-3, 1e-2, 3e-2),
 }
 LABELS = {

@@ -59,7 +59,7 @@ def scale_by_loft_adam(
         LoRA's own AdamW (two numbers a row in place of ``r``, beside ``basis``) and no ``m x n``
         work; or "diagonal", LoFT (simple): Adam's ratio entry by entry in the basis, with ``r``
         squares a row that are not calibrated. No ``m x n`` work either, but its steps depend on how
-        ``W`` is factored (up to a rotation of the basis), and it wants about ten times the
+        ``W`` is factored (up to a rotation of the basis), and it wants ten to thirty times the
         learning rate.
       calibrate: False leaves the moments in the coordinates of the raw factors (the paper's
         ablation of blocks 3 and 4).
