@@ -3,7 +3,7 @@
     python benchmarks/optimizer_step.py --rank 8
 
 Q, K, V, Up and Down of 30 layers, as 150 separate pairs and as 5 stacks of 30 (scanned layers),
-with `loft_adamw` (calibrated and factored) beside `optax.adamw` on the same factors. All compiled
+with `loft_adamw` and `loft_muon` beside `optax.adamw` on the same factors. All compiled
 steps run in alternation in one process, after a warm-up; the medians are printed with the quartiles
 and their ratio to `optax.adamw`. Times of one machine do not carry over: the ratios are the result.
 """
@@ -50,6 +50,8 @@ def optimizers() -> dict[str, optax.GradientTransformation]:
         "optax.adamw": optax.adamw(1e-3),
         "loft_adamw, calibrated": loft_jax.loft_adamw(1e-3, pairs=pairs),
         "loft_adamw, factored": loft_jax.loft_adamw(1e-3, second_moment="factored", pairs=pairs),
+        "loft_adamw, diagonal": loft_jax.loft_adamw(1e-3, second_moment="diagonal", pairs=pairs),
+        "loft_muon": loft_jax.loft_muon(1e-3, pairs=pairs),
     }
 
 

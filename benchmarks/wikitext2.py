@@ -51,12 +51,13 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def optimizer_for(method: str, learning_rate: Any):
-    name, _, second_moment = method.partition(" ")
+    name, _, rest = method.partition(" ")
+    second_moment: Any = rest or "calibrated"
     pairs = LoraPairs(axes=LoraAxes(batch=(0,)))
     return make_optimizer(
         name,
         learning_rate,
-        second_moment=second_moment or "calibrated",
+        second_moment=second_moment,
         pairs=pairs,
     )
 

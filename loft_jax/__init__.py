@@ -4,6 +4,7 @@
 with Flax, and `docs/algorithm.md` for the mathematics, equation by function.
 """
 
+from loft_jax import baselines as baselines
 from loft_jax._describe import describe_pairs as describe_pairs
 from loft_jax._pairs import DEFAULT_RULES as DEFAULT_RULES
 from loft_jax._pairs import LoraAxes as LoraAxes

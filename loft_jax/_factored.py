@@ -115,6 +115,8 @@ def factored_adam_direction(
     of_column = jnp.sqrt(_raise_to_rounding(columns) / m) + step.eps
     of_all = jnp.sqrt(jnp.maximum(jnp.trace(gram), 0) / (m * n)) + step.eps
     weighted = (q / jnp.where(of_column > 0, of_column, 1)[:, None]).T @ q
+    # Squares that overflow stop the step, as they stop Adam's.
+    of_all = jnp.where(jnp.isinf(of_all), 0, of_all)
     scale = of_all / step.correction1 / jnp.where(of_row > 0, of_row, 1)
     return scale[:, None] * (mu @ weighted)
 

@@ -6,43 +6,40 @@ kept for the ablations alone: what is left of the method when a block is off dep
 
 from typing import NamedTuple
 
-import jax
 from jaxtyping import Array, Float
 
 from loft_jax._basis import Basis, orthonormal_basis
 
 
 class Frame(NamedTuple):
-    """A basis ``F = V K^T`` of the span of a factor ``V`` (``n x r``), with the scale in ``V``.
+    """A basis ``F`` of the span of a factor ``V`` (``n x r``), with the adapter's scale in ``V``.
 
     The projected gradient is ``G P_V = H F^T``; ``H`` (``m x r``) are its coordinates.
 
     Attributes:
-      span: ``(n, r)``, ``F``.
-      back: ``(r, r)``, ``K``: the update ``H F^T`` of the weight is ``H K`` for the partner factor.
-        None where it is the identity.
-      metric: ``(r, r)``, ``inv(F^T F)``; None where it is the identity.
+      basis: the orthonormal basis ``Q`` of ``V``. All inverses are taken through it: one of
+        ``V^T V`` would lose the square of what the basis loses.
+      raw: ``(n, r)``, ``V``, where that is ``F``. None where ``F`` is ``Q``.
     """
 
-    span: Float[Array, "n r"]
-    back: Float[Array, "r r"] | None
-    metric: Float[Array, "r r"] | None
+    basis: Basis
+    raw: Float[Array, "n r"] | None
+
+    @property
+    def span(self) -> Float[Array, "*batch n r"]:
+        """``F``, ``(n, r)``; of a stack of frames a stack."""
+        return self.basis.q if self.raw is None else self.raw
 
 
 def orthonormal_frame(v: Float[Array, "n r"], scale: float) -> Frame:
     """Returns the frame of ``scale * V`` in which LoFT is written, see `orthonormal_basis`."""
-    basis = orthonormal_basis(v)
-    return Frame(basis.q, basis.l_inv / scale, None)
+    q, l_inv = orthonormal_basis(v)
+    return Frame(Basis(q, l_inv / scale), None)
 
 
 def raw_frame(v: Float[Array, "n r"], scale: float) -> Frame:
     """Returns the columns of ``scale * V`` themselves as a frame."""
-    basis = orthonormal_basis(v)
-    return Frame(scale * v, None, _inverse_gram(basis) / scale**2)
-
-
-def _inverse_gram(basis: Basis) -> Float[Array, "r r"]:
-    return basis.l_inv.T @ basis.l_inv
+    return orthonormal_frame(v, scale)._replace(raw=scale * v)
 
 
 def coordinates(gradient: Float[Array, "m r"], frame: Frame) -> Float[Array, "m r"]:
@@ -57,8 +54,11 @@ def coordinates(gradient: Float[Array, "m r"], frame: Frame) -> Float[Array, "m 
       >>> coordinates(full @ v, orthonormal_frame(v, 1.0))
       Array([[2.],
              [4.]], dtype=float32)
+      >>> coordinates(full @ v, raw_frame(v, 1.0))
+      Array([[1.],
+             [2.]], dtype=float32)
     """
-    return _times(gradient if frame.back is None else gradient @ frame.back.T, frame.metric)
+    return _from_basis(gradient @ frame.basis.l_inv.T, frame)
 
 
 def transport(span_before: Float[Array, "n r"], frame: Frame) -> Float[Array, "r r"]:
@@ -66,18 +66,19 @@ def transport(span_before: Float[Array, "n r"], frame: Frame) -> Float[Array, "r
 
     The paper's ``C`` in the raw frame, ``Q_-^T Q`` in the orthonormal one.
     """
-    return _times(span_before.T @ frame.span, frame.metric)
+    return _from_basis(span_before.T @ frame.basis.q, frame)
 
 
 def project(rebuilt: Float[Array, "m r"], frame: Frame) -> Float[Array, "m r"]:
     """Returns the coordinates of ``D P_V`` from ``D F`` (block 5)."""
-    return _times(rebuilt, frame.metric)
+    return rebuilt if frame.raw is None else coordinates(rebuilt, frame)
 
 
 def to_factor(h: Float[Array, "m r"], frame: Frame) -> Float[Array, "m r"]:
-    """Returns the partner factor's update with the given coordinates."""
-    return _times(h, frame.back)
+    """Returns the update of the partner factor that moves the weight by ``H F^T``."""
+    return h @ frame.basis.l_inv if frame.raw is None else h
 
 
-def _times(x: jax.Array, matrix: jax.Array | None) -> jax.Array:
-    return x if matrix is None else x @ matrix
+def _from_basis(h: Float[Array, "m r"], frame: Frame) -> Float[Array, "m r"]:
+    """Takes coordinates in ``Q`` to coordinates in ``F``."""
+    return h if frame.raw is None else h @ frame.basis.l_inv

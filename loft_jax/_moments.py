@@ -82,12 +82,14 @@ class AdamStep(NamedTuple):
       correction1: ``1 - b1^k``, the first moment's bias correction.
       correction2: ``1 - b2^k``, the second moment's.
       bound: largest ``|m_hat| / sqrt(v_hat)`` that exact arithmetic allows at step ``k``.
+      limit: what the bound tends to.
       eps: Adam's epsilon, outside the square root.
     """
 
     correction1: jax.Array
     correction2: jax.Array
     bound: jax.Array
+    limit: jax.Array
     eps: float | jax.Array
 
 
@@ -123,9 +125,12 @@ def adam_step(
     series = jnp.where(ratio == 1, k, (1 - finite**k) / (1 - finite))
     series = jnp.where(jnp.isfinite(ratio), series, jnp.inf)
     squared = (rest1 / correction1) ** 2 * (correction2 / rest2) * series
+    limit = rest1**2 / rest2 / jnp.where(ratio < 1, 1 - finite, 0)
     # The closed form itself rounds; a bound a hair too tight would bend exact steps.
     slack = 1 + 16 * jnp.finfo(dtype).eps
-    return AdamStep(correction1, correction2, jnp.sqrt(squared) * slack, eps)
+    return AdamStep(
+        correction1, correction2, jnp.sqrt(squared) * slack, jnp.sqrt(limit) * slack, eps
+    )
 
 
 def _one_minus_power(base: float | jax.Array, k: jax.Array) -> jax.Array:

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from loft_jax._moments import as_scalar
+
 
 def newton_schulz(
     x: Float[Array, "m r"],
@@ -34,7 +36,8 @@ def newton_schulz(
       >>> jnp.diagonal(newton_schulz(x, 20, (1.5, -0.5, 0.0), 0.0)).round(3)
       Array([1., 1.], dtype=float32)
     """
-    a, b, c = coeffs
+    a, b, c, eps = (as_scalar(number, x.dtype) for number in (*coeffs, eps))
+    steps = steps if isinstance(steps, int) else jnp.asarray(steps).astype(jnp.int32)
     # The norm of entries up to 1: squares of tiny ones would underflow in float32.
     largest = jnp.max(jnp.abs(x))
     scale = jnp.where(largest > 0, largest, 1)

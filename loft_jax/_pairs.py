@@ -115,7 +115,8 @@ class LoraPairs:
 
     def scale_of(self, path: str) -> float:
         """The scale told for the pair whose ``a`` is at ``path``, 1 where none is."""
-        return next((v for regex, v in _entries(self.scale) if re.fullmatch(regex, path)), 1.0)
+        found = (v for regex, v in _entries(self.scale) if re.fullmatch(regex, path))
+        return float(next(found, 1.0))  # a NumPy number would promote what it multiplies
 
 
 def _entries(value: Any) -> tuple[tuple[str, Any], ...]:

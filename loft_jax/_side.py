@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from loft_jax import _entrywise, _factored, _moments, _projection
@@ -26,6 +27,7 @@ class SecondMoment(NamedTuple):
         n``) of the full weight; ``copies`` of it are computed at once. None where the state does
         not determine ``D``.
       diagonal: ``(nu, r) -> (m, r)``, the second moment of each coordinate.
+      bound: ``(step) ->`` the largest ratio that ``diagonal`` may lead to.
     """
 
     width: Callable[[int, int], int]
@@ -33,6 +35,15 @@ class SecondMoment(NamedTuple):
     accumulate: Callable[..., jax.Array]
     rebuild: Callable[..., jax.Array] | None
     diagonal: Callable[..., jax.Array]
+    bound: Callable[[AdamStep], jax.Array]
+
+
+def _guard(step: AdamStep) -> jax.Array:
+    """Ten times what Adam's own ratio can reach: training does not, a blow-up would.
+
+    Squares that stay behind when the frame turns have no bound for the moment that comes along.
+    """
+    return 10 * step.limit
 
 
 SECOND_MOMENTS: dict[str, SecondMoment] = {
@@ -42,6 +53,7 @@ SECOND_MOMENTS: dict[str, SecondMoment] = {
         _moments.accumulate_cross_terms,
         _projection.project_adam_direction,
         _entrywise.diagonal_of_cross_terms,
+        lambda step: step.bound,
     ),
     "factored": SecondMoment(
         _factored.factored_width,
@@ -50,6 +62,7 @@ SECOND_MOMENTS: dict[str, SecondMoment] = {
         # No blocks to size: nothing here is larger than the factors.
         lambda mu, nu, span, step, copies: _factored.factored_adam_direction(mu, nu, span, step),
         _entrywise.diagonal_of_factored,
+        _guard,
     ),
     "diagonal": SecondMoment(
         lambda m, r: r,
@@ -57,6 +70,7 @@ SECOND_MOMENTS: dict[str, SecondMoment] = {
         lambda nu, h, b2: b2 * nu + (1 - b2) * h * h,
         None,
         lambda nu, r: nu,
+        _guard,
     ),
 }
 
@@ -119,5 +133,6 @@ def factor_direction(
     if reconstruct and second.rebuild is not None:
         rebuilt = second.rebuild(mu, nu, frame.span, step, copies)
         return to_factor(project(rebuilt, frame), frame)
-    entries = second.diagonal(nu, mu.shape[1])
-    return to_factor(_entrywise.entrywise_direction(mu, entries, step), frame)
+    direction = _entrywise.entrywise_direction(mu, second.diagonal(nu, mu.shape[1]), step)
+    bound = second.bound(step)
+    return to_factor(jnp.clip(direction, -bound, bound), frame)

@@ -19,6 +19,7 @@ from flax import nnx
 from flax.core import freeze
 from flax.training.train_state import TrainState
 from optimizers import (
+    LOFT,
     OPTIMIZERS,
     PEERS,
     assert_trees_close,
@@ -35,7 +36,8 @@ from optimizers import (
 )
 from optimizers import hasty_compiler as hasty_compiler
 
-from loft_jax import LoraAxes, LoraPairs
+from loft_jax import LoraAxes, LoraPairs, loft_adamw, loft_sgd
+from loft_jax.baselines import lora_plus
 
 ADAMW = functools.partial(optax.adamw, learning_rate=0.1)
 is_masked = lambda x: isinstance(x, optax.MaskedNode)
@@ -470,7 +472,7 @@ def test_a_state_of_another_rank_is_refused(make):
     wider = {**params, "layer1": {"lora_a": jnp.ones((6, 3)), "lora_b": jnp.ones((3, 5))}}
     state = make().init(params)
     has_factors = types(state) != types(make().init(wider))
-    refused = pytest.raises(ValueError, match="layer1/lora_[ab] is not for a factor of shape")
+    refused = pytest.raises(ValueError, match="layer1/lora_[ab] is not for a (factor|leaf) of")
     with refused if has_factors else contextlib.nullcontext():
         quick(make).update(wider, state, wider)
 
@@ -499,6 +501,39 @@ def test_wide_hyperparameters_promote_nothing(name, number):
         updates, after = jax.eval_shape(tx.update, params, state, params)
         assert types(after) == types(state)
         assert types(updates) == types(params)
+
+
+@pytest.mark.parametrize("name", [*LOFT, *PEERS])
+def test_wide_gradients_and_scales_promote_no_loft_state(name):
+    with jax.enable_x64(True):
+        params = jax.tree.map(lambda x: x.astype(jnp.float32), small_params())
+        params["layer1"]["lora_a"] = params["layer1"]["lora_a"].astype(jnp.float64)  # mixed
+        tx = OPTIMIZERS[name](pairs=LoraPairs(scale=16 / np.sqrt(np.float64(4))))
+        state = tx.init(params)
+        wide = jax.tree.map(lambda x: x.astype(jnp.float64), params)
+        _, after = jax.eval_shape(tx.update, wide, state, params)
+        if name in LOFT and name != "loft_muon":  # the rest: Optax's own promotion
+            assert types(after) == types(state)
+
+
+def test_a_state_with_another_momentum_is_refused():
+    params = small_params()
+    for of_state, momentum, found in ((None, 0.9, "no"), (0.9, None, "a")):
+        state = loft_sgd(0.1, of_state).init(params)
+        with pytest.raises(ValueError, match=f"has {found} moment, but momentum is {momentum}"):
+            loft_sgd(0.1, momentum).update(params, state, params)
+
+
+@pytest.mark.parametrize("make", [lora_plus, loft_adamw], ids=["checked", "check_state"])
+def test_the_path_of_a_leaf_that_changed_is_told_and_not_a_similar_one(make):
+    of = lambda rank, rows: {"lora_a": jnp.ones((6, rank)), "lora_b": jnp.ones((rank, rows))}
+    params = {"proj": of(2, 5), "q_proj": of(2, 5), "norm": jnp.ones(4)}
+    for changed, path in (
+        (params | {"q_proj": of(3, 5)}, "q_proj/lora_a"),
+        (params | {"norm": jnp.ones(3)}, "norm"),
+    ):
+        with pytest.raises(ValueError, match=f"The state of {path} is not for a (factor|leaf) of"):
+            make(0.1).update(changed, make(0.1).init(params), changed)
 
 
 @every_optimizer

@@ -10,8 +10,10 @@ from trajectories import follow, run
 
 import loft_jax
 from loft_jax._basis import orthonormal_basis
+from loft_jax._frame import orthonormal_frame, raw_frame, transport
 from loft_jax._moments import accumulate_cross_terms, adam_step, packed_quadratic, packed_size
 from loft_jax._projection import project_adam_direction
+from loft_jax.baselines._matrices import inverse_gram
 
 # Relative error of the path of W that float32 may show after 200 steps, by condition number of both
 # factors. Measured: 2e-6 to 5e-4, which of them depends on the machine's order of summation: in the
@@ -80,6 +82,86 @@ def test_the_size_of_the_factors_does_not_matter_to_the_other_methods(size, tx):
     other = problem.with_factors(problem.u * size, problem.v / size)
     got, expected = (follow(tx, [p], 20, np.float32)[0] for p in (other, problem))
     np.testing.assert_allclose(got, expected, atol=2e-4)
+
+
+ABLATIONS = {
+    "no calibration": {"calibrate": False},
+    "block 2 off": {"scale_gradient": False},
+    "block 5 off": {"reconstruct": False},
+    "simple, raw": {"reconstruct": False, "second_moment": "diagonal"},
+    "blocks 2 and 5 off": {"scale_gradient": False, "reconstruct": False},
+}
+
+
+@pytest.mark.parametrize("options", ABLATIONS.values(), ids=ABLATIONS)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_ablations_stay_finite_from_a_start_that_gives_one_direction(dtype, options):
+    """A rank-one gradient and a zero factor: after the first step the factor has rank one."""
+    rng = np.random.default_rng(0)
+    target = 4 * np.outer(rng.normal(size=48), rng.normal(size=32))
+    with jax.enable_x64(dtype == np.float64):
+        params = {
+            "lora_a": jnp.asarray(rng.normal(size=(48, 8)), dtype),
+            "lora_b": jnp.zeros((8, 32), dtype),
+        }
+        tx = loft_jax.loft_adamw(3e-3, weight_decay=0.0, **options)
+        loss = lambda p: 0.5 * jnp.mean((p["lora_a"] @ p["lora_b"] - target) ** 2)
+
+        def step(carry, _):
+            params, state = carry
+            updates, state = tx.update(jax.grad(loss)(params), state, params)
+            return (optax.apply_updates(params, updates), state), loss(params)
+
+        _, losses = jax.jit(lambda p: jax.lax.scan(step, (p, tx.init(p)), None, 300))(params)
+        losses = np.asarray(losses)
+    assert np.isfinite(losses).all()
+    assert losses[-1] < 1e3 * losses[0]  # an ablation need not train; it must not explode
+
+
+@pytest.mark.parametrize("make", [orthonormal_frame, raw_frame])
+@pytest.mark.parametrize("condition", [1.0, 1e4, 1e6])
+def test_the_transport_of_a_factor_that_rests_is_a_projector(condition, make):
+    v = conditioned(np.random.default_rng(3), 24, 4, condition).astype(np.float32)
+    frame = make(jnp.asarray(v), 1.0)
+    eigenvalues = np.abs(np.linalg.eigvals(transport(frame.span, frame)))
+    assert eigenvalues.max() < 1.1  # more would grow the moments, step after step
+
+
+def test_a_moment_that_turns_from_its_squares_is_held():
+    """LoFT (simple): the squares stay behind when the columns of the partner change places."""
+    tx = loft_jax.scale_by_loft_adam(second_moment="diagonal", alternate=False)
+    b = np.zeros((2, 6), np.float32)
+    b[0, 0] = b[1, 1] = 1.0
+    params = {"lora_a": jnp.ones((5, 2)), "lora_b": jnp.asarray(b)}
+    quiet = {"lora_a": jnp.zeros((5, 2)), "lora_b": jnp.zeros((2, 6))}
+    state = tx.init(params)
+    for _ in range(50):
+        grads = quiet | {"lora_a": quiet["lora_a"].at[:, 0].set(1.0)}
+        _, state = tx.update(grads, state, params)
+    params["lora_b"] = params["lora_b"][::-1]
+    largest = 0.0
+    for _ in range(2):
+        updates, state = tx.update(quiet, state, params)
+        largest = max(largest, float(jnp.abs(updates["lora_a"]).max()))
+    assert 7.3 < largest < 73  # ten times Adam's own limit, where it would be 1e8
+
+
+@pytest.mark.parametrize("second_moment", ["factored", "diagonal"])
+def test_gradients_whose_squares_overflow_stop_the_step(second_moment):
+    params = {"lora_a": jnp.eye(6, 2), "lora_b": jnp.eye(2, 5)}
+    grads = jax.tree.map(lambda x: jnp.full_like(x, 1e25), params)
+    tx = loft_jax.scale_by_loft_adam(second_moment=second_moment)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    assert all((x == 0).all() for x in jax.tree.leaves(updates))
+
+
+@pytest.mark.parametrize("condition", [1.0, 30.0, 1e3])
+def test_the_peers_inverse_keeps_every_direction_that_float32_has(condition):
+    v = conditioned(np.random.default_rng(5), 512, 16, condition).astype(np.float32)
+    expected = np.linalg.inv(v.T.astype(np.float64) @ v + 1e-6 * np.eye(16))
+    got = inverse_gram(jnp.asarray(v), 1e-6)
+    error = np.abs(got - expected).max() / np.abs(expected).max()
+    assert error < 1e-6 * (1 + condition**2 / 30)
 
 
 def degenerate(kind: str) -> Problem:

@@ -94,6 +94,20 @@ def test_explicit_axes_need_no_mesh_in_context(make):
 
 
 @every_kind
+def test_injected_hyperparameters_work_on_explicit_axes(make):
+    """They are arrays, and on the mesh like all others."""
+    (gradient,) = small_gradients(parameters(), 1)
+    expected, _ = train(quick(make), parameters(), [gradient])
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,))
+    tx = optax.inject_hyperparams(make.func)(**make.keywords)
+    with jax.set_mesh(mesh):
+        params, gradient = place(parameters(), mesh), place(gradient, mesh)
+        updates, _ = jax.jit(tx.update)(gradient, tx.init(params), params)
+        got = optax.apply_updates(params, updates)
+    assert_trees_close(jax.device_get(got), jax.device_get(expected))
+
+
+@every_kind
 def test_replicas_of_a_shard_map_do_what_one_device_does(make):
     layer = {"lora_a": jnp.zeros((6, 2)), "lora_b": jnp.zeros((2, 5))}
     params = random_like({"layer": layer}, 0)

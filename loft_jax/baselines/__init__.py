@@ -29,3 +29,4 @@ from loft_jax.baselines._preconditioned import lora_fa as lora_fa
 from loft_jax.baselines._preconditioned import precondition_by_partner as precondition_by_partner
 from loft_jax.baselines._preconditioned import scaled_adamw as scaled_adamw
 from loft_jax.baselines._preconditioned import scaled_sgd as scaled_sgd
+from loft_jax.baselines._triplets import DEFAULT_VALUES as DEFAULT_VALUES

@@ -218,7 +218,7 @@ def orthogonality_penalty(params: optax.Params, pairs: LoraPairs | None = None) 
         return jnp.sum((gram - jnp.eye(gram.shape[-1], dtype=gram.dtype)) ** 2)
 
     sides = [(p.layout_a, p.a) for p in tree.pairs] + [(p.layout_b, p.b) for p in tree.pairs]
-    return sum((excess(layout.tall(tree.leaves[k])) for layout, k in sides), jnp.zeros([]))
+    return sum((excess(layout.tall(tree.leaves[k])) for layout, k in sides), jnp.float32(0.0))
 
 
 def _zeros(tree: PairedTree, adapters: Sequence[Triplets]) -> optax.Params:

@@ -267,7 +267,7 @@ def _side(
     b1, b2, eps, damping = hyperparams
     b1, eps, damping = (as_scalar(x, gradient.dtype) for x in (b1, eps, damping))
     inverse = inverse_gram(partner, damping)
-    g = gradient @ inverse / scale**2
+    g = gradient @ inverse / scale / scale
     mu = b1 * (moments[0] @ (partner_seen.T @ partner @ inverse)) + (1 - b1) * g
     if b2 is None:
         return (mu,), mu

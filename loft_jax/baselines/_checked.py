@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from loft_jax._pairs import LoraPairs, find_pairs
@@ -26,8 +27,8 @@ def checked(
         found = jax.tree_util.tree_leaves_with_path(state)
         expected = jax.tree.leaves(jax.eval_shape(tx.init, params))
         shapes = [x.shape for x in expected]
-        if [x.shape for _, x in found] != shapes:
-            _refuse(tree.paths, [jax.numpy.shape(x) for x in tree.leaves], found, shapes)
+        if [jnp.shape(x) for _, x in found] != shapes:
+            _refuse(tree.paths, [jnp.shape(x) for x in tree.leaves], found, shapes)
         return tx.update(updates, state, params, **extra)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -42,11 +43,11 @@ def _refuse(
     for (where, x), shape in zip(found, expected, strict=False):
         key = jax.tree_util.keystr(where, simple=True, separator="/")
         for path, of_leaf in zip(paths, shapes, strict=True):
-            if x.shape != shape and key.endswith(path):
+            if jnp.shape(x) != shape and f"/{key}".endswith(f"/{path}"):
                 raise ValueError(
-                    f"The state of {path} is not for a factor of shape {of_leaf}: {key} has shape "
-                    f"{x.shape}, not {shape}. After a change of rank or of the pairs, make it anew "
-                    "with init"
+                    f"The state of {path} is not for a leaf of shape {of_leaf}: {key} has shape "
+                    f"{jnp.shape(x)}, not {shape}. After a change of rank or of the pairs, make it "
+                    "anew with init"
                 )
     raise ValueError(
         "The state is not that of these parameters: make it anew with init after a change"

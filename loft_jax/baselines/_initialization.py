@@ -75,7 +75,8 @@ def pissa_init(
         rank. The residual makes up for what they miss.
 
     Raises:
-      ValueError: a kernel that is no matrix, a rank that is not between 1 and both its sides.
+      ValueError: a kernel that is no matrix, a rank that is not between 1 and both its sides, a
+        scale that is not positive.
       TypeError: a kernel that is not floating point.
 
     Source: Meng et al., "PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large
@@ -93,6 +94,8 @@ def pissa_init(
       True
     """
     _check("pissa_init", kernel, rank, rank)
+    if isinstance(scale, (int, float)) and scale <= 0:
+        raise ValueError(f"pissa_init: the scale must be positive, got {scale}")
     u, s, vt = _leading_triplets(_wide(kernel), rank, iterations)
     root = jnp.sqrt(s / scale)
     return _split(kernel, u * root, root[:, None] * vt, scale, dtype)

@@ -219,7 +219,7 @@ def _pair(
     def nearest(g_u, g_v, x):
         """The step nearest to a full gradient ``G``, from ``g_u = s G V`` and ``g_v = s G^T U``."""
         outside = g_v - v @ (inverse_v @ (v.T @ g_v))
-        return g_u @ inverse_v / s**2 + u @ x.T, outside @ inverse_u / s**2 - v @ x
+        return g_u @ inverse_v / s / s + u @ x.T, outside @ inverse_u / s / s - v @ x
 
     d_u, d_v = nearest(g_u, g_v, jnp.zeros_like(inverse_u))
     equivalent = s * (v @ d_u.T + d_v @ u.T)
@@ -227,7 +227,7 @@ def _pair(
     nu = b2 * nu + (1 - b2) * equivalent * equivalent
     direction = entrywise_direction(mu, nu, step)
     h_u, h_v = s * direction.T @ v, s * direction @ u
-    x = solve_sylvester(v.T @ v, u.T @ u, -inverse_v @ (h_u.T @ u) / s**2)
+    x = solve_sylvester(v.T @ v, u.T @ u, -inverse_v @ (h_u.T @ u) / s / s)
     return *nearest(h_u, h_v, x), mu, nu
 
 

@@ -13,7 +13,7 @@ from loft_jax.transforms._factors import group_pairs
 
 
 def inverse_gram(v: Float[Array, "n r"], damping: float | jax.Array) -> Float[Array, "r r"]:
-    """Returns ``inv(V^T V + damping I)``, the pseudo-inverse where that is singular.
+    """Returns ``inv(V^T V + damping I)``, the pseudo-inverse where rounding makes that singular.
 
     The damping is absolute, as in the peers' papers. A zero matrix without damping gives zero.
 
@@ -22,8 +22,11 @@ def inverse_gram(v: Float[Array, "n r"], damping: float | jax.Array) -> Float[Ar
       Array([[0.5, 0. ],
              [0. , 0.1]], dtype=float32)
     """
-    gram = v.T @ v + damping * jnp.eye(v.shape[1], dtype=v.dtype)
-    return jnp.linalg.pinv(gram.astype(v.dtype), hermitian=True)
+    values, vectors = jnp.linalg.eigh(v.T @ v)
+    rounding = v.shape[1] * jnp.finfo(v.dtype).eps * jnp.max(values)
+    damped = jnp.maximum(values, 0) + jnp.asarray(damping, v.dtype)
+    inverse = jnp.where(damped > rounding, 1 / jnp.where(damped > rounding, damped, 1), 0)
+    return (vectors * inverse) @ vectors.T
 
 
 def over_factors(

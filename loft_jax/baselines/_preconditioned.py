@@ -200,7 +200,7 @@ def _preconditioner(
         gradient: Float[Array, "m r"], partner: Float[Array, "n r"], damping: Any, scale: float
     ) -> Float[Array, "m r"]:
         direction = gradient @ inverse_gram(partner, damping)
-        return direction / scale**2 if unscale else direction
+        return direction / scale / scale if unscale else direction
 
     @jax.default_matmul_precision("highest")
     def of_leaves(tree, params, gradients, damping):

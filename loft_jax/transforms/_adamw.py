@@ -67,7 +67,8 @@ def scale_by_loft_adam(
       scale_gradient: False takes the factor's own gradient for the projected one (ablation of
         block 2).
       reconstruct: False takes Adam's ratio entry by entry in the coordinates of the raw factors
-        (ablation of block 5). With "diagonal" that is LoFT (simple) as the authors' code has it.
+        (ablation of block 5). "diagonal" takes it so in either case, in the basis if this is True;
+        False is LoFT (simple) as the authors' code has it.
         With these four all False, and "diagonal", what is left is LoRA with Adam.
       moves_first: the factor that moves first, "a" or "b". Choose the zero-initialised one: the
         other has no gradient until its partner has moved.

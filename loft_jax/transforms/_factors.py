@@ -19,16 +19,18 @@ class Factor(NamedTuple):
       leaves: positions of the factors among the leaves of the tree.
       layout: how each lies in its array.
       shape: the shape of each array.
+      dtype: what to compute in: that of either factor of the pair, at least float32.
     """
 
     leaves: tuple[int, ...]
     layout: FactorLayout
     shape: tuple[int, ...]
+    dtype: jnp.dtype
 
     def tall(self, leaves: Sequence[Any]) -> jax.Array:
-        """Stacks this factor's entries, ``(pairs, *batch, rows, width)``, at least float32."""
+        """Stacks this factor's entries, ``(pairs, *batch, rows, width)``, in ``dtype``."""
         stack = jnp.stack([leaves[k] for k in self.leaves])
-        return jax.vmap(self.layout.tall)(stack).astype(compute_dtype(stack))
+        return jax.vmap(self.layout.tall)(stack).astype(self.dtype)
 
     def put(self, stack: jax.Array, leaves: list[Any], like: Sequence[Any]) -> None:
         """Inverse of `tall`: writes a stack to ``leaves``, in the dtypes of ``like``."""
@@ -85,15 +87,14 @@ def group_pairs(tree: PairedTree) -> list[Group]:
         role = re.sub(r"\d+", "#", tree.paths[pair.a])
         key = (role, kinds, pair.layout_a, pair.layout_b, pair.scale)
         groups.setdefault(key, []).append(pair)
-    return [
-        Group(
-            Factor(tuple(p.a for p in members), layout_a, kind_a[0]),
-            Factor(tuple(p.b for p in members), layout_b, kind_b[0]),
-            batch=(len(members), *members[0].batch),
-            scale=scale,
-        )
-        for (_, (kind_a, kind_b), layout_a, layout_b, scale), members in groups.items()
-    ]
+    found = []
+    for (_, kinds, layout_a, layout_b, scale), members in groups.items():
+        (shape_a, dtype_a), (shape_b, dtype_b) = kinds
+        dtype = jnp.promote_types(jnp.promote_types(dtype_a, dtype_b), jnp.float32)
+        a = Factor(tuple(p.a for p in members), layout_a, shape_a, dtype)
+        b = Factor(tuple(p.b for p in members), layout_b, shape_b, dtype)
+        found.append(Group(a, b, batch=(len(members), *members[0].batch), scale=scale))
+    return found
 
 
 def leaves_outside(tree: PairedTree) -> list[int]:
@@ -142,7 +143,7 @@ def read_arguments(
     """
     if params is None:
         raise ValueError(
-            "LoFT works on the factors themselves: call update(grads, state, params) with params"
+            "This works on the factors themselves: call update(grads, state, params) with params"
         )
     tree = find_pairs(params, pairs)
     gradients = leaves_like(tree, updates, "gradients")
@@ -164,19 +165,23 @@ def check_state(
     moments: Sequence[Sequence[Any]],
     widths: Sequence[Callable[[int, int], int]],
 ) -> None:
-    """Raises ValueError where the state is that of another rank, shape, method or choice of pairs.
+    """Raises ValueError where the state has not the shapes of these parameters and this method.
 
     ``widths[i](rows, r)`` is the number of entries per row of a factor of ``moments[i]``.
     """
+    expected = {k: [None, *[jnp.shape(tree.leaves[k])] * len(widths)] for k in leaves_outside(tree)}
     for pair in tree.pairs:
         for k, layout, rows in ((pair.a, pair.layout_a, pair.m), (pair.b, pair.layout_b, pair.n)):
             shape, rank = jnp.shape(tree.leaves[k]), layout.rank
-            expected = [shape]
-            expected += [(*shape[:rank], w(rows, pair.r), *shape[rank + 1 :]) for w in widths]
-            found = [getattr(x, "shape", None) for x in (basis[k], *(m[k] for m in moments))]
-            if found != expected:
-                raise ValueError(
-                    f"The state of {tree.paths[k]} is not for a factor of shape {shape}: its basis "
-                    f"and moments have shapes {found}, not {expected}. After a change of rank, of "
-                    "second_moment or of the pairs, make it anew with init"
-                )
+            wide = [(*shape[:rank], w(rows, pair.r), *shape[rank + 1 :]) for w in widths]
+            expected[k] = [shape, *wide]
+    for k, shapes in expected.items():
+        found = [getattr(x, "shape", None) for x in (basis[k], *(m[k] for m in moments))]
+        if found != shapes:
+            kind = "leaf" if shapes[0] is None else "factor"
+            raise ValueError(
+                f"The state of {tree.paths[k]} is not for a {kind} of shape "
+                f"{jnp.shape(tree.leaves[k])}: its basis and moments have shapes {found}, not "
+                f"{shapes}. After a change of rank, of second_moment or of the pairs, make it anew "
+                "with init"
+            )

@@ -1,6 +1,7 @@
 """LoFT with momentum: the method of the paper's lemmas, and what LoFT-Muon builds on."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -61,7 +62,8 @@ def scale_by_loft_momentum(
 
     Args:
       momentum: decay of the moment; None keeps no moment at all.
-      nesterov: look ahead, with ``h + momentum * M`` in the place of ``M``.
+      nesterov: look ahead, with ``h + momentum * M`` in the place of ``M``; nothing without
+        momentum.
       alternate, moves_first, pairs: as in `scale_by_loft_adam`.
       accumulator_dtype: dtype of the moment's state; None for the dtype of the computation.
 
@@ -84,15 +86,18 @@ def scale_by_loft_momentum(
       True
     """
 
-    def direction(source: jax.Array, frame: Frame, copies: int) -> jax.Array:
+    def direction(_: tuple[()], source: jax.Array, frame: Frame) -> jax.Array:
         return to_factor(source, frame)
 
     order = Blocks(alternate=alternate, moves_first=moves_first)
-    return momentum_transformation(direction, momentum, nesterov, order, accumulator_dtype, pairs)
+    return momentum_transformation(
+        direction, (), momentum, nesterov, order, accumulator_dtype, pairs
+    )
 
 
 def momentum_transformation(
-    direction: Any,
+    direction: Callable[[Any, jax.Array, Frame], jax.Array],
+    options: Any,
     momentum: float | jax.Array | None,
     nesterov: bool,
     blocks: Blocks,
@@ -102,7 +107,8 @@ def momentum_transformation(
     """Returns the transformation that moves factors along a function of the calibrated moment.
 
     Args:
-      direction: ``(M, frame, copies) ->`` the factor's update, as in `Method`.
+      direction: ``(options, M, frame) ->`` the factor's update.
+      options: a pytree of numbers, its hyper-parameters.
       momentum, nesterov, dtype, pairs: see `scale_by_loft_momentum`.
       blocks: whose turn it is.
     """
@@ -122,16 +128,21 @@ def momentum_transformation(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.OptState]:
         tree, gradients = read_arguments(params, updates, pairs)
+        if (state.mu is None) != (momentum is None):
+            raise ValueError(
+                f"The state has {'no' if state.mu is None else 'a'} moment, but momentum is "
+                f"{momentum}: make it anew with init"
+            )
         before = Memory([], ())
         if momentum is not None:
             basis, mu = (leaves_like(tree, field, "states") for field in (state.basis, state.mu))
             check_state(tree, basis, (mu,), widths)
             before = Memory(basis, (mu,))
 
-        def step(params, gradients, turn, before, momentum):
+        def step(params, gradients, turn, before, momentum, options):
             method = Method(
                 functools.partial(_advance, momentum, nesterov),
-                direction,
+                lambda source, frame, copies: direction(options, source, frame),
                 functools.partial(_outside, momentum, nesterov),
             )
             return loft_step(tree, method, blocks, params, gradients, turn, before)
@@ -143,6 +154,7 @@ def momentum_transformation(
             state.turn,
             before,
             momentum,
+            options,
             out_like=(tree.leaves, state.turn, before),
         )
         unflatten = tree.treedef.unflatten

@@ -7,6 +7,7 @@ import jax
 import optax
 
 from loft_jax._frame import Frame, to_factor
+from loft_jax._moments import as_scalar
 from loft_jax._newton_schulz import newton_schulz
 from loft_jax._pairs import LoraPairs
 from loft_jax.transforms import _alternation
@@ -77,14 +78,17 @@ def scale_by_loft_muon(
       Array([ 1., -1.,  1.], dtype=float32)
     """
 
-    def direction(source: jax.Array, frame: Frame, copies: int) -> jax.Array:
-        update = newton_schulz(source, ns_steps, ns_coeffs, ns_eps)
-        if consistent_rms is not None:
-            update = update * (max(source.shape[0], frame.span.shape[0]) ** 0.5 * consistent_rms)
-        return to_factor(update, frame).astype(source.dtype)
+    def direction(options: tuple[Any, ...], source: jax.Array, frame: Frame) -> jax.Array:
+        *iteration, rms = options
+        update = newton_schulz(source, *iteration)
+        if rms is not None:
+            longer = max(source.shape[0], frame.span.shape[0])
+            update = update * (longer**0.5 * as_scalar(rms, update.dtype))
+        return to_factor(update, frame)
 
     order = Blocks(alternate=alternate, moves_first=moves_first)
-    return momentum_transformation(direction, momentum, nesterov, order, mu_dtype, pairs)
+    options = (ns_steps, ns_coeffs, ns_eps, consistent_rms)
+    return momentum_transformation(direction, options, momentum, nesterov, order, mu_dtype, pairs)
 
 
 def loft_muon(
@@ -119,8 +123,10 @@ def loft_muon(
       momentum, ns_steps, ns_coeffs, ns_eps, nesterov, consistent_rms: see `scale_by_loft_muon`.
       weight_decay: of the factors: decoupled, times the learning rate; a number or a schedule.
       mask: a tree of booleans, or a function from parameters to one, of the factors to decay.
-      alternate, moves_first, mu_dtype, pairs: as in `scale_by_loft_adam`.
-      adam_b1, adam_b2, adam_eps, adam_weight_decay: of the leaves outside pairs.
+      alternate, moves_first, pairs: as in `scale_by_loft_adam`.
+      mu_dtype: dtype of the factors' moment.
+      adam_b1, adam_b2, adam_eps, adam_weight_decay: of leaves outside pairs. Their `optax.adamw`
+        keeps its moments in their dtype.
       adam_learning_rate: theirs; None for ``learning_rate``.
 
     Returns:

@@ -172,8 +172,9 @@ def _advance(
 ) -> tuple[tuple[jax.Array, ...], _Side]:
     """Adds a gradient to one side's moments (blocks 2 to 4)."""
     h = coordinates(gradient, frame) if blocks.scale_gradient else gradient
-    nothing = span_before is None or not blocks.calibrate
-    calibration = None if nothing else transport(span_before, frame)
+    calibration = None
+    if blocks.calibrate and span_before is not None:
+        calibration = transport(span_before, frame)
     moments, source = method.advance(moments, h, calibration)
     return moments, _Side(source, frame, h)
 
