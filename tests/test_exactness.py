@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import optax
 import pytest
+from optimizers import hasty_compiler as hasty_compiler
 from oracles import (
     Head,
     Hyper,

@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from optimizers import assert_trees_close, assert_trees_identical, random_like, train, types
+from optimizers import hasty_compiler as hasty_compiler
 
 from loft_jax import LoraAxes, LoraPairs
 from loft_jax.baselines._adalora import adalora, orthogonality_penalty

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from optimizers import hasty_compiler as hasty_compiler
 from oracles import Head, Hyper, Problem, adamw, projector
 from trajectories import follow
 
