@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
@@ -182,11 +183,14 @@ def lora_fa(
 
     def labels(params: optax.Params) -> Any:
         tree = find_pairs(params, pairs)
-        still = {pair.a if frozen == "a" else pair.b for pair in tree.pairs}
-        names = ["frozen" if k in still else "trained" for k in range(len(tree.leaves))]
+        at_rest = {pair.a if frozen == "a" else pair.b for pair in tree.pairs}
+        names = ["frozen" if k in at_rest else "trained" for k in range(len(tree.leaves))]
         return tree.treedef.unflatten(names)
 
-    halves = optax.partition({"frozen": optax.set_to_zero(), "trained": adamw}, labels)
+    # `optax.set_to_zero` would lose the sharding of Explicit axes where no mesh is in context.
+    zero = lambda g: jnp.where(g == g, 0, 0).astype(g.dtype)
+    still = optax.stateless_with_tree_map(lambda g, _: zero(g))
+    halves = optax.partition({"frozen": still, "trained": adamw}, labels)
     if not correct_gradient:
         return checked(halves, pairs)
     trained = "b" if frozen == "a" else "a"
