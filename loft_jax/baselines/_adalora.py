@@ -225,7 +225,7 @@ def _zeros(tree: PairedTree, adapters: Sequence[Triplets]) -> optax.Params:
     leaves: list[Any] = [optax.MaskedNode() for _ in tree.leaves]
     for k in members(adapters):
         leaf = tree.leaves[k]
-        leaves[k] = jnp.zeros(jnp.shape(leaf), compute_dtype(leaf))
+        leaves[k] = jnp.zeros_like(leaf, dtype=compute_dtype(leaf))  # sharded like it
     return tree.treedef.unflatten(leaves)
 
 

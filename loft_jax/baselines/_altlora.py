@@ -139,7 +139,7 @@ def altlora(
 ) -> optax.GradientTransformationExtraArgs:
     """AltLoRA: alternating projected gradients with a carried momentum.
 
-    Leaves outside pairs get `optax.adamw` with the same learning rate and ``b1``.
+    Leaves outside pairs get `optax.adam` with the same learning rate and ``b1``.
 
     Args:
       learning_rate: a number or a schedule; the authors used 1e-2 to 1e-4.
@@ -167,11 +167,8 @@ def altlora(
     """
     order = {"alternate": alternate, "moves_first": moves_first, "pairs": pairs}
     core = scale_by_altlora(b1, damping=damping, **order)
-    return factors_and_rest(
-        descend(core, learning_rate, weight_decay, mask, alternate, moves_first, pairs),
-        optax.adamw(learning_rate, b1, weight_decay=0.0),
-        pairs,
-    )
+    factors = descend(core, learning_rate, weight_decay, mask, **order)
+    return factors_and_rest(factors, optax.adam(learning_rate, b1), pairs)
 
 
 def altlora_plus(
@@ -189,7 +186,7 @@ def altlora_plus(
 ) -> optax.GradientTransformationExtraArgs:
     """AltLoRA+: AltLoRA with a second moment of the factors, which is not carried along.
 
-    Leaves outside pairs get `optax.adamw` with the same learning rate, ``b1``, ``b2`` and ``eps``.
+    Leaves outside pairs get `optax.adam` with the same learning rate, ``b1``, ``b2`` and ``eps``.
 
     Args:
       learning_rate: a number or a schedule; the authors used 1e-5 to 1e-4. Without correction of
@@ -219,11 +216,8 @@ def altlora_plus(
     """
     order = {"alternate": alternate, "moves_first": moves_first, "pairs": pairs}
     core = scale_by_altlora(b1, b2, eps, damping=damping, **order)
-    return factors_and_rest(
-        descend(core, learning_rate, weight_decay, mask, alternate, moves_first, pairs),
-        optax.adamw(learning_rate, b1, b2, eps, weight_decay=0.0),
-        pairs,
-    )
+    factors = descend(core, learning_rate, weight_decay, mask, **order)
+    return factors_and_rest(factors, optax.adam(learning_rate, b1, b2, eps), pairs)
 
 
 def _state(tree: PairedTree, turn: jax.Array, fields: list[list[Any]]) -> ScaleByAltLoraState:

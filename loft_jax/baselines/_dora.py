@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from loft_jax.baselines._matrices import widen
+
 
 @jax.default_matmul_precision("highest")
 def dora_init(kernel: Float[Array, "..."]) -> Float[Array, " n"]:
@@ -29,7 +31,7 @@ def dora_init(kernel: Float[Array, "..."]) -> Float[Array, " n"]:
       [5.0, 2.0]
     """
     _check("dora_init", kernel)
-    wide = _wide(kernel)
+    wide = widen(kernel)
     return jnp.sqrt(jnp.sum(wide * wide, axis=0)).astype(kernel.dtype)
 
 
@@ -129,8 +131,8 @@ def _direction(
     b: Float[Array, "r n"],
     scale: float | jax.Array,
 ) -> Float[Array, "m n"]:
-    kernel = _wide(kernel)
-    return kernel + (scale * (_wide(a) @ _wide(b))).astype(kernel.dtype)
+    kernel = widen(kernel)
+    return kernel + (scale * (widen(a) @ widen(b))).astype(kernel.dtype)
 
 
 def _gain(
@@ -140,7 +142,7 @@ def _gain(
     square = jnp.sum(direction * direction, axis=0)
     # The gradient of a root at zero is not finite, and would be NaN behind any later `where`.
     norm = jnp.sqrt(jnp.where(square > 0, square, 1))
-    return _wide(magnitude) / (jax.lax.stop_gradient(norm) if detach_norm else norm)
+    return widen(magnitude) / (jax.lax.stop_gradient(norm) if detach_norm else norm)
 
 
 def _check(name: str, kernel: jax.Array, *others: jax.Array) -> None:
@@ -156,7 +158,3 @@ def _check(name: str, kernel: jax.Array, *others: jax.Array) -> None:
             f"{name}: with a kernel of shape {kernel.shape} the magnitude is ({n},), the factors "
             f"({m}, r) and (r, {n}), got {', '.join(map(str, shapes))}"
         )
-
-
-def _wide(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

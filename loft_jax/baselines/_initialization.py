@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from loft_jax.baselines._matrices import widen
+
 
 class LoraInit(NamedTuple):
     """A weight split into a frozen residual and an adapter, ``kernel = residual + scale * a @ b``.
@@ -96,7 +98,7 @@ def pissa_init(
     _check("pissa_init", kernel, rank, rank)
     if isinstance(scale, (int, float)) and scale <= 0:
         raise ValueError(f"pissa_init: the scale must be positive, got {scale}")
-    u, s, vt = _leading_triplets(_wide(kernel), rank, iterations)
+    u, s, vt = _leading_triplets(widen(kernel), rank, iterations)
     root = jnp.sqrt(s / scale)
     return _split(kernel, u * root, root[:, None] * vt, scale, dtype)
 
@@ -160,13 +162,9 @@ def lora_ga_init(
         raise ValueError(
             f"lora_ga_init: the gradient has shape {gradient.shape}, the kernel {kernel.shape}"
         )
-    u, _, vt = _leading_triplets(_wide(gradient), 2 * rank, iterations)
+    u, _, vt = _leading_triplets(widen(gradient), 2 * rank, iterations)
     size = kernel.shape[1] ** 0.25 / jnp.sqrt(jnp.asarray(gamma, u.dtype))
     return _split(kernel, size * u[:, :rank], size * vt[rank:], scale, dtype)
-
-
-def _wide(x: Float[Array, "m n"]) -> Float[Array, "m n"]:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _split(
@@ -178,9 +176,9 @@ def _split(
 ) -> LoraInit:
     """Rounds the factors, and takes what the rounded ones add out of the kernel."""
     a, b = (x.astype(dtype or kernel.dtype) for x in (a, b))
-    product = _wide(a) @ _wide(b)
+    product = widen(a) @ widen(b)
     scale = jnp.asarray(scale, product.dtype)
-    return LoraInit((_wide(kernel) - scale * product).astype(kernel.dtype), a, b)
+    return LoraInit((widen(kernel) - scale * product).astype(kernel.dtype), a, b)
 
 
 def _leading_triplets(

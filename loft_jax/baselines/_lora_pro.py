@@ -129,7 +129,7 @@ def lora_pro(
 ) -> optax.GradientTransformationExtraArgs:
     """LoRA-Pro with AdamW; its state is that of full fine-tuning, ``2 m n`` numbers a pair.
 
-    Both factors move at every step. Leaves outside pairs get `optax.adamw`. There is no weight
+    Both factors move at every step. Leaves outside pairs get `optax.adam`. There is no weight
     decay: the authors' decays the frozen weight as well, which an optimizer of adapters cannot, and
     is gone from their present code.
 
@@ -158,7 +158,7 @@ def lora_pro(
     core = scale_by_lora_pro(b1, b2, eps, damping=damping, pairs=pairs)
     return factors_and_rest(
         optax.chain(core, optax.scale_by_learning_rate(learning_rate)),
-        optax.adamw(learning_rate, b1, b2, eps, weight_decay=0.0),
+        optax.adam(learning_rate, b1, b2, eps),
         pairs,
     )
 

@@ -1,4 +1,4 @@
-"""What the peers need of a factor: its damped inverse Gram matrix. And a map over the pairs."""
+"""What the peers share: a damped inverse Gram matrix, and a map over the pairs."""
 
 import functools
 from collections.abc import Callable
@@ -9,7 +9,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from loft_jax._pairs import PairedTree
-from loft_jax.transforms._factors import group_pairs
+from loft_jax.transforms._factors import compute_dtype, group_pairs
+
+
+def widen(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Returns ``x`` in float32, or as it is if that is wider."""
+    return x.astype(compute_dtype(x))
 
 
 def inverse_gram(v: Float[Array, "n r"], damping: float | jax.Array) -> Float[Array, "r r"]:

@@ -119,7 +119,8 @@ def scale_by_loft_adam(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.OptState]:
         tree, gradients = read_arguments(params, updates, pairs)
-        fields = (leaves_like(tree, field, "states") for field in state[2:])
+        trees = (state.basis, state.mu, state.nu)
+        fields = (leaves_like(tree, field, "states") for field in trees)
         before = ScaleByLoftAdamState(state.count, state.turn, *fields)
         check_state(tree, before.basis, (before.mu, before.nu), widths)
         directions, after = in_auto_axes(

@@ -15,7 +15,12 @@ from loft_jax._pairs import LoraPairs, find_pairs
 from loft_jax._side import advance_momentum
 from loft_jax.transforms import _alternation
 from loft_jax.transforms._descent import descend
-from loft_jax.transforms._factors import check_state, leaves_like, read_arguments
+from loft_jax.transforms._factors import (
+    check_state,
+    compute_dtype,
+    leaves_like,
+    read_arguments,
+)
 from loft_jax.transforms._step import Blocks, Memory, Method, loft_step, zero_memory
 
 
@@ -187,7 +192,7 @@ def _outside(
     """Plain momentum for a leaf outside pairs."""
     if momentum is None:
         return (gradient,)
-    wide = gradient.astype(jnp.promote_types(gradient.dtype, jnp.float32))
+    wide = gradient.astype(compute_dtype(gradient))
     (new,), source = _advance(momentum, nesterov, (mu[0].astype(wide.dtype),), wide, None)
     return source.astype(gradient.dtype), new.astype(mu[0].dtype)
 
