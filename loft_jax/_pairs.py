@@ -203,7 +203,7 @@ def find_pairs(params: Any, pairs: LoraPairs | None = None) -> PairedTree:
         return PairedTree(paths, leaves, treedef, ())
     _check_dtypes(paths, leaves)
     found, problems = [], []
-    for a, b in _match_names(paths, pairs.rules):
+    for a, b in match_names(paths, pairs.rules):
         try:
             found.append(_read_pair(a, b, paths, leaves, pairs))
         except ValueError as error:
@@ -247,7 +247,7 @@ def _check_dtypes(paths: Sequence[str], leaves: Sequence[Any]) -> None:
         )
 
 
-def _match_names(paths: Sequence[str], rules: Sequence[tuple[str, str]]) -> list[tuple[int, int]]:
+def match_names(paths: Sequence[str], rules: Sequence[tuple[str, str]]) -> list[tuple[int, int]]:
     """Returns the positions of the leaves whose names make a pair, in the order of ``a``."""
     roles: dict[int, list[tuple[tuple, str]]] = {}
     members: dict[tuple, dict[str, list[int]]] = {}
@@ -323,18 +323,20 @@ def _guess_axes(shape_a: Sequence[int], shape_b: Sequence[int], where: str) -> L
     dims_a, dims_b = len(shape_a), len(shape_b)
     if dims_a < 2 or dims_b < 2:
         raise ValueError(f"{where}: a factor has at least two axes")
-    stacked = (
-        dims_a == dims_b > 2
-        and tuple(shape_a[:-2]) == tuple(shape_b[:-2])
-        and shape_a[-1] == shape_b[-2]
-    )
-    matrix = shape_a[-1] == shape_b[0]
+    # How many leading batch axes there may be: equal ones, after which the ranks agree.
+    counts = [
+        count
+        for count in range(min(dims_a, dims_b) - 1)
+        if tuple(shape_a[:count]) == tuple(shape_b[:count]) and shape_a[-1] == shape_b[count]
+    ]
+    matrix = 0 in counts
     if dims_a > 2 and dims_b > 2 and matrix:
         raise ValueError(
             f"{where}: ambiguous. Say LoraPairs(axes=LoraAxes(batch=(0,))) for layers stacked on "
             "axis 0, batch=(1,) for (in, layers, r) and (r, layers, out), batch=() for one matrix"
         )
-    return LoraAxes(batch=tuple(range(dims_a - 2)) if stacked else ())
+    # As many as there can be: of four axes each, (layers, experts, in, r) is the likely reading.
+    return LoraAxes(batch=tuple(range(max(counts, default=0))))
 
 
 def _layout(

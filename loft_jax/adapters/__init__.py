@@ -1,0 +1,20 @@
+"""Adapters in Flax models: put on, split off, merged, exchanged with other ecosystems.
+
+`loft_jax` itself does not need Flax; this package does, and is imported by its own name:
+``from loft_jax import adapters``.
+"""
+
+from loft_jax.adapters._linen import LoraModel as LoraModel
+from loft_jax.adapters._linen import adapt as adapt
+from loft_jax.adapters._nnx import LoraLayer as LoraLayer
+from loft_jax.adapters._nnx import add_lora as add_lora
+from loft_jax.adapters._nnx import remove_lora as remove_lora
+from loft_jax.adapters._nnx_layers import QuantizedLayer as QuantizedLayer
+from loft_jax.adapters._nnx_layers import QuantizedParam as QuantizedParam
+from loft_jax.adapters._quantize import quantize as quantize
+from loft_jax.adapters._rule import LoraRule as LoraRule
+from loft_jax.adapters._rule import lora_pairs as lora_pairs
+from loft_jax.adapters._trees import join as join
+from loft_jax.adapters._trees import merge as merge
+from loft_jax.adapters._trees import split as split
+from loft_jax.adapters._trees import unmerge as unmerge
