@@ -26,10 +26,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 import text
 import weights
-from llama import add_lora
+from llama import lora_rule
 from training import Trainer, learning_rate_at, make_optimizer, next_token_loss, trainable
 
-from loft_jax import LoraAxes, LoraPairs
+from loft_jax.adapters import add_lora, lora_pairs
 
 FULL_RATES = (1e-4, 3e-4, 1e-3)
 RATES = {
@@ -50,23 +50,18 @@ TARGETS = ("q", "k", "v", "up", "down")
 RESULTS = Path(__file__).parent / "results"
 
 
-def optimizer_for(method: str, learning_rate: Any):
+def optimizer_for(method: str, rank: int, learning_rate: Any):
     name, _, rest = method.partition(" ")
     second_moment: Any = rest or "calibrated"
-    pairs = LoraPairs(axes=LoraAxes(batch=(0,)))
-    return make_optimizer(
-        name,
-        learning_rate,
-        second_moment=second_moment,
-        pairs=pairs,
-    )
+    pairs = lora_pairs(lora_rule(TARGETS, rank, rank))
+    return make_optimizer(name, learning_rate, second_moment=second_moment, pairs=pairs)
 
 
 def make_model(pretrained: weights.Pretrained, method: str, rank: int, seed: int) -> nnx.Module:
     model = pretrained.build()
-    if method != "full":
-        add_lora(model, TARGETS, rank, rank, rngs=nnx.Rngs(seed))
-    return model
+    if method == "full":
+        return model
+    return add_lora(model, lora_rule(TARGETS, rank, rank), rngs=nnx.Rngs(seed))
 
 
 def run_once(
@@ -111,7 +106,7 @@ def run_all(options: argparse.Namespace) -> None:
         trainer = Trainer(
             model,
             next_token_loss,
-            lambda rate, method=method: optimizer_for(method, rate),
+            lambda rate, method=method: optimizer_for(method, options.rank, rate),
             trainable("full" if method == "full" else "lora"),
         )
         if ("zero-shot", 0.0, 0) not in done:

@@ -25,7 +25,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from loft_jax.adapters import LoraRule
+
 M = TypeVar("M", bound=nnx.Module)
+
+STACKED = (0,)
+"""The axis of the layers' parameters on which the layers are stacked."""
 
 TARGETS = {
     "q": ("self_attn", "q_proj"),
@@ -219,40 +224,14 @@ def stack(make: Callable[[nnx.Rngs], M], count: int, rngs: nnx.Rngs) -> M:
     return nnx.vmap(lambda key: make(nnx.Rngs(key)))(keys)
 
 
-class Adapted(nnx.Module):
-    """`base(x) + scale * (x a) b`: a projection with nnx.LoRA beside it."""
-
-    def __init__(self, base: nnx.Linear, lora: nnx.LoRA, scale: float):
-        self.base = base
-        self.lora = lora
-        self.scale = scale
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """`(..., in)` to `(..., out)`."""
-        return self.base(x) + self.scale * self.lora(x)
-
-
-def add_lora(
-    model: Llama, targets: Iterable[str], rank: int, alpha: float, *, rngs: nnx.Rngs
-) -> Llama:
-    """Wraps the named projections of every layer in adapters, in place; b starts at zero.
+def lora_rule(targets: Iterable[str], rank: int, alpha: float) -> LoraRule:
+    """Adapters on the named projections of every layer, for `loft_jax.adapters.add_lora`.
 
     Raises:
-        ValueError: a target that the model does not have, or a rank larger than a projection.
+        ValueError: a target that the model does not have.
     """
-    for target in targets:
-        if target not in TARGETS:
-            raise ValueError(f"unknown target {target!r}: choose from {', '.join(TARGETS)}")
-        part, name = TARGETS[target]
-        parent = getattr(model.layers, part)
-        base = getattr(parent, name)
-        fan_in, fan_out = base.in_features, base.out_features
-        if not 1 <= rank <= (limit := min(fan_in, fan_out)):
-            raise ValueError(f"rank {rank} does not fit {name}: choose from 1 to {limit}")
-
-        def make(rngs: nnx.Rngs, fan_in: int = fan_in, fan_out: int = fan_out) -> nnx.LoRA:
-            return nnx.LoRA(fan_in, rank, fan_out, rngs=rngs)
-
-        lora = stack(make, model.config.num_hidden_layers, rngs)
-        setattr(parent, name, Adapted(base, lora, alpha / rank))
-    return model
+    targets = tuple(targets)
+    if unknown := [target for target in targets if target not in TARGETS]:
+        raise ValueError(f"unknown target {unknown[0]!r}: choose from {', '.join(TARGETS)}")
+    paths = "|".join("/".join(TARGETS[target]) for target in targets)
+    return LoraRule(path=f"layers/({paths})", rank=rank, alpha=alpha, batch=STACKED)

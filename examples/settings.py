@@ -24,6 +24,7 @@ class Settings:
     rank: int = 8
     alpha: float | None = None
     targets: tuple[str, ...] = ("q", "k", "v", "up", "down")
+    quantize: Literal["nf4", "int4", "int8"] | None = None
     learning_rate: float | None = None
     steps: int = 60
     batch_size: int = 4
@@ -39,11 +40,6 @@ class Settings:
         """The learning rate at its highest."""
         return self.learning_rate or LEARNING_RATES[self.method]
 
-    @property
-    def scale(self) -> float:
-        """The factor of the adapters' product, alpha / rank."""
-        return (self.alpha or self.rank) / self.rank
-
 
 def parse_arguments(argv: Sequence[str] | None) -> tuple[Settings, Path | None, bool]:
     """The settings, the output folder if one is named, and whether to resume the run in it.
@@ -53,6 +49,8 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[Settings, Path | None, 
     """
     given = vars(_parser().parse_args(argv))
     output, resume = given.pop("output", None), given.pop("resume", False)
+    if given.get("method") == "full" and given.get("quantize"):
+        raise UserError("--quantize is for frozen weights: --method full trains all of them.")
     if not resume:
         return Settings(**given), output, False
     if output is None:
@@ -95,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--rank", type=_positive_int, help=f"default {defaults.rank}")
     add("--alpha", type=_positive_float, help="the adapters' scale is alpha/rank; default rank")
     add("--targets", type=_targets, help=f"of {','.join(TARGETS)}; default q,k,v,up,down")
+    add("--quantize", choices=("nf4", "int4", "int8"), help="the frozen weights; default not")
     rates = ", ".join(f"{rate:g} for {method}" for method, rate in LEARNING_RATES.items())
     add("--learning-rate", type=_positive_float, help=f"the peak; default {rates}")
     for name in ("steps", "batch_size", "seq_len", "eval_windows", "eval_every", "save_every"):

@@ -89,8 +89,10 @@ def test_loft_leaves_its_results(finished):
         (("--second-moment", "factored"), 4),
         (("--method", "lora"), 4),
         (("--method", "full"), 11),
+        (("--quantize", "nf4"), 4),
+        (("--quantize", "int8", "--method", "lora"), 4),
     ],
-    ids=["factored", "lora", "full"],
+    ids=["factored", "lora", "full", "nf4", "int8"],
 )
 def test_other_methods_leave_the_same_results(arguments, tmp_path, capsys, flags, leaves):
     assert run(*arguments, *flags, "--output", tmp_path / "out") == 0
@@ -170,10 +172,11 @@ def test_without_an_output_folder_the_next_free_one_is_taken(tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--rank", "17"], "rank 17 does not fit q_proj: choose from 1 to 16"),
+        (["--rank", "17"], "layers/self_attn/q_proj: rank 17 is above 16"),
         (["--model", "missing"], "--model missing: there is no such folder"),
         (["--data", "missing.txt"], "--data missing.txt: there is no such file"),
         (["--seq-len", "100000"], "fewer than one window of 100000 + 1"),
+        (["--method", "full", "--quantize", "nf4"], "--method full trains all of them"),
         (["--resume"], "--resume needs --output"),
         (["--resume", "--output", "missing"], "missing holds no run to resume"),
     ],

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import record_llama_logits as hugging_face
 from flax import nnx
-from llama import TARGETS, LlamaConfig, add_lora
+from llama import TARGETS, LlamaConfig, lora_rule
 from weights import build_model
+
+from loft_jax.adapters import add_lora, remove_lora
 
 
 def assert_same_logits(recorded: dict[str, Any]) -> None:
@@ -57,48 +59,48 @@ def model():
 IDS = jnp.arange(10)[None]
 
 
+def adapted(model, targets, rank, alpha):
+    return add_lora(model, lora_rule(targets, rank, alpha), rngs=nnx.Rngs(0))
+
+
 def test_new_adapters_leave_the_logits_unchanged(model):
-    before = model(IDS)
-    adapted = add_lora(model, TARGETS, rank=2, alpha=4, rngs=nnx.Rngs(0))
-    np.testing.assert_array_equal(adapted(IDS), before)
+    np.testing.assert_array_equal(adapted(model, TARGETS, rank=2, alpha=4)(IDS), model(IDS))
 
 
-def test_alpha_scales_the_adapters_product(model):
-    """An adapter of scale alpha/rank equals the base with alpha/rank * a b added to it."""
-    add_lora(model, ["up"], rank=2, alpha=6, rngs=nnx.Rngs(0))
-    base, lora = model.layers.mlp.up_proj.base, model.layers.mlp.up_proj.lora
-    lora.lora_b[...] = jax.random.normal(jax.random.key(0), lora.lora_b.shape)
-    adapted = model(IDS)
-    base.kernel[...] += 3 * lora.lora_a[...] @ lora.lora_b[...]
-    model.layers.mlp.up_proj = base
-    np.testing.assert_allclose(adapted, model(IDS), rtol=1e-5, atol=1e-5)
+def test_an_adapter_that_is_not_zero_equals_its_merged_weights(model):
+    with_lora = adapted(model, TARGETS, rank=2, alpha=6)
+    for path, factor in nnx.to_flat_state(nnx.state(with_lora, nnx.LoRAParam)):
+        if path[-1] == "lora_b":
+            factor[...] = 0.1 * jax.random.normal(jax.random.key(0), factor.shape)
+    assert float(jnp.abs(with_lora(IDS) - model(IDS)).max()) > 0.1
+    merged = remove_lora(with_lora, merge=True)
+    np.testing.assert_allclose(with_lora(IDS), merged(IDS), rtol=1e-4, atol=1e-5)
 
 
 def test_each_layer_draws_its_own_adapter(model):
-    add_lora(model, ["up"], rank=2, alpha=2, rngs=nnx.Rngs(0))
-    lora = model.layers.mlp.up_proj.lora
+    lora = adapted(model, ["up"], rank=2, alpha=2).layers.mlp.up_proj
     assert lora.lora_a.shape == (2, 16, 2) and lora.lora_b.shape == (2, 2, 24)
     assert not np.array_equal(*lora.lora_a[...])
 
 
 def test_only_the_adapters_are_lora_parameters(model):
-    add_lora(model, ["q", "down"], rank=2, alpha=2, rngs=nnx.Rngs(0))
-    paths = [path for path, _ in nnx.to_flat_state(nnx.state(model, nnx.LoRAParam))]
+    with_lora = adapted(model, ["q", "down"], rank=2, alpha=2)
+    paths = [path for path, _ in nnx.to_flat_state(nnx.state(with_lora, nnx.LoRAParam))]
     assert len(paths) == 2 * 2  # targets, factors
     assert {path[-1] for path in paths} == {"lora_a", "lora_b"}
-    assert {path[-3] for path in paths} == {"q_proj", "down_proj"}
+    assert {path[-2] for path in paths} == {"q_proj", "down_proj"}
 
 
 @pytest.mark.parametrize(
     ("targets", "rank", "message"),
     [
         (["q", "head"], 2, "unknown target 'head'"),
-        (["q", "k"], 9, "rank 9 does not fit k_proj: choose from 1 to 8"),
+        (["q", "k"], 17, "layers/self_attn/k_proj: rank 17 is above 16"),
     ],
 )
 def test_unfit_adapters_are_refused_by_name(model, targets, rank, message):
     with pytest.raises(ValueError, match=message):
-        add_lora(model, targets, rank=rank, alpha=1, rngs=nnx.Rngs(0))
+        adapted(model, targets, rank=rank, alpha=1)
 
 
 @pytest.mark.parametrize(

@@ -6,18 +6,18 @@ import pytest
 import training
 import weights
 from flax import nnx
-from llama import add_lora
+from llama import lora_rule
 
-from loft_jax import LoraAxes, LoraPairs
+from loft_jax.adapters import add_lora, lora_pairs
 
 
 def adapted_model(folder, seed=0):
     """The tiny model with fresh adapters."""
     model = weights.load(str(folder)).build()
-    return add_lora(model, ["q", "down"], rank=2, alpha=2, rngs=nnx.Rngs(seed))
+    return add_lora(model, RULE, rngs=nnx.Rngs(seed))
 
 
-PAIRS = LoraPairs(axes=LoraAxes(batch=(0,)))
+RULE = lora_rule(["q", "down"], rank=2, alpha=2)
 WINDOWS = np.random.default_rng(0).integers(0, 256, (6, 9)).astype(np.int32)
 
 
@@ -42,7 +42,7 @@ def test_training_changes_what_the_method_trains_and_nothing_else(model_folder, 
     trainer = training.Trainer(
         model,
         training.next_token_loss,
-        lambda rate: training.make_optimizer(method, rate, pairs=PAIRS),
+        lambda rate: training.make_optimizer(method, rate, pairs=lora_pairs(RULE)),
         wrt,
     )
     before = {path: np.array(leaf[...]) for path, leaf in nnx.to_flat_state(nnx.state(model))}
