@@ -1,0 +1,225 @@
+"""PEFT's files that are damaged, or not what we read: each is refused by name."""
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
+
+from loft_jax.adapters._peft import load_peft
+from loft_jax.adapters._safetensors import read_tensors
+
+RECORDED = Path(__file__).parent / "data" / "peft_llama"
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
+A0, B0 = f"{Q0}.lora_A.weight", f"{Q0}.lora_B.weight"
+ONE = np.ones((1,), np.float32)
+
+
+def edit_config(folder: Path, **fields: Any) -> None:
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(config | fields))
+
+
+def edit_tensors(folder: Path, new: Mapping[str, Any]) -> None:
+    """Puts tensors into the file; those that are None are taken out."""
+    tensors = {**load_file(folder / WEIGHTS), **new}
+    kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    save_file(kept, folder / WEIGHTS)
+
+
+def raw(folder: Path, edit: Any) -> None:
+    (folder / WEIGHTS).write_bytes(edit((folder / WEIGHTS).read_bytes()))
+
+
+BAD_FILES: dict[str, tuple[Any, str]] = {
+    "no config": (lambda f: (f / CONFIG).unlink(), f"{CONFIG} is missing"),
+    "config no JSON": (lambda f: (f / CONFIG).write_text("{"), f"{CONFIG}: not valid JSON"),
+    "config no text": (lambda f: (f / CONFIG).write_bytes(b"\xff\x00"), f"{CONFIG}: not valid"),
+    "config a list": (lambda f: (f / CONFIG).write_text("[]"), f"{CONFIG}: a JSON object"),
+    "config deep": (lambda f: (f / CONFIG).write_text("[" * 100_000), f"{CONFIG}: not valid JSON"),
+    "config empty": (lambda f: (f / CONFIG).write_text("{}"), "peft_type is None"),
+    "other type": (lambda f: edit_config(f, peft_type="LOHA"), "peft_type is 'LOHA'"),
+    "rank": (lambda f: edit_config(f, r=3), r"lora_A.weight.*rank 3; the two files"),
+    "rank pattern": (lambda f: edit_config(f, rank_pattern={"q_proj": 5}), rf"{A0}.*rank 5"),
+    "rank 0": (lambda f: edit_config(f, r=0), "r must be a whole number from 1 on"),
+    "rank true": (lambda f: edit_config(f, r=True), "r must be a whole number"),
+    "alpha text": (lambda f: edit_config(f, lora_alpha="8"), "lora_alpha must be a finite"),
+    "alpha NaN": (lambda f: edit_config(f, lora_alpha=float("nan")), "lora_alpha must be"),
+    "alpha huge": (lambda f: edit_config(f, lora_alpha=10**400), "lora_alpha must be"),
+    "alpha 0": (lambda f: edit_config(f, alpha_pattern={"q_proj": 0}), "alpha_pattern must be"),
+    "pattern list": (lambda f: edit_config(f, rank_pattern=[1]), "rank_pattern must be an object"),
+    "pattern regex": (lambda f: edit_config(f, rank_pattern={"(": 1}), "regular expressions"),
+    "rslora": (lambda f: edit_config(f, use_rslora="yes"), "use_rslora must be"),
+    "to save": (lambda f: edit_config(f, modules_to_save="head"), "modules_to_save must be a list"),
+    "dora": (lambda f: edit_config(f, use_dora=True), "use_dora is set"),
+    "lora_bias": (lambda f: edit_config(f, lora_bias=True), "lora_bias is set"),
+    "bias": (lambda f: edit_config(f, bias="all"), "bias is 'all'"),
+    "replication": (lambda f: edit_config(f, layer_replication=[[0, 1]]), "layer_replication is"),
+    "megatron": (lambda f: edit_config(f, megatron_config={"a": 1}), "megatron_config is set"),
+    "parameters": (lambda f: edit_config(f, target_parameters=["w"]), "target_parameters is set"),
+    "tokens": (lambda f: edit_config(f, trainable_token_indices=[1]), "trainable_token_indices"),
+    "future": (lambda f: edit_config(f, use_new_method=True), "use_new_method is set"),
+    "pissa": (lambda f: edit_config(f, init_lora_weights="pissa"), "init_lora_weights is 'pissa'"),
+    "no weights": (lambda f: (f / WEIGHTS).unlink(), f"{WEIGHTS} is missing"),
+    "pickle": (
+        lambda f: (f / WEIGHTS).rename(f / "adapter_model.bin"),
+        "adapter_model.bin is a pickle.*safe_serialization=True",
+    ),
+    "truncated": (lambda f: raw(f, lambda b: b[:-1]), f"{WEIGHTS}: not a whole safetensors file"),
+    "longer": (lambda f: raw(f, lambda b: b + b"x"), f"{WEIGHTS}: not a whole safetensors file"),
+    "empty": (lambda f: raw(f, lambda b: b""), f"{WEIGHTS}: not a whole safetensors file"),
+    "text": (lambda f: raw(f, lambda b: b"<html>" * 9), f"{WEIGHTS}: not a whole safetensors"),
+    "header": (lambda f: raw(f, lambda b: b[:8] + b"[" + b[9:]), f"{WEIGHTS}: not a whole"),
+    "pickle renamed": (lambda f: raw(f, lambda b: b"\x80\x04" + b), f"{WEIGHTS}: not a whole"),
+    "lost A": (lambda f: edit_tensors(f, {A0: None}), f"{WEIGHTS}: {A0} is missing"),
+    "lost B": (lambda f: edit_tensors(f, {B0: None}), f"{WEIGHTS}: {B0} is missing"),
+    "wide A": (lambda f: edit_tensors(f, {A0: np.ones((5, 16), np.float32)}), f"{A0}.*rank 4"),
+    "flat A": (lambda f: edit_tensors(f, {A0: ONE}), rf"{A0}: lora_A \(1,\)"),
+    "cube": (
+        lambda f: edit_tensors(f, {A0: ONE.reshape(1, 1, 1), B0: ONE.reshape(1, 1, 1)}),
+        rf"{A0}: lora_A \(1, 1, 1\)",
+    ),
+    "NaN": (
+        lambda f: edit_tensors(f, {A0: np.full((4, 16), np.nan, np.float32)}),
+        f"{A0} holds a NaN",
+    ),
+    "integers": (lambda f: edit_tensors(f, {A0: ONE.astype(np.int8)}), f"{A0} has dtype I8"),
+    "unknown key": (lambda f: edit_tensors(f, {f"{Q0}.what": ONE}), f"{Q0}.what: neither"),
+    "no prefix": (lambda f: edit_tensors(f, {"q.lora_C": ONE}), "q.lora_C: a key of PEFT starts"),
+    "no prefix, factor": (
+        lambda f: edit_tensors(f, {"q.lora_A.weight": ONE}),
+        "q.lora_A.weight: a key of PEFT starts",
+    ),
+    "magnitude": (lambda f: edit_tensors(f, {f"{Q0}.lora_magnitude_vector": ONE}), "DoRA"),
+    "B's bias": (lambda f: edit_tensors(f, {f"{Q0}.lora_B.bias": ONE}), "lora_bias"),
+    "embedding": (
+        lambda f: edit_tensors(f, {"base_model.model.model.embed_tokens.lora_embedding_A": ONE}),
+        "embed_tokens.lora_embedding_A: an adapter of an embedding",
+    ),
+    "embedding saved": (
+        lambda f: edit_tensors(f, {"base_model.model.model.embed_tokens.weight": ONE}),
+        "save_embedding_layers=False",
+    ),
+    "no factor": (lambda f: save_file({}, f / WEIGHTS), "there is no lora_A and lora_B"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_a_bad_file_is_refused_by_name(tmp_path, case):
+    folder = tmp_path / "adapter"
+    shutil.copytree(RECORDED, folder)
+    spoil, message = BAD_FILES[case]
+    spoil(folder)
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+        load_peft(folder)
+    assert str(folder) in str(caught.value)
+
+
+def test_no_folder_is_no_adapter(tmp_path):
+    with pytest.raises(FileNotFoundError, match="pass a folder"):
+        load_peft(tmp_path / "none")
+    with pytest.raises(FileNotFoundError, match="pass a folder"):
+        load_peft(RECORDED / WEIGHTS)
+
+
+# ------------------------------------------------------------------ damage at random
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("damaged")
+    shutil.copytree(RECORDED, folder, dirs_exist_ok=True)
+    return folder
+
+
+def assert_refused_or_same(folder: Path) -> None:
+    whole = load_peft(RECORDED)
+    try:
+        peft = load_peft(folder)
+    except ValueError as error:
+        assert WEIGHTS in str(error)
+        return
+    assert peft.factors.keys() == whole.factors.keys()
+    for name, (a, b, scale) in whole.factors.items():
+        np.testing.assert_array_equal(peft.factors[name].a, a)
+        np.testing.assert_array_equal(peft.factors[name].b, b)
+        assert peft.factors[name].scale == scale
+
+
+WHOLE = (RECORDED / WEIGHTS).read_bytes()
+HEADER = 8 + int.from_bytes(WHOLE[:8], "little")
+often = settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+@often
+@given(length=st.integers(0, len(WHOLE) - 1))
+def test_a_truncated_file_is_refused(damaged, length):
+    (damaged / WEIGHTS).write_bytes(WHOLE[:length])
+    with pytest.raises(ValueError, match=WEIGHTS):
+        load_peft(damaged)
+
+
+@often
+@given(position=st.integers(0, HEADER - 1), garbage=st.binary(min_size=1, max_size=12))
+def test_garbage_in_the_header_is_refused_or_harmless(damaged, position, garbage):
+    spoilt = bytearray(WHOLE)
+    garbage = garbage[: HEADER - position]
+    spoilt[position : position + len(garbage)] = garbage
+    (damaged / WEIGHTS).write_bytes(spoilt)
+    assert_refused_or_same(damaged)
+
+
+@often
+@given(position=st.integers(0, HEADER * 8 - 1))
+def test_a_flipped_bit_of_the_header_is_refused_or_harmless(damaged, position):
+    spoilt = bytearray(WHOLE)
+    spoilt[position // 8] ^= 1 << position % 8
+    (damaged / WEIGHTS).write_bytes(spoilt)
+    assert_refused_or_same(damaged)
+
+
+@often
+@given(position=st.integers(HEADER, len(WHOLE) - 1), garbage=st.binary(min_size=1, max_size=12))
+def test_garbage_among_the_values_changes_values_only(damaged, position, garbage):
+    """The format has no checksum: other values are not noticed unless they are no numbers."""
+    spoilt = bytearray(WHOLE)
+    spoilt[position : position + len(garbage)] = garbage
+    (damaged / WEIGHTS).write_bytes(spoilt[: len(WHOLE)])
+    try:
+        peft = load_peft(damaged)
+    except ValueError as error:
+        assert re.search("NaN or an infinity", str(error))
+    else:
+        assert peft.factors.keys() == load_peft(RECORDED).factors.keys()
+
+
+@often
+@given(garbage=st.binary(max_size=200))
+def test_any_bytes_as_configuration_are_refused(damaged, garbage):
+    (damaged / WEIGHTS).write_bytes(WHOLE)
+    try:
+        (damaged / CONFIG).write_bytes(garbage)
+        with pytest.raises(ValueError, match=CONFIG):
+            load_peft(damaged)
+    finally:
+        shutil.copy(RECORDED / CONFIG, damaged)
+
+
+def test_reading_leaves_arrays_of_their_own(tmp_path):
+    """Not views of a file that may change."""
+    shutil.copytree(RECORDED, tmp_path, dirs_exist_ok=True)
+    tensors = read_tensors(tmp_path / WEIGHTS)
+    before = tensors[A0].copy()
+    (tmp_path / WEIGHTS).write_bytes(bytes(len(WHOLE)))
+    np.testing.assert_array_equal(tensors[A0], before)
