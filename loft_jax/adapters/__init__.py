@@ -4,6 +4,8 @@
 ``from loft_jax import adapters``.
 """
 
+from loft_jax.adapters._families import FAMILIES as FAMILIES
+from loft_jax.adapters._families import Family as Family
 from loft_jax.adapters._linen import LoraModel as LoraModel
 from loft_jax.adapters._linen import adapt as adapt
 from loft_jax.adapters._nnx import LoraLayer as LoraLayer
@@ -11,9 +13,15 @@ from loft_jax.adapters._nnx import add_lora as add_lora
 from loft_jax.adapters._nnx import remove_lora as remove_lora
 from loft_jax.adapters._nnx_layers import QuantizedLayer as QuantizedLayer
 from loft_jax.adapters._nnx_layers import QuantizedParam as QuantizedParam
+from loft_jax.adapters._peft import fill as fill
+from loft_jax.adapters._peft import save_peft as save_peft
+from loft_jax.adapters._peft_load import PeftAdapter as PeftAdapter
+from loft_jax.adapters._peft_load import PeftFactors as PeftFactors
+from loft_jax.adapters._peft_load import load_peft as load_peft
 from loft_jax.adapters._quantize import quantize as quantize
 from loft_jax.adapters._rule import LoraRule as LoraRule
 from loft_jax.adapters._rule import lora_pairs as lora_pairs
+from loft_jax.adapters._safetensors import save_merged as save_merged
 from loft_jax.adapters._trees import join as join
 from loft_jax.adapters._trees import merge as merge
 from loft_jax.adapters._trees import split as split

@@ -180,13 +180,18 @@ def factor_names(form: Form, names: tuple[Any, ...]) -> tuple[tuple, tuple]:
 
 
 def apply_kernel(
-    form: Form, x: Float[Array, "..."], kernel: Float[Array, "..."], precision: Any
+    form: Form,
+    x: Float[Array, "..."],
+    kernel: Float[Array, "..."],
+    precision: Any,
+    out_sharding: Any = None,
 ) -> Float[Array, "..."]:
-    """The layer without its bias."""
+    """The layer without its bias; `out_sharding` for Explicit meshes, as layers of nnx take it."""
     if isinstance(form, Convolution):
-        return form(x, kernel, precision)
+        return _sharded(form(x, kernel, precision), out_sharding)
     e = _equation(form, x.ndim)
-    return jnp.einsum(f"{e.lhs},{e.kernel}->{e.out}", x, kernel, precision=precision)
+    equation = f"{e.lhs},{e.kernel}->{e.out}"
+    return jnp.einsum(equation, x, kernel, precision=precision, out_sharding=out_sharding)
 
 
 def apply_factors(
@@ -195,15 +200,17 @@ def apply_factors(
     a: Float[Array, "..."],
     b: Float[Array, "..."],
     precision: Any,
+    out_sharding: Any = None,
 ) -> Float[Array, "..."]:
     """``(x a) b``: first down to the rank, then up. The product of the factors is not formed."""
     if isinstance(form, Convolution):
-        return jnp.matmul(form(x, a, precision), b, precision=precision)
+        return _sharded(jnp.matmul(form(x, a, precision), b, precision=precision), out_sharding)
     e = _equation(form, x.ndim)
     down = "".join(axis for axis in e.lhs if axis not in e.inputs) + e.rank
     a_axes, b_axes = f"{e.batch}{e.inputs}{e.rank}", f"{e.batch}{e.rank}{e.outputs}"
     hidden = jnp.einsum(f"{e.lhs},{a_axes}->{down}", x, a, precision=precision)
-    return jnp.einsum(f"{down},{b_axes}->{e.out}", hidden, b, precision=precision)
+    equation = f"{down},{b_axes}->{e.out}"
+    return jnp.einsum(equation, hidden, b, precision=precision, out_sharding=out_sharding)
 
 
 def kernel_update(
@@ -224,6 +231,10 @@ def broadcast_bias(form: Form, bias: jax.Array) -> jax.Array:
     after = form.out.rpartition(".")[2]
     sizes = iter(bias.shape)
     return bias.reshape([next(sizes) if axis in form.kernel else 1 for axis in after])
+
+
+def _sharded(y: jax.Array, out_sharding: Any) -> jax.Array:
+    return y if out_sharding is None else jax.sharding.reshard(y, out_sharding)
 
 
 def _equation(form: Dense | Einsum, dims: int | None = None) -> Einsum:

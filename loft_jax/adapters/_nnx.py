@@ -59,12 +59,12 @@ class LoraLayer(nnx.Module):
         self.stack = stack
         self.dropout = _dropout(rule.dropout, rngs, sizes) if rule.dropout else None
 
-    def __call__(self, x: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
-        """The base layer's arguments and result, in the dtype of the base layer's output."""
-        y = self.base(x, *args, **kwargs)
+    def __call__(self, x: jax.Array, *, out_sharding: Any = None) -> jax.Array:
+        """The base layer's input and result, in the dtype of the base layer's output."""
+        y = self.base(x, out_sharding=out_sharding)
         x = x if self.dropout is None else self.dropout(x)
         x, a, b = (v.astype(y.dtype) for v in (x, self.lora_a[...], self.lora_b[...]))
-        low_rank = apply_factors(self.form, x, a, b, self.base.precision)
+        low_rank = apply_factors(self.form, x, a, b, self.base.precision, out_sharding)
         return y + jnp.asarray(self.scale, y.dtype) * low_rank
 
     def kernel_update(self) -> jax.Array:

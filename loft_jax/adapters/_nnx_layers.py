@@ -60,13 +60,14 @@ class QuantizedLayer(nnx.Module):
         tiled = [place for place in range(kernel.ndim) if place not in stack][axis]
         self.kernel = QuantizedParam(_quantize(kernel, tiled, tile, qtype))
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, *, out_sharding: Any = None) -> jax.Array:
         """The input and the result of the layer that it was."""
         import qwix
 
         kernel = qwix.dequantize(self.kernel.get_value())
         dtype = self.dtype or jnp.result_type(x, kernel)
-        y = apply_kernel(self.form, x.astype(dtype), kernel.astype(dtype), self.precision)
+        x, kernel = x.astype(dtype), kernel.astype(dtype)
+        y = apply_kernel(self.form, x, kernel, self.precision, out_sharding)
         if self.bias is not None:
             y += broadcast_bias(self.form, self.bias[...].astype(dtype))
         return y

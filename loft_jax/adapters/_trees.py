@@ -20,7 +20,8 @@ _NAMES_OF_A = (
     r"(?P<layer>.*/|)(?P<weight>\w+)_lora_a",  # qwix, tunix
     r"(?P<layer>.*/|)lora_(?P<weight>\w+)_a",  # Keras 3
     r"(?P<layer>.*/|)lora_a/kernel",  # MaxText's older layout
-    r"(?P<layer>.*/|)(?:lora/)?(?:lora_a|a)",  # Flax, gemma.peft
+    r"(?P<layer>.*/|)lora/(?:lora_a|a)",  # nnx.LoRALinear, gemma.peft
+    r"(?P<layer>.*/|)(?:lora_a|a)",  # nnx.LoRA, linen
 )
 _WEIGHTS = ("kernel", "base/kernel", "base_module/kernel", "w", "base/w")
 

@@ -1,0 +1,278 @@
+"""Adapters on nnx models: they start as nothing, merge exactly, drop out, and refuse clearly."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from loft_jax.adapters import LoraLayer, LoraRule, QuantizedLayer, add_lora, quantize, remove_lora
+
+normal = jax.nn.initializers.normal(0.3)
+
+
+class Model(nnx.Module):
+    """Every kind of layer that can carry an adapter."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.linear = nnx.Linear(6, 6, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(2, 6, decode=False, rngs=rngs)
+        self.heads = nnx.Einsum("btd,ndh->btnh", (6, 6, 2), (6, 2), rngs=rngs)
+        self.experts = nnx.Einsum("btnh,nhd->btnd", (6, 2, 4), rngs=rngs)
+        self.conv = nnx.Conv(4, 3, (2, 3), padding="SAME", rngs=rngs)
+
+    def __call__(self, x):
+        x = self.attention(jnp.tanh(self.linear(x)))
+        return self.conv(self.experts(jnp.tanh(self.heads(x))))
+
+
+X = jax.random.normal(jax.random.key(0), (2, 5, 6))
+ALL = LoraRule(path=".*", rank=2, alpha=3)
+
+
+def largest(x, y) -> float:
+    return float(jnp.abs(x - y).max())
+
+
+def test_a_new_adapter_changes_no_output_and_no_base_weight():
+    model = Model(nnx.Rngs(0))
+    adapted = add_lora(model, ALL, rngs=nnx.Rngs(1))
+    np.testing.assert_array_equal(adapted(X), model(X))
+    assert adapted.linear.base.kernel is model.linear.kernel  # shared, not copied
+
+
+def test_a_merged_adapter_computes_what_the_adapted_model_did():
+    adapted = add_lora(
+        Model(nnx.Rngs(0)), LoraRule(path=".*", rank=2, alpha=3, init_b=normal), rngs=nnx.Rngs(1)
+    )
+    merged, plain = remove_lora(adapted, merge=True), remove_lora(adapted, merge=False)
+    assert nnx.graphdef(merged) == nnx.graphdef(Model(nnx.Rngs(0)))
+    assert largest(adapted(X), plain(X)) > 0.1
+    assert largest(adapted(X), merged(X)) < 1e-5
+    np.testing.assert_array_equal(plain(X), Model(nnx.Rngs(0))(X))
+
+
+@pytest.mark.parametrize("axes", [(0, 0), (1, 0), (0, 2), (2, 1)])
+def test_layers_stacked_twice_merge_on_the_axes_where_they_are(axes):
+    outer, inner = axes
+    make = nnx.vmap(
+        lambda key: nnx.Linear(6, 7, use_bias=False, rngs=nnx.Rngs(key)), out_axes=inner
+    )
+    make = nnx.vmap(make, out_axes=outer)
+    model = make(jax.random.split(jax.random.key(0), (2, 3)))
+    rule = LoraRule(path="", rank=2, alpha=3, init_b=normal)
+    adapted = add_lora(model, rule, rngs=nnx.Rngs(1))
+    merged = remove_lora(adapted, merge=True)
+    of = lambda v, i, j: jnp.take(jnp.take(v, i, outer), j, inner)
+    for i in range(2):
+        for j in range(3):
+            a, b = of(adapted.lora_a[...], i, j), of(adapted.lora_b[...], i, j)
+            assert a.shape == (6, 2) and b.shape == (2, 7)
+            expected = of(model.kernel[...], i, j) + 1.5 * a @ b
+            np.testing.assert_allclose(of(merged.kernel[...], i, j), expected, atol=1e-6)
+
+
+def test_the_first_rule_that_matches_a_layer_counts():
+    rules = [LoraRule(path="linear", rank=1), LoraRule(path="linear|conv", rank=2, alpha=4)]
+    adapted = add_lora(Model(nnx.Rngs(0)), rules, rngs=nnx.Rngs(1))
+    assert (adapted.linear.lora_a.shape[-1], adapted.linear.scale) == (1, 1.0)
+    assert (adapted.conv.lora_a.shape, adapted.conv.scale) == ((2, 3, 4, 2), 2.0)
+    assert not isinstance(adapted.heads, LoraLayer)
+
+
+def test_bfloat16_layers_compute_in_bfloat16_with_float32_factors():
+    model = nnx.Linear(6, 5, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    adapted = add_lora(model, LoraRule(path="", rank=2, init_b=normal), rngs=nnx.Rngs(1))
+    assert adapted.lora_a.dtype == jnp.float32
+    x = X.astype(jnp.bfloat16)
+    assert adapted(x).dtype == jnp.bfloat16
+    assert remove_lora(adapted, merge=True).kernel.dtype == jnp.bfloat16
+
+
+def test_factors_have_the_mesh_axes_of_their_kernel():
+    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    with jax.set_mesh(mesh):
+        model = nnx.Einsum(
+            "btd,ndh->btnh", (2, 4, 3), kernel_metadata={"out_sharding": ("x", "y", None)},
+            rngs=nnx.Rngs(0),
+        )  # fmt: skip
+        adapted = add_lora(model, LoraRule(path="", rank=2), rngs=nnx.Rngs(1))
+    assert adapted.lora_a[...].sharding.spec == jax.P("y", None)
+    assert adapted.lora_b[...].sharding.spec == jax.P(None, "x", None)
+
+
+def test_an_explicit_mesh_needs_no_more_than_the_base_layer_does():
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    model = add_lora(
+        nnx.Linear(6, 4, rngs=nnx.Rngs(0)),
+        LoraRule(path="", rank=2, init_b=normal),
+        rngs=nnx.Rngs(1),
+    )
+    expected = model(X)
+    with jax.set_mesh(mesh):
+        x = jax.device_put(X, jax.P("data"))
+        for out_sharding in (None, jax.P(None, None, "data")):
+            y = nnx.jit(lambda model, x, s=out_sharding: model(x, out_sharding=s))(model, x)
+            assert jax.typeof(y).sharding.spec == (out_sharding or jax.P("data", None, None))
+            np.testing.assert_allclose(y, expected, atol=1e-6)
+
+
+# --------------------------------------------------------------------------- dropout
+
+
+def test_dropout_acts_on_the_adapters_input_alone_and_only_in_training():
+    rule = LoraRule(path="", rank=2, dropout=0.5, init_b=normal)
+    base = nnx.Linear(6, 5, rngs=nnx.Rngs(0))
+    adapted = add_lora(base, rule, rngs=nnx.Rngs(1))
+    adapted.eval()
+    certain = adapted(X)
+    np.testing.assert_array_equal(adapted(X), certain)
+    adapted.train()
+    draws = np.stack([adapted(X) for _ in range(400)])
+    assert not np.array_equal(draws[0], draws[1])
+    spread = draws.std(axis=0).max() / np.sqrt(400)
+    assert largest(draws.mean(axis=0), certain) < 5 * spread  # the mean is what it was
+    assert largest(certain, base(X)) > 0.1
+
+
+def test_each_layer_of_a_stack_drops_its_own():
+    keys = jax.random.split(jax.random.key(0), 3)
+    stack = nnx.vmap(lambda key: nnx.Linear(6, 6, rngs=nnx.Rngs(key)))(keys)
+    rule = LoraRule(path="", rank=2, dropout=0.5, init_b=normal)
+    adapted = add_lora(stack, rule, rngs=nnx.Rngs(1))
+    run = nnx.vmap(lambda layer, x: layer.dropout(x), in_axes=(0, None))
+    first, second = run(adapted, jnp.ones(64)), run(adapted, jnp.ones(64))
+    masks = [np.asarray(mask) for mask in (*first, *second)]
+    assert len({mask.tobytes() for mask in masks}) == 6  # per layer and per call
+
+
+# --------------------------------------------------------------------- quantized bases
+
+
+@pytest.mark.parametrize(("qtype", "error"), [("nf4", 0.3), ("int4", 0.3), ("int8", 0.03)])
+def test_a_quantized_model_is_the_plain_one_with_rounded_kernels(qtype, error):
+    qwix = pytest.importorskip("qwix", reason="qwix is not installed: no quantized bases")
+    model = Model(nnx.Rngs(0))
+    quantized, rounded = quantize(model, qtype=qtype), nnx.clone(model)
+    places = dict(nnx.iter_modules(rounded))
+    for path, layer in nnx.iter_modules(quantized):
+        if isinstance(layer, QuantizedLayer):
+            places[path].kernel[...] = qwix.dequantize(layer.kernel.get_value())
+    np.testing.assert_allclose(quantized(X), rounded(X), atol=1e-6)
+    assert 0 < largest(quantized(X), model(X)) < error * float(jnp.abs(model(X)).max())
+
+
+def test_a_quantized_kernel_is_within_half_a_level_and_takes_half_a_byte():
+    pytest.importorskip("qwix", reason="qwix is not installed: quantized bases are not shown")
+    import qwix
+
+    layer = nnx.Linear(128, 32, rngs=nnx.Rngs(0))
+    stored = quantize(layer, qtype="nf4").kernel.get_value()
+    assert stored.qvalue.dtype == jnp.uint4 and stored.scale.shape == (2, 32)
+    absmax = jnp.abs(layer.kernel[...].reshape(2, 64, 32)).max(axis=1)
+    np.testing.assert_allclose(stored.scale, absmax, rtol=1e-6)
+    # The widest gap between two levels of NormalFloat is 0.3.
+    error = jnp.abs(qwix.dequantize(stored) - layer.kernel[...]).reshape(2, 64, 32).max(axis=1)
+    assert bool(jnp.all(error <= 0.16 * absmax))
+    compiled = jax.jit(lambda kernel: qwix.dequantize(kernel)).lower(stored).compile()
+    sizes = compiled.memory_analysis()
+    assert sizes.argument_size_in_bytes == 128 * 32 // 2 + 4 * 2 * 32
+
+
+@pytest.mark.parametrize("order", ["quantized first", "adapted first"])
+def test_adapters_lie_beside_quantized_layers_in_either_order(order):
+    pytest.importorskip("qwix", reason="qwix is not installed: quantized bases are not shown")
+    model, rule = Model(nnx.Rngs(0)), LoraRule(path="linear|heads", rank=2, alpha=3)
+    if order == "quantized first":
+        adapted = add_lora(quantize(model, "linear|heads"), rule, rngs=nnx.Rngs(1))
+    else:
+        adapted = quantize(add_lora(model, rule, rngs=nnx.Rngs(1)), "linear|heads")
+    np.testing.assert_array_equal(adapted(X), quantize(model, "linear|heads")(X))
+    assert len(nnx.to_flat_state(nnx.state(adapted, nnx.LoRAParam))) == 4
+    with pytest.raises(ValueError, match="linear|heads: an adapter is not merged into a quantized"):
+        remove_lora(adapted, merge=True)
+
+
+# -------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("model", "rules", "message"),
+    [
+        (Model, LoraRule(path="linaer", rank=2), "no layer follows the rule 'linaer'.*linear"),
+        (Model, [ALL, LoraRule(path="conv", rank=2)], "no layer follows the rule 'conv'"),
+        (Model, LoraRule(path="linear", rank=7), "linear: rank 7 is above 6"),
+        (
+            lambda rngs: nnx.Conv(4, 4, 3, feature_group_count=2, rngs=rngs),
+            ALL,
+            "a grouped or masked convolution",
+        ),
+        (
+            lambda rngs: nnx.LinearGeneral(4, 4, batch_axis={0: 3}, rngs=rngs),
+            ALL,
+            "write it as an nnx.Einsum",
+        ),
+        (lambda rngs: nnx.Einsum("ab,bb->a", (3, 3), rngs=rngs), ALL, "a letter of its own"),
+        (lambda rngs: nnx.Einsum("ab,bc->a", (3, 3), rngs=rngs), ALL, "sums the kernel's axis 'c'"),
+        (lambda rngs: nnx.LoRALinear(4, 4, lora_rank=2, rngs=rngs), ALL, "has an adapter already"),
+        (
+            lambda rngs: add_lora(Model(rngs), ALL, rngs=rngs),
+            ALL,
+            "linear/base has an adapter already|/base has an adapter already",
+        ),
+        (
+            lambda _: nnx.vmap(lambda k: nnx.Linear(3, 5, rngs=nnx.Rngs(k)))(
+                jax.random.split(jax.random.key(0), 3)
+            ),
+            ALL,
+            r"\(3, 3, 5\) .* one of \[\(0,\), \(1,\)\]: say batch=\(0,\)",
+        ),
+    ],
+)
+def test_what_cannot_be_adapted_is_refused_by_name(model, rules, message):
+    with pytest.raises(ValueError, match=message):
+        add_lora(model(nnx.Rngs(0)), rules, rngs=nnx.Rngs(1))
+
+
+def test_a_stack_in_doubt_is_adapted_once_its_axis_is_told():
+    keys = jax.random.split(jax.random.key(0), 3)
+    model = nnx.vmap(lambda key: nnx.Linear(3, 5, rngs=nnx.Rngs(key)))(keys)
+    adapted = add_lora(model, LoraRule(path="", rank=2, batch=(0,)), rngs=nnx.Rngs(1))
+    assert adapted.lora_a.shape == (3, 3, 2) and adapted.lora_b.shape == (3, 2, 5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"path": "("}, "no regular expression"),
+        ({"rank": 0}, "rank is a whole number from 1 on"),
+        ({"alpha": 0.0}, "alpha must be finite and not zero"),
+        ({"alpha": float("nan")}, "alpha must be finite and not zero"),
+        ({"dropout": 1.0}, "dropout is at least 0 and below 1"),
+    ],
+)
+def test_a_rule_that_makes_no_sense_is_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        LoraRule(**{"path": ".*", "rank": 2} | fields)
+
+
+@pytest.mark.parametrize(
+    ("path", "options", "message"),
+    [
+        ("linaer", {}, "no layer matches 'linaer'; there are: .*linear"),
+        ("linear", {"tile_size": 4}, "linear: tiles of 4 do not fill an axis of 6"),
+    ],
+)
+def test_what_cannot_be_quantized_is_refused_by_name(path, options, message):
+    pytest.importorskip("qwix", reason="qwix is not installed: quantized bases are not shown")
+    with pytest.raises(ValueError, match=message):
+        quantize(Model(nnx.Rngs(0)), path, **options)
+
+
+def test_quantizing_twice_and_removing_nothing_are_refused():
+    pytest.importorskip("qwix", reason="qwix is not installed: quantized bases are not shown")
+    model = Model(nnx.Rngs(0))
+    with pytest.raises(ValueError, match="linear: the layer is quantized already"):
+        quantize(quantize(model, "linear"), "linear")
+    with pytest.raises(ValueError, match="no adapter of add_lora to remove"):
+        remove_lora(model, merge=True)
