@@ -5,7 +5,8 @@
 
 Downloads SmolLM2-135M-Instruct (93 MB) and 2 MB of English Wikipedia once, trains adapters of rank
 8 on the q, k, v, up and down projections for 60 steps of 4 x 128 tokens, and leaves in
-`runs/loft-1` the learning curve, the metrics, the adapter, and a text generated before and after.
+`runs/loft-1` the learning curve, the metrics, the adapter (for Orbax and for Hugging Face PEFT),
+and a text generated before and after.
 
 Hardware: 2 CPU cores, 4 GB of memory; no accelerator.
 Time: 4 min 40 s with the downloads (about 3 s a step), after an installation of a minute.
@@ -188,7 +189,8 @@ def report(run: Run, settings: Settings, name: str) -> None:
         f"\nheld-out perplexity: {perplexities[0]:.2f} before, {perplexities[-1]:.2f} after "
         f"{settings.steps} steps ({speed:.0f} tokens/s)"
     )
-    print(f"written to {run.folder}: curve.png, metrics.jsonl, adapter/, checkpoints/")
+    peft = "" if settings.method == "full" else "peft/, "
+    print(f"written to {run.folder}: curve.png, metrics.jsonl, adapter/, {peft}checkpoints/")
 
 
 def finetune(settings: Settings, output: Path | None, resume: bool) -> None:
@@ -219,6 +221,9 @@ def finetune(settings: Settings, output: Path | None, resume: bool) -> None:
         raise
     sample(run, settings, trainer.model(state.params), pretrained, step=settings.steps)
     run.save_adapter(state.params)
+    if settings.method != "full":
+        pairs = lora_pairs(adapter_rule(settings))
+        run.save_peft(state.params, pairs, settings.model or weights.SMOLLM2_HUB_ID)
     run.close()
     report(run, settings, pretrained.name)
 

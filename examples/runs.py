@@ -2,7 +2,8 @@
 
 The folder holds `settings.json`, what the run was asked to do; `metrics.jsonl`, one JSON object a
 line; `checkpoints/STEP`, the training state for --resume (Orbax); and, once the run has ended,
-`adapter/`, the trained parameters alone (Orbax).
+`adapter/`, the trained parameters alone (Orbax), and for adapters `peft/`, the same as Hugging Face
+PEFT writes and loads it.
 """
 
 import json
@@ -13,6 +14,9 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from errors import UserError
+
+from loft_jax import LoraPairs
+from loft_jax.adapters import save_peft
 
 
 class Run:
@@ -89,6 +93,17 @@ class Run:
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(path, params, force=True)
         return path
+
+    def save_peft(self, params: Any, pairs: LoraPairs, base_model: str) -> Path:
+        """Saves the adapter for PEFT: adapter_model.safetensors and adapter_config.json."""
+        return save_peft(
+            self.folder / "peft",
+            params,
+            family="llama",
+            pairs=pairs,
+            base_model=base_model,
+            task_type="CAUSAL_LM",
+        )
 
     def close(self) -> None:
         """Waits for what is being written."""

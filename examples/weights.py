@@ -20,6 +20,9 @@ from flax import nnx
 from llama import Llama, LlamaConfig
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+"""Where the model that the downloads hold is found on the Hugging Face hub."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:

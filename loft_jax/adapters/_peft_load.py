@@ -93,7 +93,7 @@ def load_peft(path: str | os.PathLike[str]) -> PeftAdapter:
     Example:
       >>> import tempfile
       >>> import jax.numpy as jnp
-      >>> from loft_jax.adapters._peft import save_peft
+      >>> from loft_jax.adapters import save_peft
       >>> up = {"lora_a": jnp.ones((6, 3)), "lora_b": jnp.ones((3, 4))}
       >>> adapter = {"h": {"0": {"mlp": {"c_fc": up}}}}
       >>> with tempfile.TemporaryDirectory() as folder:

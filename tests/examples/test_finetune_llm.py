@@ -17,6 +17,8 @@ import pytest
 import training
 from settings import Settings
 
+from loft_jax.adapters import load_peft
+
 SMALL = "--steps 4 --eval-every 2 --save-every 2 --batch-size 2 --seq-len 8 --rank 2 --alpha 4"
 
 
@@ -81,6 +83,21 @@ def assert_results(folder: Path, printed: str, leaves: int) -> None:
 
 def test_loft_leaves_its_results(finished):
     assert_results(*finished, leaves=2 * 2)  # the factors of q and up
+
+
+def test_the_adapter_is_left_as_peft_writes_it_too(finished):
+    saved = load_peft(finished.folder / "peft")
+    names = {
+        f"model.layers.{k}.{name}" for k in (0, 1) for name in ("self_attn.q_proj", "mlp.up_proj")
+    }
+    assert set(saved.factors) == names
+    assert all(saved.scale_of(name) == 2.0 for name in names)  # alpha 4, rank 2
+    with ocp.StandardCheckpointer() as checkpointer:
+        adapter = checkpointer.restore(finished.folder / "adapter")
+    ours = adapter["layers"]["mlp"]["up_proj"]
+    theirs = saved.factors["model.layers.1.mlp.up_proj"]
+    np.testing.assert_array_equal(theirs.a, ours["lora_a"][1])
+    np.testing.assert_array_equal(theirs.b, ours["lora_b"][1])
 
 
 @pytest.mark.parametrize(
