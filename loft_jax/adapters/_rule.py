@@ -118,7 +118,7 @@ def check_all_used(rules: Sequence[LoraRule], used: Sequence[LoraRule], seen: Se
 def lora_pairs(rules: Rules) -> LoraPairs:
     """What an optimizer must know of the adapters that these rules make: scales and batch axes.
 
-    Holds for the adapters of `add_lora`, `LoraModel` and `qwix_rules`.
+    Holds for the adapters of `add_lora`, `LoraModel` and `qwix_provider`.
 
     Args:
       rules: those the model was adapted with.

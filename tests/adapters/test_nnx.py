@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from loft_jax.adapters import LoraLayer, LoraRule, QuantizedLayer, add_lora, quantize, remove_lora
+from loft_jax.adapters import (
+    LoraLayer,
+    LoraRule,
+    QuantizedLayer,
+    add_lora,
+    quantize,
+    qwix_provider,
+    remove_lora,
+)
 
 normal = jax.nn.initializers.normal(0.3)
 
@@ -267,6 +275,12 @@ def test_what_cannot_be_quantized_is_refused_by_name(path, options, message):
     pytest.importorskip("qwix", reason="qwix is not installed: quantized bases are not shown")
     with pytest.raises(ValueError, match=message):
         quantize(Model(nnx.Rngs(0)), path, **options)
+
+
+def test_dropout_is_not_left_to_qwix():
+    pytest.importorskip("qwix", reason="qwix is not installed")
+    with pytest.raises(ValueError, match="drops the adapters' inputs in evaluation"):
+        qwix_provider(LoraRule(path=".*", rank=2, dropout=0.1))
 
 
 def test_quantizing_twice_and_removing_nothing_are_refused():

@@ -19,7 +19,16 @@ from flax import linen as nn
 from flax import nnx
 
 from loft_jax import LoraAxes, LoraPairs, clip_by_projected_global_norm, loft_adamw
-from loft_jax.adapters import LoraModel, LoraRule, add_lora, join, lora_pairs, split
+from loft_jax.adapters import (
+    LoraModel,
+    LoraRule,
+    add_lora,
+    join,
+    lora_pairs,
+    quantize,
+    qwix_provider,
+    split,
+)
 
 normal = jax.nn.initializers.normal
 STEPS = 20
@@ -90,7 +99,8 @@ def stacked(tree: Any, r: int, axis: int) -> dict[str, Any]:
 
 def float64(tree: Any) -> Any:
     """In double precision, so that two orders of summation stay one trajectory."""
-    return jax.tree.map(lambda leaf: leaf.astype(jnp.float64), tree)
+    wide = lambda leaf: leaf.astype(jnp.float64) if leaf.dtype == jnp.float32 else leaf
+    return jax.tree.map(wide, tree)  # what is quantized stays as it is
 
 
 def inputs(*shape: int) -> jax.Array:
@@ -362,13 +372,17 @@ def names_of_MaxText_with_layers_on_axis_1() -> Row:
 # ------------------------------------------------------------------------------ qwix
 
 
-def qwix_model(model: Any, x: jax.Array, **rule: Any) -> Any:
-    """The model wrapped by qwix; every layer, rank 2, scale 3."""
+QWIX_RULE = LoraRule(path=".*", rank=2, alpha=6)
+
+
+def qwix_model(model: Any, x: jax.Array, **quantization: Any) -> Any:
+    """The model wrapped by qwix, every layer."""
     qwix = importlib.import_module("qwix")
-    provider = qwix.LoraProvider(module_path=".*", rank=2, alpha=6.0, **rule)
+    provider = qwix_provider(QWIX_RULE, **quantization)
     if isinstance(model, nn.Module):  # linen models show their shapes when they are initialized
         return qwix.apply_lora_to_model(model, provider)
-    return qwix.apply_lora_to_model(model, provider, x.astype(jnp.float32), rngs=nnx.Rngs(5))
+    x = x.astype(jnp.float32)
+    return qwix.apply_lora_to_model(model, provider, x, rngs=nnx.Rngs(5))
 
 
 class NnxHeads(nnx.Module):
@@ -385,14 +399,14 @@ class NnxHeads(nnx.Module):
 def qwix_on_nnx_dot_general_and_einsum_with_heads() -> Row:
     x = inputs(3, 5, 6)
     model = qwix_model(NnxHeads(nnx.Rngs(0)), x)
-    return of_nnx(model, x, LoraPairs(scale=3.0), lambda t: each(t, 2))
+    return of_nnx(model, x, lora_pairs(QWIX_RULE), lambda t: each(t, 2))
 
 
 @row
 def qwix_on_linen_dot_general_with_heads() -> Row:
     x = inputs(3, 5, 8)
     model = qwix_model(Attention(), x)
-    return of_linen(model, x, LoraPairs(scale=3.0), lambda t: each(t, 2))
+    return of_linen(model, x, lora_pairs(QWIX_RULE), lambda t: each(t, 2))
 
 
 class NnxExperts(nnx.Module):
@@ -408,14 +422,33 @@ def qwix_on_experts_that_share_b() -> Row:
     # A (E, D, r) and B (r, F): the experts under one another are one tall (E D, F) matrix.
     x = inputs(3, 8, 6)
     model = qwix_model(NnxExperts(nnx.Rngs(0)), x)
-    return of_nnx(model, x, LoraPairs(scale=3.0), lambda t: each(t, 2))
+    return of_nnx(model, x, lora_pairs(QWIX_RULE), lambda t: each(t, 2))
 
 
 @row
 def qwix_on_nnx_Conv() -> Row:
     x = inputs(3, 6, 6, 4)
     model = qwix_model(nnx.Conv(4, 5, (3, 3), rngs=nnx.Rngs(0)), x)
-    return of_nnx(model, x, LoraPairs(scale=3.0), lambda t: each(t, 2))
+    return of_nnx(model, x, lora_pairs(QWIX_RULE), lambda t: each(t, 2))
+
+
+# ------------------------------------------------------------------- quantized bases
+
+
+@row
+def qwix_on_nnx_in_nf4() -> Row:
+    x = inputs(16, 64)
+    model = nnx.Sequential(nnx.Linear(64, 7, rngs=nnx.Rngs(0)), nnx.tanh)
+    model = qwix_model(model, x, weight_qtype="nf4", tile_size=32)
+    return of_nnx(model, x, lora_pairs(QWIX_RULE), lambda t: each(t, 2))
+
+
+@row
+def add_lora_on_a_base_in_nf4_by_qwix_formats() -> Row:
+    rule = LoraRule(path="", rank=2, alpha=4)
+    model = quantize(nnx.Linear(64, 7, rngs=nnx.Rngs(0)), qtype="nf4", tile_size=32)
+    model = add_lora(model, rule, rngs=nnx.Rngs(1))
+    return of_nnx(model, inputs(16, 64), lora_pairs(rule), lambda t: each(t, 2))
 
 
 # -------------------------------------------------------------------------- the tests
