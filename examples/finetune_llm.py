@@ -72,7 +72,8 @@ def build_model(settings: Settings, pretrained: weights.Pretrained) -> Llama:
         return model
     try:
         if settings.quantize is not None:
-            model = quantize(model, "layers/.*", qtype=settings.quantize, batch=STACKED)
+            kinds = {"qtype": settings.quantize, "tile_size": settings.tile_size}
+            model = quantize(model, "layers/.*", batch=STACKED, **kinds)
         return add_lora(model, adapter_rule(settings), rngs=nnx.Rngs(settings.seed))
     except (ValueError, ImportError) as error:
         raise UserError(f"Cannot add the adapters: {error}.") from error

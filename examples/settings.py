@@ -25,6 +25,7 @@ class Settings:
     alpha: float | None = None
     targets: tuple[str, ...] = ("q", "k", "v", "up", "down")
     quantize: Literal["nf4", "int4", "int8"] | None = None
+    tile_size: int = 64
     learning_rate: float | None = None
     steps: int = 60
     batch_size: int = 4
@@ -94,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--alpha", type=_positive_float, help="the adapters' scale is alpha/rank; default rank")
     add("--targets", type=_targets, help=f"of {','.join(TARGETS)}; default q,k,v,up,down")
     add("--quantize", choices=("nf4", "int4", "int8"), help="the frozen weights; default not")
+    add("--tile-size", type=_positive_int, help="quantized numbers that share a scale; default 64")
     rates = ", ".join(f"{rate:g} for {method}" for method, rate in LEARNING_RATES.items())
     add("--learning-rate", type=_positive_float, help=f"the peak; default {rates}")
     for name in ("steps", "batch_size", "seq_len", "eval_windows", "eval_every", "save_every"):

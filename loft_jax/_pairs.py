@@ -22,7 +22,7 @@ DEFAULT_RULES: tuple[tuple[str, str], ...] = (
     # MaxText's older layout.
     (r"(.*[/_]|)lora_a/kernel", r"(.*[/_]|)lora_b/kernel"),
     # Keras 3.
-    (r"(.*/|)lora_kernel_a", r"(.*/|)lora_kernel_b"),
+    (r"(.*/|)lora_(kernel|embeddings)_a", r"(.*/|)lora_(kernel|embeddings)_b"),
 )
 
 

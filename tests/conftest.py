@@ -54,6 +54,24 @@ def report(request: pytest.FixtureRequest):
     return request.config.stash[TABLES].append
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker of pytest-xdist hands its tables to the process that prints them."""
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["errors"] = {k: list(v) for k, v in session.config.stash[LARGEST_ERRORS].items()}
+        output["tables"] = session.config.stash[TABLES]
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_testnodedown(node) -> None:
+    output = getattr(node, "workeroutput", {})  # a worker that crashed has none
+    errors = node.config.stash[LARGEST_ERRORS]
+    for name, (error, tolerance) in output.get("errors", {}).items():
+        known = errors.get(name, (0.0, tolerance))
+        errors[name] = (max(known[0], error), max(known[1], tolerance))
+    node.config.stash[TABLES] += output.get("tables", [])
+
+
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     errors = config.stash[LARGEST_ERRORS]
     if errors:

@@ -27,6 +27,7 @@ STYLES = {
     "maxtext": (("lora_a", "kernel"), ("lora_b", "kernel")),
     "maxtext_qwix": (("w_lora_a", "kernel"), ("w_lora_b", "kernel")),
     "keras": (("lora_kernel_a",), ("lora_kernel_b",)),
+    "keras embeddings": (("lora_embeddings_a",), ("lora_embeddings_b",)),
 }
 
 

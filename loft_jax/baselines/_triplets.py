@@ -14,7 +14,7 @@ from loft_jax._pairs import LoraPairs, Pair, PairedTree, find_pairs
 DEFAULT_VALUES: tuple[tuple[str, str], ...] = (
     (r"(.*[/_]|)lora_a(/kernel|)", r"\1lora_e\2"),
     (r"(.*/|)lora/a", r"\1lora/e"),
-    (r"(.*/|)lora_kernel_a", r"\1lora_kernel_e"),
+    (r"(.*/|)lora_(kernel|embeddings)_a", r"\1lora_\2_e"),
 )
 
 

@@ -165,6 +165,7 @@ def test_products_take_the_axes_of_their_weight(a, b, equation, weight):
         ("lora/lora_a lora/lora_b", "kernel"),
         ("lora_a lora_b", "base_module/kernel"),
         ("lora_kernel_a lora_kernel_b", "kernel"),
+        ("lora_embeddings_a lora_embeddings_b", "embeddings"),
     ],
 )
 def test_the_weight_of_every_known_name_is_found(names, weight):
