@@ -132,20 +132,19 @@ def unmerge(
     return _add_products(base, adapter, pairs, weights, transpose, sign=-1)
 
 
-def layer_and_weights(path: str) -> tuple[str, tuple[str, ...]]:
-    """The layer to which the factor at a path belongs, and where its weight may lie.
+def weight_paths(path: str) -> tuple[str, ...]:
+    """Where the weight may lie to which the factor at a path belongs.
 
     Example:
-      >>> layer_and_weights("layers/0/kernel_lora_a")
-      ('layers/0', ('layers/0/kernel',))
+      >>> weight_paths("layers/0/kernel_lora_a")
+      ('layers/0/kernel',)
     """
     for regex in _NAMES_OF_A:
         if match := re.fullmatch(regex, path):
             found = match.groupdict()
             names = (found["weight"],) if found.get("weight") else _WEIGHTS
-            layer = found["layer"]
-            return layer.removesuffix("/"), tuple(layer + name for name in names)
-    return path, ()
+            return tuple(found["layer"] + name for name in names)
+    return ()
 
 
 def _add_products(base, adapter, pairs, weights, transpose, sign: int) -> Any:
@@ -156,7 +155,7 @@ def _add_products(base, adapter, pairs, weights, transpose, sign: int) -> Any:
     for pair in tree.pairs:
         path = tree.paths[pair.a]
         told = [match.expand(to) for regex, to in weights if (match := re.fullmatch(regex, path))]
-        candidates = told or list(layer_and_weights(path)[1])
+        candidates = told or weight_paths(path)
         k = next((position[name] for name in candidates if name in position), None)
         if k is None or not jnp.issubdtype(leaves[k].dtype, jnp.floating):
             raise ValueError(

@@ -94,6 +94,17 @@ def test_factors_are_partitioned_like_their_kernel():
     assert y.shape == (2, 5, 5)
 
 
+def test_an_explicit_mesh_needs_no_more_than_the_base_layers_do():
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    adapted = LoraModel(Model(), RULE)
+    variables = adapted.init(KEY, X)
+    expected = adapted.apply(variables, X)
+    with jax.set_mesh(mesh):
+        y = jax.jit(adapted.apply)(variables, jax.device_put(X, jax.P("data")))
+        assert jax.typeof(y).sharding.spec[0] == "data"
+    np.testing.assert_allclose(y, expected, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("model", "rules", "message"),
     [
