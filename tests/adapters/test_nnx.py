@@ -154,6 +154,19 @@ def test_each_layer_of_a_stack_drops_its_own():
     assert len({mask.tobytes() for mask in masks}) == 6  # per layer and per call
 
 
+def test_dropout_draws_anew_in_every_step_of_a_scanned_model():
+    axes = nnx.StateAxes({nnx.Param: 0, ...: 0})
+    keys = jax.random.split(jax.random.key(0), 3)
+    stack = nnx.vmap(lambda key: nnx.Linear(6, 6, rngs=nnx.Rngs(key)), out_axes=axes)(keys)
+    rule = LoraRule(path="", rank=2, dropout=0.5, init_b=normal)
+    adapted = add_lora(stack, rule, rngs=nnx.Rngs(1))
+    run = nnx.scan(lambda layer, x: layer(x), in_axes=(axes, nnx.Carry), out_axes=nnx.Carry)
+    step = nnx.jit(lambda model: run(model, X))
+    assert not np.array_equal(step(adapted), step(adapted))
+    adapted.eval()
+    np.testing.assert_array_equal(step(adapted), step(adapted))
+
+
 # --------------------------------------------------------------------- quantized bases
 
 
