@@ -6,6 +6,7 @@ learning rate, its mesh.
 """
 
 import functools
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from optimizers import hasty_compiler as hasty_compiler
 
 from loft_jax import LoraPairs, clip_by_projected_global_norm, loft_adamw
 from loft_jax._pairs import find_pairs
+from loft_jax.adapters import LoraRule, lora_pairs, qwix_provider
 
 # Importing tunix turns this off for the whole process; the other tests keep Flax's own default.
 ALWAYS_SHARD = flax.config.flax_always_shard_variable
@@ -195,6 +197,18 @@ def test_the_loss_falls_and_only_the_adapters_are_trained(uninterrupted):
         )
         moved = [not np.array_equal(old, new) for old, new in pairs_of_leaves]
         assert moved and set(moved) == {moves}
+
+
+def test_the_use_in_the_readme_trains():
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    (block,) = re.findall(r"```py\n(.*?)```", readme, flags=re.DOTALL)
+    config = TrainingConfig(eval_every_n_steps=100, max_steps=6)
+    names = globals() | {"model": nnx.clone(base_llama()), "config": config}
+    names |= {"batches": half_batches(6), "LoraRule": LoraRule}
+    names |= {"lora_pairs": lora_pairs, "qwix_provider": qwix_provider}
+    exec(block, names)
+    losses = names["trainer"].metrics_logger.get_metric_history("", "loss", "train")
+    assert len(losses) == 6 and losses[-1] < losses[0]
 
 
 def test_alpha_changes_nothing_once_its_scale_is_told(uninterrupted, assert_close):
