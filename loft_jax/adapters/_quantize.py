@@ -34,7 +34,8 @@ def quantize(
       batch: axes of the kernels that enumerate stacked layers, where shapes leave them in doubt.
 
     Returns:
-      The model with a `QuantizedLayer` for each layer that matches.
+      The model with a `QuantizedLayer` for each layer that matches. Checkpoints need not hold its
+      kernels, and Orbax cannot store NF4's uint4: quantize the pretrained weights anew.
 
     Raises:
       ValueError: no layer matches, one is quantized already, or tiles do not fill its axis. The

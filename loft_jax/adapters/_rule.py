@@ -128,11 +128,10 @@ def lora_pairs(rules: Rules) -> LoraPairs:
 
     Example:
       >>> lora_pairs(LoraRule(path="layers/.*", rank=8, alpha=16)).scale
-      (('(?:layers/.*)/(?:lora/|\\\\w+_)?lora_a', 2.0),)
+      (('(?:(?:layers/.*)/)(?:lora/|\\\\w+_)?lora_a', 2.0),)
     """
     rules = as_rules(rules)
-    # The factors lie under the layer's path: `lora_a`, or `kernel_lora_a` where qwix made them.
-    paths = [rf"(?:{rule.path})/(?:lora/|\w+_)?lora_a" for rule in rules]
+    paths = [_path_of_a(rule) for rule in rules]
     scales = tuple((path, rule.scale) for path, rule in zip(paths, rules, strict=True))
     axes = tuple(
         (path, LoraAxes(batch=rule.batch))
@@ -140,3 +139,9 @@ def lora_pairs(rules: Rules) -> LoraPairs:
         if rule.batch is not None
     )
     return LoraPairs(scale=scales, axes=axes or None)
+
+
+def _path_of_a(rule: LoraRule) -> str:
+    """The paths of `a` under the layers that follow a rule, one of which may be the root."""
+    layer = rf"(?:(?:{rule.path})/)" + ("?" if rule.matches("") else "")
+    return layer + r"(?:lora/|\w+_)?lora_a"  # `kernel_lora_a` where qwix made it

@@ -139,12 +139,13 @@ def weight_paths(path: str) -> tuple[str, ...]:
       >>> weight_paths("layers/0/kernel_lora_a")
       ('layers/0/kernel',)
     """
+    candidates: dict[str, None] = {}  # in order; a layer may itself be called `lora`
     for regex in _NAMES_OF_A:
         if match := re.fullmatch(regex, path):
             found = match.groupdict()
             names = (found["weight"],) if found.get("weight") else _WEIGHTS
-            return tuple(found["layer"] + name for name in names)
-    return ()
+            candidates |= {found["layer"] + name: None for name in names}
+    return tuple(candidates)
 
 
 def _add_products(base, adapter, pairs, weights, transpose, sign: int) -> Any:

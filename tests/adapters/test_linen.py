@@ -188,6 +188,13 @@ def test_the_weight_of_every_known_name_is_found(names, weight):
     assert merged["layers/0/q/bias"] is base["layers/0/q/bias"]
 
 
+def test_a_layer_called_lora_has_its_own_weight():
+    base = {"lora": {"kernel": jnp.zeros((6, 5))}, "other": {"kernel": jnp.zeros((6, 5))}}
+    merged = merge(base, {"lora": factors((6, 2), (2, 5))})
+    assert float(jnp.abs(merged["lora"]["kernel"]).max()) > 0.1
+    assert merged["other"]["kernel"] is base["other"]["kernel"]
+
+
 def test_layers_stacked_on_axis_1_are_merged_there():
     adapter = factors((6, 3, 2), (2, 3, 5))
     pairs = LoraPairs(axes=LoraAxes(batch=(1,)))

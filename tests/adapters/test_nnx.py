@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from loft_jax._pairs import find_pairs
 from loft_jax.adapters import (
     LoraLayer,
     LoraRule,
     QuantizedLayer,
     add_lora,
+    lora_pairs,
     quantize,
     qwix_provider,
     remove_lora,
@@ -86,6 +88,29 @@ def test_the_first_rule_that_matches_a_layer_counts():
     assert (adapted.linear.lora_a.shape[-1], adapted.linear.scale) == (1, 1.0)
     assert (adapted.conv.lora_a.shape, adapted.conv.scale) == ((2, 3, 4, 2), 2.0)
     assert not isinstance(adapted.heads, LoraLayer)
+
+
+@pytest.mark.parametrize(
+    ("model", "path"),
+    [
+        (Model, ".*"),
+        (Model, "linear|attention/(query|out)|conv"),
+        (lambda rngs: nnx.Linear(6, 5, rngs=rngs), ""),
+        (lambda rngs: nnx.Linear(6, 5, rngs=rngs), ".*"),
+        (lambda rngs: nnx.Sequential(Model(rngs), nnx.Linear(3, 3, rngs=rngs)), r"layers/.*"),
+    ],
+)
+def test_the_optimizer_is_told_the_scale_of_every_adapter(model, path):
+    rule = LoraRule(path=path, rank=2, alpha=5)
+    adapter = nnx.state(add_lora(model(nnx.Rngs(0)), rule, rngs=nnx.Rngs(1)), nnx.LoRAParam)
+    scales = [pair.scale for pair in find_pairs(adapter, lora_pairs(rule)).pairs]
+    assert scales and set(scales) == {2.5}
+
+
+def test_rules_tell_their_own_scales_in_their_own_order():
+    rules = [LoraRule(path="a|b/c", rank=2, alpha=4), LoraRule(path=".*c|", rank=2, alpha=8)]
+    paths = ["a/lora_a", "b/c/kernel_lora_a", "z/c/lora/lora_a", "lora_a", "q/lora_a"]
+    assert [lora_pairs(rules).scale_of(path) for path in paths] == [2.0, 2.0, 4.0, 4.0, 1.0]
 
 
 def test_bfloat16_layers_compute_in_bfloat16_with_float32_factors():
