@@ -329,8 +329,9 @@ def _guess_axes(shape_a: Sequence[int], shape_b: Sequence[int], where: str) -> L
         for count in range(min(dims_a, dims_b) - 1)
         if tuple(shape_a[:count]) == tuple(shape_b[:count]) and shape_a[-1] == shape_b[count]
     ]
-    matrix = 0 in counts
-    if dims_a > 2 and dims_b > 2 and matrix:
+    stacked_matrices = dims_a == dims_b and dims_a - 2 in counts
+    one_matrix = 0 in counts and dims_a > 2 and dims_b > 2
+    if one_matrix or (len(counts) > 1 and not stacked_matrices):
         raise ValueError(
             f"{where}: ambiguous. Say LoraPairs(axes=LoraAxes(batch=(0,))) for layers stacked on "
             "axis 0, batch=(1,) for (in, layers, r) and (r, layers, out), batch=() for one matrix"

@@ -71,7 +71,8 @@ class Dense:
         if dims is None:
             dims = len(self.axes) + max(map(abs, self.axes))
         lhs = string.ascii_letters[:dims]
-        contracted = "".join(lhs[axis] for axis in self.axes)
+        # The kernel has its input axes in the order of the input, however they were listed.
+        contracted = "".join(lhs[axis] for axis in sorted(axis % dims for axis in self.axes))
         new = string.ascii_letters[dims : dims + self.outputs]
         kept = "".join(axis for axis in lhs if axis not in contracted)
         return Einsum(lhs, contracted + new, kept + new)

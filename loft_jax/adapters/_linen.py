@@ -35,7 +35,8 @@ class LoraModel:
     on which the other parameters are, and they are partitioned as the kernel is.
 
     It is no module itself but stands where one is initialized and applied, so that no path
-    changes. Dropout is on where `apply` is given an rng named "dropout", and off where it is not.
+    changes. Dropout is on where `apply` is given an rng named "dropout", and off where it is not;
+    an `nn.scan` must have it among its ``split_rngs``, or its layers are not given it.
 
     Attributes:
       model: a linen module.
@@ -79,7 +80,8 @@ class LoraModel:
 def adapt(rules: Rules) -> Iterator[None]:
     """Within it, the layers of any linen model that the rules match have adapters.
 
-    What `LoraModel` is made of, for models that are not used through `init` and `apply`.
+    What `LoraModel` is made of, for models that are not used through `init` and `apply`. It acts
+    where a function is traced: one that was jitted and called before keeps its trace.
 
     Args:
       rules: as in `LoraModel`.
@@ -105,9 +107,9 @@ def adapt(rules: Rules) -> Iterator[None]:
     ) -> Any:
         module = context.module
         nonlocal initializing, inside
+        initializing |= module.is_initializing()
         if inside or not isinstance(module, ADAPTED) or context.method_name != "__call__":
             return call(*args, **kwargs)
-        initializing |= module.is_initializing()
         path = "/".join(module.path)
         seen.append(path)
         if (rule := rule_for(path, rules)) is None:
@@ -142,8 +144,10 @@ def _low_rank(
 
     def factor(name: str, init: Any, shape: tuple[int, ...], names: tuple) -> jax.Array:
         draw = lambda key: draw_factor(key, init, shape, rule.dtype, batch)
-        boxing = nn.with_partitioning(draw, names) if isinstance(boxed, nn.Partitioned) else draw
-        return module.param(name, boxing)
+        if not isinstance(boxed, nn.Partitioned):
+            return module.param(name, draw)
+        # The kernel's kind of box, which may be of logical names or have a mesh.
+        return module.param(name, lambda key: boxed.replace(value=draw(key), names=names))
 
     a = factor("lora_a", rule.init_a, shape_a, names_a)
     b = factor("lora_b", rule.init_b, shape_b, names_b)

@@ -19,6 +19,7 @@ from loft_jax.adapters._layers import (
 from loft_jax.adapters._nnx_layers import (
     PLAIN,
     QuantizedLayer,
+    check_own_call,
     form_of,
     single_shape,
     stacked_axes,
@@ -44,10 +45,16 @@ class LoraLayer(nnx.Module):
 
     def __init__(self, base: Any, rule: LoraRule, *, rngs: nnx.Rngs):
         """Draws new factors for `base` by `rule` from the streams `params` and `dropout`."""
+        check_own_call(base)
         form, stack = form_of(base), stacked_axes(base, rule.batch)
         sizes = tuple(base.kernel.get_value().shape[axis] for axis in stack)
         batch, shape_a, shape_b = factor_shapes(form, single_shape(base), rule.rank)
         copies = (*sizes, *batch)
+        if rule.batch is not None and len(rule.batch) != len(copies):
+            raise ValueError(
+                f"batch={rule.batch}, but {len(stack)} axes of stacked layers and {len(batch)} of "
+                "experts: name all of them, stacks first, or use a rule for each kind of layer"
+            )
         a = draw_factor(rngs.params(), rule.init_a, shape_a, rule.dtype, copies)
         b = draw_factor(rngs.params(), rule.init_b, shape_b, rule.dtype, copies)
         names_a, names_b = _names(form, base.kernel, stack)
@@ -89,7 +96,9 @@ def add_lora(model: Any, rules: Rules, *, rngs: nnx.Rngs) -> Any:
       model: an nnx module. It is left as it is; the result shares its variables.
       rules: which layers, and their rank, scale, dropout, initializers and dtype. The first rule
         that matches a layer counts.
-      rngs: streams `params` for the factors, and `dropout` where a rule asks for it.
+      rngs: streams `params` for the factors, and `dropout` where a rule asks for it. Dropout is
+        on until `model.eval()` is called on the result; a layer's own ``deterministic=`` argument
+        does not reach it.
 
     Returns:
       The model with a `LoraLayer` in place of each layer that a rule matches. The adapters'

@@ -98,6 +98,20 @@ def form_of(layer: Any) -> Form:
     )
 
 
+def check_own_call(layer: Any) -> None:
+    """Refuses a subclass that computes more than its base, which would be lost.
+
+    Raises:
+      ValueError: naming the class.
+    """
+    known = (*PLAIN, QuantizedLayer)
+    if not any(type(layer).__call__ is kind.__call__ for kind in known):
+        raise ValueError(
+            f"{type(layer).__name__} has a __call__ of its own, which an adapter or a quantized "
+            "kernel would not follow; put the plain layer inside it"
+        )
+
+
 def single_shape(layer: Any) -> tuple[int, ...]:
     """The kernel's shape as the layer itself knows it, without the axes of a stack."""
     if isinstance(layer, QuantizedLayer):
@@ -119,10 +133,11 @@ def stacked_axes(layer: Any, batch: tuple[int, ...] | None) -> tuple[int, ...]:
       ValueError: the shapes leave them in doubt.
     """
     shape, single = tuple(layer.kernel.get_value().shape), single_shape(layer)
-    among = range(len(shape)) if batch is None else batch
+    extra = max(len(shape) - len(single), 0)
+    among = range(len(shape)) if batch is None else sorted(batch)[:extra]  # then the experts'
     found = [
         axes
-        for axes in itertools.combinations(among, max(len(shape) - len(single), 0))
+        for axes in itertools.combinations(among, extra)
         if tuple(n for axis, n in enumerate(shape) if axis not in axes) == single
     ]
     if len(found) != 1:

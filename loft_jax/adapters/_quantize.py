@@ -9,7 +9,7 @@ from typing import Any
 from flax import nnx
 
 from loft_jax.adapters._nnx import LoraLayer
-from loft_jax.adapters._nnx_layers import PLAIN, QType, QuantizedLayer, stacked_axes
+from loft_jax.adapters._nnx_layers import PLAIN, QType, QuantizedLayer, check_own_call, stacked_axes
 
 
 def quantize(
@@ -70,6 +70,7 @@ def quantize(
         try:
             if isinstance(node, QuantizedLayer):
                 raise ValueError("the layer is quantized already")
+            check_own_call(node)
             return QuantizedLayer(node, stacked_axes(node, batch), qtype, tile_size)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error

@@ -31,8 +31,9 @@ class LoraRule:
       init_a, init_b: initializers, called with a key, a shape and a dtype. One of the two is zero
         as a rule, so that training starts from the pretrained model.
       dtype: that of the factors. The products are computed in the dtype of the layer's output.
-      batch: the axes of both factors that enumerate independent adapters, as `LoraAxes.batch`:
-        layers stacked by a scan or a vmap. None finds them by shape where there is no doubt.
+      batch: all axes of both factors that enumerate independent adapters, as `LoraAxes.batch`:
+        layers stacked by a scan or a vmap, then experts: (0,) for stacked layers, (0, 1) for
+        stacked layers of experts. None finds them by shape where there is no doubt.
 
     Raises:
       ValueError: a path that is no regular expression, a rank below 1, an alpha that is zero or
@@ -61,6 +62,11 @@ class LoraRule:
             raise ValueError(
                 f"LoraRule: {self.path!r} is no regular expression: {error}"
             ) from error
+        if self.path.startswith("^") or re.search(r"(?<!\\)\$|\(\?(?![:P])", self.path):
+            raise ValueError(
+                f"LoraRule: the path {self.path!r} is matched whole and is a part of the factors' "
+                "paths: leave out ^, $, lookarounds and flags"
+            )
         if not isinstance(self.rank, int) or self.rank < 1:
             raise ValueError(f"LoraRule: rank is a whole number from 1 on, got {self.rank!r}")
         if self.alpha is not None and (not math.isfinite(self.alpha) or self.alpha == 0):
@@ -118,7 +124,10 @@ def check_all_used(rules: Sequence[LoraRule], used: Sequence[LoraRule], seen: Se
 def lora_pairs(rules: Rules) -> LoraPairs:
     """What an optimizer must know of the adapters that these rules make: scales and batch axes.
 
-    Holds for the adapters of `add_lora`, `LoraModel` and `qwix_provider`.
+    Holds for the adapters of `add_lora`, `LoraModel` and `qwix_provider`, in trees whose paths are
+    those that the rules matched: ``params["params"]`` and not the variables, the state of the
+    adapted model and not of one around it. Elsewhere the scale would be 1: `describe_pairs` shows
+    what each pair got.
 
     Args:
       rules: those the model was adapted with.
@@ -128,7 +137,7 @@ def lora_pairs(rules: Rules) -> LoraPairs:
 
     Example:
       >>> lora_pairs(LoraRule(path="layers/.*", rank=8, alpha=16)).scale
-      (('(?:(?:layers/.*)/)(?:lora/|\\\\w+_)?lora_a', 2.0),)
+      (('(?:(?:layers/.*)/)(?:\\\\w+_)?lora_a', 2.0),)
     """
     rules = as_rules(rules)
     paths = [_path_of_a(rule) for rule in rules]
@@ -144,4 +153,4 @@ def lora_pairs(rules: Rules) -> LoraPairs:
 def _path_of_a(rule: LoraRule) -> str:
     """The paths of `a` under the layers that follow a rule, one of which may be the root."""
     layer = rf"(?:(?:{rule.path})/)" + ("?" if rule.matches("") else "")
-    return layer + r"(?:lora/|\w+_)?lora_a"  # `kernel_lora_a` where qwix made it
+    return layer + r"(?:\w+_)?lora_a"  # `kernel_lora_a` where qwix made it

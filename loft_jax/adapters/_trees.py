@@ -89,7 +89,9 @@ def merge(
       weights: ``(regex of the path of a, path of its weight)`` for names that are none of those
         of Flax, qwix, gemma.peft, MaxText or Keras; the path may refer to the regex's groups.
       transpose: ``(regex of the path of a, permutation)``, which takes the axes of the product,
-        (*batch, *rows of a, *rows of b), to those of the weight, where the shapes leave a doubt.
+        (*batch, *rows of a, *rows of b), to those of the weight: where the shapes leave a doubt,
+        and for einsum kernels with an output before inputs of its size, or a batch axis that is
+        not first (a weight with one output axis is read as (*batch, *inputs, output)).
 
     Returns:
       `base` with the merged weights, each in its own dtype (the sum is formed in float32 or
@@ -191,8 +193,9 @@ def _arrange(
 ) -> jax.Array:
     """The product with the axes of the weight.
 
-    Flax kernels have inputs before outputs, so that order is tried first; einsum kernels may
-    interleave the two, which the shapes tell unless two sizes are equal.
+    Flax's kernels have their inputs before their one output, so that order counts where it fits.
+    Einsum kernels may have several outputs and interleave the two, which the shapes tell unless
+    sizes are equal. Batch axes are where the factors have them.
     """
     if order is not None:
         fits = [tuple(order)]
@@ -201,16 +204,18 @@ def _arrange(
         canonical = list(range(batch, product.ndim))
         for axis, place in enumerate(pair.layout_a.batch):
             canonical.insert(place, axis)
-        rows = product.ndim - batch
-        if rows == 2 or len(shape) != product.ndim:
-            fits = [tuple(canonical)]  # a matrix, or axes that qwix has made one of several
+        matches = lambda to: _permuted(product.shape, to) == shape
+        rows_b = product.ndim - batch - rows_a
+        plain = rows_b == 1 and (rows_a == 1 or matches(canonical))
+        if plain or len(shape) != product.ndim:
+            fits = [tuple(canonical)]  # also axes that qwix has made one of several
         else:
-            sides = (
-                range(batch),
-                range(batch, batch + rows_a),
-                range(batch + rows_a, batch + rows),
-            )
-            fits = [to for to in _interleavings(sides) if _permuted(product.shape, to) == shape]
+            sides = (range(batch, batch + rows_a), range(batch + rows_a, product.ndim))
+            orders = [list(order) for order in _interleavings(sides)]
+            for order in orders:
+                for axis, place in enumerate(pair.layout_a.batch):
+                    order.insert(place, axis)
+            fits = [tuple(order) for order in orders if matches(order)]
     if len(fits) != 1:
         raise ValueError(
             f"{path}: the axes {product.shape} of the product fit a weight of {shape} in "
@@ -223,7 +228,8 @@ def _arrange(
         if pair.layout_a.batch != tuple(range(len(pair.batch))) or not _refines(shape, sizes):
             raise ValueError(
                 f"{path}: a product of {arranged.shape} does not fit a weight of {shape}; does "
-                "the adapter belong to another model?"
+                "the adapter belong to another model, or is the weight (out, in)? Then say "
+                "transpose=((regex of a, permutation),)"
             )
     return arranged.reshape(shape)
 

@@ -154,6 +154,8 @@ def test_split_and_join_are_inverses_and_take_any_mapping():
         ((6, 2), (2, 12), "ar,rb->ab", (6, 4, 3)),  # qwix's dot_general flattens the heads
         ((6, 2), (2, 4, 3), "ar,rbc->bac", (4, 6, 3)),  # an einsum of gemma's
         ((4, 3, 2), (2, 6), "abr,rc->abc", (4, 3, 6)),
+        ((3, 3, 6, 2), (2, 6), "hwar,rb->hwab", (3, 3, 6, 6)),  # a convolution
+        ((3, 4, 2), (3, 2, 3, 2), "car,crbd->cabd", (3, 4, 3, 2)),  # as many layers as heads
         ((3, 4, 2), (3, 2, 5), "car,crb->cab", (3, 4, 5)),  # one adapter per expert or layer
         ((3, 4, 2), (3, 2, 10), "car,crb->cab", (3, 4, 5, 2)),
     ],

@@ -109,7 +109,7 @@ def test_the_optimizer_is_told_the_scale_of_every_adapter(model, path):
 
 def test_rules_tell_their_own_scales_in_their_own_order():
     rules = [LoraRule(path="a|b/c", rank=2, alpha=4), LoraRule(path=".*c|", rank=2, alpha=8)]
-    paths = ["a/lora_a", "b/c/kernel_lora_a", "z/c/lora/lora_a", "lora_a", "q/lora_a"]
+    paths = ["a/lora_a", "b/c/kernel_lora_a", "z/c/w_lora_a", "lora_a", "q/lora_a"]
     assert [lora_pairs(rules).scale_of(path) for path in paths] == [2.0, 2.0, 4.0, 4.0, 1.0]
 
 
@@ -287,9 +287,39 @@ def test_a_stack_in_doubt_is_adapted_once_its_axis_is_told():
     assert adapted.lora_a.shape == (3, 3, 2) and adapted.lora_b.shape == (3, 2, 5)
 
 
+def test_subclasses_that_compute_more_are_refused():
+    class Rectified(nnx.Linear):
+        def __call__(self, x, out_sharding=None):
+            return nnx.relu(super().__call__(x, out_sharding=out_sharding))
+
+    with pytest.raises(ValueError, match="Rectified has a __call__ of its own"):
+        add_lora(Rectified(6, 5, rngs=nnx.Rngs(0)), ALL, rngs=nnx.Rngs(1))
+
+
+def test_input_axes_may_be_listed_in_any_order():
+    layer = nnx.LinearGeneral((4, 3), 5, axis=(-1, -2), rngs=nnx.Rngs(0))
+    rule = LoraRule(path="", rank=2, init_b=normal)
+    adapted, x = add_lora(layer, rule, rngs=nnx.Rngs(1)), jnp.ones((2, *layer.kernel.shape[:2]))
+    assert largest(adapted(x), remove_lora(adapted, merge=True)(x)) < 1e-5
+
+
+def test_stacked_experts_name_both_axes():
+    keys = jax.random.split(jax.random.key(0), 3)
+    make = lambda key: nnx.Einsum("ebd,edf->ebf", (4, 6, 7), rngs=nnx.Rngs(key))
+    experts = nnx.vmap(make)(keys)
+    with pytest.raises(ValueError, match="1 axes of stacked layers and 1 of experts: name all"):
+        add_lora(experts, LoraRule(path="", rank=4, batch=(0,)), rngs=nnx.Rngs(1))
+    rule = LoraRule(path="", rank=4, batch=(0, 1))
+    adapter = nnx.state(add_lora(experts, rule, rngs=nnx.Rngs(1)), nnx.LoRAParam)
+    (pair,) = find_pairs(adapter, lora_pairs(rule)).pairs
+    assert (pair.batch, pair.m, pair.n) == ((3, 4), 6, 7)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"path": "query$"}, "leave out"),
+        ({"path": "(?i)query"}, "leave out"),
         ({"path": "("}, "no regular expression"),
         ({"rank": 0}, "rank is a whole number from 1 on"),
         ({"alpha": 0.0}, "alpha must be finite and not zero"),
