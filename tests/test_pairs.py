@@ -87,6 +87,19 @@ def readings(tree):
     return {(tree.paths[p.a], tree.paths[p.b]): (p.m, p.n, p.r, p.batch) for p in tree.pairs}
 
 
+def test_heads_are_not_taken_for_experts():
+    # Two heads, rank 2: (layers, heads, in, r) and (layers, r, heads, out), or experts?
+    adapter = {"lora_a": jnp.ones((3, 2, 5, 2)), "lora_b": jnp.ones((3, 2, 2, 4))}
+    shorter = {"lora_a": jnp.ones((3, 2, 5, 2)), "lora_b": jnp.ones((3, 2, 4))}
+    assert find_pairs(adapter).pairs[0].batch == (3, 2)  # equal axes: layers of experts
+    assert find_pairs(shorter).pairs[0].batch == (3,)
+    wide = {"lora_a": jnp.ones((3, 2, 5, 2)), "lora_b": jnp.ones((3, 2, 2, 4, 7))}
+    with pytest.raises(ValueError, match="ambiguous"):
+        find_pairs(wide)
+    told = LoraPairs(axes=LoraAxes(batch=(0,)))
+    assert find_pairs(wide, told).pairs[0].batch == (3,)
+
+
 @settings(deadline=None, max_examples=150)
 @given(models())
 def test_every_adapter_is_found_with_its_axes_and_nothing_else(model):

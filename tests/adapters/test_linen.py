@@ -94,6 +94,27 @@ def test_factors_are_partitioned_like_their_kernel():
     assert y.shape == (2, 5, 5)
 
 
+def test_factors_of_logical_axes_are_placed_as_their_kernel_is():
+    init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("embed", "mlp"))
+    adapted = LoraModel(nn.Dense(4, kernel_init=init), LoraRule(path="", rank=2))
+    variables = adapted.init(KEY, X)
+    assert type(variables["params"]["lora_b"]) is type(variables["params"]["kernel"])
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    with jax.set_mesh(mesh), nn.logical_axis_rules((("embed", None), ("mlp", "x"))):
+        y = jax.jit(adapted.apply)(variables, X)
+    np.testing.assert_allclose(y, adapted.apply(variables, X), atol=1e-6)
+
+
+def test_a_model_without_layers_is_no_model_to_adapt():
+    class Bare(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return x @ self.param("w", normal, (6, 5))
+
+    with pytest.raises(ValueError, match="no layer follows the rule 'w'.*: none"):
+        LoraModel(Bare(), LoraRule(path="w", rank=2)).init(KEY, X)
+
+
 def test_an_explicit_mesh_needs_no_more_than_the_base_layers_do():
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
     adapted = LoraModel(Model(), RULE)

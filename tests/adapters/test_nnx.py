@@ -296,6 +296,12 @@ def test_subclasses_that_compute_more_are_refused():
         add_lora(Rectified(6, 5, rngs=nnx.Rngs(0)), ALL, rngs=nnx.Rngs(1))
 
 
+def test_an_adapter_inside_a_layer_is_not_quantized_away():
+    pytest.importorskip("qwix", reason="qwix is not installed: no quantized bases")
+    with pytest.raises(ValueError, match="LoRALinear has a __call__ of its own"):
+        quantize(nnx.LoRALinear(6, 5, lora_rank=2, rngs=nnx.Rngs(0)))
+
+
 def test_input_axes_may_be_listed_in_any_order():
     layer = nnx.LinearGeneral((4, 3), 5, axis=(-1, -2), rngs=nnx.Rngs(0))
     rule = LoraRule(path="", rank=2, init_b=normal)
