@@ -139,15 +139,7 @@ def factor_shapes(
       >>> factor_shapes(parse_einsum("btd,ndh->btnh"), (4, 64, 16), rank=8)
       ((), (64, 8), (8, 4, 16))
     """
-    if isinstance(form, Convolution):
-        batch, inputs, outputs = (), kernel[:-1], kernel[-1:]
-    else:
-        equation = _equation(form)
-        size = dict(zip(equation.kernel, kernel, strict=True))
-        batch, inputs, outputs = (
-            tuple(size[axis] for axis in axes)
-            for axes in (equation.batch, equation.inputs, equation.outputs)
-        )
+    batch, inputs, outputs = _divide(form, kernel)
     limit = max(math.prod(inputs), math.prod(outputs))
     if rank > limit:
         raise ValueError(
@@ -169,14 +161,7 @@ def draw_factor(
 
 def factor_names(form: Form, names: tuple[Any, ...]) -> tuple[tuple, tuple]:
     """Mesh axes or logical names of the factors' axes, from those of the kernel's."""
-    if isinstance(form, Convolution):
-        return (*names[:-1], None), (None, names[-1])
-    equation = _equation(form)
-    name = dict(zip(equation.kernel, names, strict=True))
-    batch, inputs, outputs = (
-        tuple(name[axis] for axis in axes)
-        for axes in (equation.batch, equation.inputs, equation.outputs)
-    )
+    batch, inputs, outputs = _divide(form, names)
     return (*batch, *inputs, None), (*batch, None, *outputs)
 
 
@@ -232,6 +217,17 @@ def broadcast_bias(form: Form, bias: jax.Array) -> jax.Array:
     after = form.out.rpartition(".")[2]
     sizes = iter(bias.shape)
     return bias.reshape([next(sizes) if axis in form.kernel else 1 for axis in after])
+
+
+def _divide(form: Form, values: tuple[Any, ...]) -> tuple[tuple, tuple, tuple]:
+    """What each axis of the kernel has, divided into batch, input and output axes."""
+    if isinstance(form, Convolution):
+        return (), values[:-1], values[-1:]
+    equation = _equation(form)
+    of = dict(zip(equation.kernel, values, strict=True))
+    groups = (equation.batch, equation.inputs, equation.outputs)
+    batch, inputs, outputs = (tuple(of[axis] for axis in axes) for axes in groups)
+    return batch, inputs, outputs
 
 
 def _sharded(y: jax.Array, out_sharding: Any) -> jax.Array:

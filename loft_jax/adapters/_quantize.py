@@ -10,6 +10,7 @@ from flax import nnx
 
 from loft_jax.adapters._nnx import LoraLayer
 from loft_jax.adapters._nnx_layers import PLAIN, QType, QuantizedLayer, check_own_call, stacked_axes
+from loft_jax.adapters._qwix import import_qwix
 
 
 def quantize(
@@ -47,12 +48,7 @@ def quantize(
       >>> model.kernel.get_value().qvalue.dtype, model.kernel.get_value().scale.shape
       (dtype('int8'), (2, 4))
     """
-    try:
-        import qwix  # noqa: F401  # here and not at the first layer, to say what is missing
-    except ImportError as error:
-        raise ImportError(
-            'quantized weights are those of qwix: pip install "loft_jax[qwix]"'
-        ) from error
+    import_qwix()  # here and not at the first layer, to say what is missing
     seen: list[str] = []
     matched = 0
     adapted = {place for place, node in nnx.iter_modules(model) if isinstance(node, LoraLayer)}

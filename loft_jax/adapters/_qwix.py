@@ -1,5 +1,6 @@
 """The rules for adapters, in the words of qwix, which wraps models of nnx and of linen."""
 
+import importlib
 from typing import Any
 
 from loft_jax.adapters._rule import Rules, as_rules
@@ -28,10 +29,7 @@ def qwix_provider(rules: Rules, **quantization: Any) -> Any:
       >>> from loft_jax.adapters import LoraRule
       >>> provider = qwix_provider(LoraRule(path="layers/.*", rank=8, alpha=16))
     """
-    try:
-        import qwix
-    except ImportError as error:
-        raise ImportError('this needs qwix: pip install "loft_jax[qwix]"') from error
+    qwix = import_qwix()
     rules = as_rules(rules)
     if any(rule.dropout for rule in rules):
         raise ValueError(
@@ -51,3 +49,15 @@ def qwix_provider(rules: Rules, **quantization: Any) -> Any:
             for rule in rules
         ]
     )
+
+
+def import_qwix() -> Any:
+    """The module.
+
+    Raises:
+      ImportError: it is not installed; the message names the extra.
+    """
+    try:
+        return importlib.import_module("qwix")
+    except ImportError as error:
+        raise ImportError('this needs qwix: pip install "loft_jax[qwix]"') from error
