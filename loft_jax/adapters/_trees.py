@@ -14,16 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from loft_jax._pairs import LoraPairs, Pair, find_pairs, match_names, path_string
-
-_NAMES_OF_A = (
-    # What precedes the factor's name is the layer; what the name itself holds is the weight.
-    r"(?P<layer>.*/|)(?P<weight>\w+)_lora_a",  # qwix, tunix
-    r"(?P<layer>.*/|)lora_(?P<weight>\w+)_a",  # Keras 3
-    r"(?P<layer>.*/|)lora_a/kernel",  # MaxText's older layout
-    r"(?P<layer>.*/|)lora/(?:lora_a|a)",  # nnx.LoRALinear, gemma.peft
-    r"(?P<layer>.*/|)(?:lora_a|a)",  # nnx.LoRA, linen
-)
-_WEIGHTS = ("kernel", "base/kernel", "base_module/kernel", "w", "base/w")
+from loft_jax._weights import weight_paths
 
 
 def split(params: Any, pairs: LoraPairs | None = None) -> tuple[dict, dict]:
@@ -132,22 +123,6 @@ def unmerge(
       [[0.0, 0.0], [0.0, 0.0], [0.0, 0.0]]
     """
     return _add_products(base, adapter, pairs, weights, transpose, sign=-1)
-
-
-def weight_paths(path: str) -> tuple[str, ...]:
-    """Where the weight may lie to which the factor at a path belongs.
-
-    Example:
-      >>> weight_paths("layers/0/kernel_lora_a")
-      ('layers/0/kernel',)
-    """
-    candidates: dict[str, None] = {}  # in order; a layer may itself be called `lora`
-    for regex in _NAMES_OF_A:
-        if match := re.fullmatch(regex, path):
-            found = match.groupdict()
-            names = (found["weight"],) if found.get("weight") else _WEIGHTS
-            candidates |= {found["layer"] + name: None for name in names}
-    return tuple(candidates)
 
 
 def _add_products(base, adapter, pairs, weights, transpose, sign: int) -> Any:

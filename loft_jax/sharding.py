@@ -1,0 +1,236 @@
+"""Where adapters and their optimizer state lie on a mesh.
+
+A factor is split like the axes that it has of its weight, and its rank axis is whole. Its two
+factors then lie on different mesh axes, since a weight cannot use one twice, and what a step of
+LoFT sums over devices are matrices of ``r x r`` and the update of the factor that moves, nothing
+else. The state lies where its factors do.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from loft_jax._pairs import LoraPairs, Pair, find_pairs, path_string
+from loft_jax._weights import weight_paths
+
+
+def factor_specs(
+    weight: PartitionSpec | None, *, batch: Sequence[int] = (), inputs: int = 1, outputs: int = 1
+) -> tuple[PartitionSpec, PartitionSpec]:
+    """Returns how the factors of an adapter are split, from how its weight is.
+
+    Args:
+      weight: the spec of a weight whose axes are inputs and then outputs, with the batch axes
+        (stacked layers, experts) where ``batch`` says. None, or a spec that is shorter than the
+        weight has axes: what it leaves out is not split.
+      batch: the batch axes, which both factors have at the same place.
+      inputs: number of axes that the weight sums over: 1, 2 for the output projection of attention
+        with a kernel ``(heads, head_dim, out)``.
+      outputs: number of its output axes.
+
+    Returns:
+      The specs of ``a``, ``(*inputs, rank)``, and of ``b``, ``(rank, *outputs)``, with the batch
+      axes in them. The rank is not split.
+
+    Raises:
+      ValueError: a spec for more axes than the weight has, or a batch axis that it has not.
+
+    Example:
+      >>> from jax.sharding import PartitionSpec as P
+      >>> factor_specs(P("fsdp", "tensor")) == (P("fsdp", None), P(None, "tensor"))
+      True
+      >>> a, b = factor_specs(P(None, "fsdp", "tensor"), batch=(0,), outputs=2)
+      >>> a == P(None, "fsdp", None), b == P(None, None, "tensor", None)  # (layers, r, heads, dim)
+      (True, True)
+    """
+    dims = len(batch) + inputs + outputs
+    entries = _padded(weight, dims)
+    if len(set(batch)) < len(batch) or any(not 0 <= axis < dims for axis in batch):
+        raise ValueError(f"batch {tuple(batch)} names no {len(batch)} of the weight's {dims} axes")
+    single = [entry for axis, entry in enumerate(entries) if axis not in batch]
+    specs = []
+    for factor in ([*single[:inputs], None], [None, *single[inputs:]]):
+        for axis in sorted(batch):
+            factor.insert(axis, entries[axis])
+        specs.append(PartitionSpec(*factor))
+    return specs[0], specs[1]
+
+
+def adapter_shardings(adapter: Any, weights: Any, pairs: LoraPairs | None = None) -> Any:
+    """Returns the shardings of an adapter's factors, from those of the weights that they adapt.
+
+    Args:
+      adapter: a pytree of factors, arrays or `jax.ShapeDtypeStruct`. It may hold other leaves.
+      weights: a pytree that holds the weights, at the paths at which the adapters' library puts
+        them; its leaves are `NamedSharding`, or have one (arrays, `jax.ShapeDtypeStruct`). It may
+        be the same tree as ``adapter``.
+      pairs: names and axes of the factors, as in the optimizers.
+
+    Returns:
+      A tree of `NamedSharding` with the structure of ``adapter``. Leaves outside pairs are whole on
+      every device, unless ``weights`` has them: then they lie as there.
+
+    Raises:
+      ValueError: a factor whose weight is not found, or whose weight's spec has more axes than the
+        factors explain; the message names the path. Weights whose outputs come before their inputs
+        are to be told with `factor_specs`.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from jax.sharding import PartitionSpec as P
+      >>> mesh = jax.make_mesh((1, 1), ("fsdp", "tensor"))
+      >>> kernel = NamedSharding(mesh, P("fsdp", "tensor"))
+      >>> adapter = {"q": {"lora_a": jnp.ones((6, 2)), "lora_b": jnp.ones((2, 4))}}
+      >>> found = adapter_shardings(adapter, {"q": {"kernel": kernel}})
+      >>> found["q"]["lora_b"].spec == P(None, "tensor")
+      True
+    """
+    tree = find_pairs(adapter, pairs)
+    is_sharding = lambda x: isinstance(x, jax.sharding.Sharding)
+    flat = jax.tree_util.tree_leaves_with_path(weights, is_leaf=is_sharding)
+    known = {path_string(path): _sharding_of(leaf) for path, leaf in flat}
+    known = {path: sharding for path, sharding in known.items() if sharding is not None}
+    if not known:
+        raise ValueError("None of the weights has a NamedSharding: put them on a mesh first")
+    mesh = next(iter(known.values())).mesh
+    found: list[NamedSharding] = [
+        known.get(path, NamedSharding(mesh, PartitionSpec())) for path in tree.paths
+    ]
+    for pair in tree.pairs:
+        path = tree.paths[pair.a]
+        names = weight_paths(path)
+        weight = next((known[name] for name in names if name in known), None)
+        if weight is None:
+            raise ValueError(
+                f"{path}: there is no sharding of its weight at {' or '.join(names) or path}; "
+                "give the factors theirs with factor_specs"
+            )
+        try:
+            specs = _specs_of_pair(pair, weight.spec)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        for k, spec in zip((pair.a, pair.b), specs, strict=True):
+            found[k] = NamedSharding(weight.mesh, spec)
+    return tree.treedef.unflatten(found)
+
+
+def state_shardings(
+    tx: optax.GradientTransformation, params: optax.Params, shardings: Any = None
+) -> optax.OptState:
+    """Returns the shardings of an optimizer's state: what follows a parameter lies where it does.
+
+    Use it as ``out_shardings`` of a jitted ``tx.init``, which the compiler would else leave whole
+    on every device, and as a target for checkpoints. Works for any optimizer whose state
+    `optax.tree_map_params` understands, wrapped in any way.
+
+    Args:
+      tx: the optimizer.
+      params: its parameters: arrays or `jax.ShapeDtypeStruct` on a mesh. Flax's boxes and
+        Variables are fine.
+      shardings: a tree of `NamedSharding` like ``params``, where those have none of their own,
+        such as ``flax.nnx.get_named_sharding(state, mesh)``.
+
+    Returns:
+      A tree of `NamedSharding` with the structure of ``tx.init(params)``. A state lies as
+      its parameter does, also where it is wider (LoFT's second moment is, along the rank); where
+      that cannot divide it, it is whole. So is everything else (counters).
+
+    Raises:
+      ValueError: a parameter without a `NamedSharding`; the message names the path.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from jax.sharding import PartitionSpec as P
+      >>> from loft_jax import scale_by_loft_adam
+      >>> mesh = jax.make_mesh((1, 1), ("fsdp", "tensor"))
+      >>> spec_a, spec_b = factor_specs(P("fsdp", "tensor"))
+      >>> on_mesh = lambda shape, spec: jax.ShapeDtypeStruct(
+      ...     shape, jnp.float32, sharding=NamedSharding(mesh, spec))
+      >>> params = {"lora_a": on_mesh((6, 2), spec_a), "lora_b": on_mesh((2, 4), spec_b)}
+      >>> state_shardings(scale_by_loft_adam(), params).nu["lora_b"].spec == P(None, "tensor")
+      True
+    """
+    with_paths, treedef = jax.tree_util.tree_flatten_with_path(params)
+    given = [leaf for _, leaf in with_paths] if shardings is None else jax.tree.leaves(shardings)
+    if len(given) != len(with_paths):
+        raise ValueError(f"{len(given)} shardings were given for {len(with_paths)} parameters")
+    found = [_sharding_of(leaf) for leaf in given]
+    if missing := [path_string(p) for (p, _), s in zip(with_paths, found, strict=True) if not s]:
+        raise ValueError(
+            f"These parameters have no NamedSharding: {', '.join(missing[:6])}"
+            f"{' and more' * (len(missing) > 6)}. Put them on a mesh (jax.device_put, or "
+            "jax.ShapeDtypeStruct(..., sharding=...)), or say shardings="
+        )
+    if not found:
+        raise ValueError("There are no parameters, and so no mesh to put a state on")
+    of_params = treedef.unflatten(found)
+    mesh = next(s.mesh for s in found if s is not None)
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def of_state(x: Any, sharding: NamedSharding) -> Any:
+        return x if isinstance(x, optax.MaskedNode) else _for_shape(sharding, x.shape)
+
+    return optax.tree_map_params(
+        tx,
+        of_state,
+        jax.eval_shape(tx.init, params),
+        of_params,
+        transform_non_params=lambda _: whole,
+        is_leaf=lambda x: isinstance(x, optax.MaskedNode),
+    )
+
+
+def _for_shape(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
+    """The sharding for an array that may have other sizes than the one that it was made for."""
+    if len(sharding.spec) > len(shape):  # such as Adafactor's sums of rows
+        return NamedSharding(sharding.mesh, PartitionSpec())
+    parts = [math.prod(sharding.mesh.shape[n] for n in axis_names(e)) for e in sharding.spec]
+    if all(length % count == 0 for length, count in zip(shape, parts, strict=False)):
+        return sharding
+    divisible = [
+        entry if length % count == 0 else None
+        for entry, length, count in zip(sharding.spec, shape, parts, strict=False)
+    ]
+    return NamedSharding(sharding.mesh, PartitionSpec(*divisible))
+
+
+def _specs_of_pair(pair: Pair, weight: PartitionSpec) -> tuple[PartitionSpec, PartitionSpec]:
+    inputs, outputs = len(pair.layout_a.rows), len(pair.layout_b.rows)
+    return factor_specs(weight, batch=pair.layout_a.batch, inputs=inputs, outputs=outputs)
+
+
+def _sharding_of(leaf: Any) -> NamedSharding | None:
+    sharding = leaf if isinstance(leaf, NamedSharding) else getattr(leaf, "sharding", None)
+    return sharding if isinstance(sharding, NamedSharding) else None
+
+
+def axis_names(entry: Any) -> tuple[str, ...]:
+    """The mesh axes of an entry of a `PartitionSpec`.
+
+    Example:
+      >>> axis_names(None), axis_names("x"), axis_names(("x", "y"))
+      ((), ('x',), ('x', 'y'))
+    """
+    if entry is None:
+        return ()
+    return entry if isinstance(entry, tuple) else (entry,)
+
+
+def _padded(spec: PartitionSpec | None, dims: int) -> list[Any]:
+    """The entries of a spec for so many axes.
+
+    Raises:
+      ValueError: it has more.
+    """
+    entries = [] if spec is None else list(spec)
+    if len(entries) > dims:
+        raise ValueError(
+            f"{spec} is for more axes than the {dims} that the factors have between them"
+        )
+    return entries + [None] * (dims - len(entries))
