@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from loft_jax._rows import WHOLE, Rows
+
 
 class Basis(NamedTuple):
     """An orthonormal basis of the columns of a factor ``V`` (``n x r``), ``V = q @ inv(l_inv).T``.
@@ -27,7 +29,7 @@ class Basis(NamedTuple):
     l_inv: Float[Array, "r r"]
 
 
-def orthonormal_basis(v: Float[Array, "n r"]) -> Basis:
+def orthonormal_basis(v: Float[Array, "n r"], rows: Rows = WHOLE) -> Basis:
     """Returns an orthonormal basis of the columns of ``v``.
 
     Two passes of shifted CholeskyQR, then a polynomial in the Gram matrix. It needs only ``r x r``
@@ -43,6 +45,7 @@ def orthonormal_basis(v: Float[Array, "n r"]) -> Basis:
 
     Args:
       v: ``(n, r)``, floating point.
+      rows: how its rows are spread.
 
     Returns:
       The basis, in the dtype of ``v``.
@@ -61,13 +64,13 @@ def orthonormal_basis(v: Float[Array, "n r"]) -> Basis:
     r = v.shape[-1]
     eye = jnp.eye(r, dtype=v.dtype)
     # Squares of tiny entries would underflow in float32, so the Gram matrix sees entries up to 1.
-    largest = jnp.max(jnp.abs(v))
+    largest = rows.max(jnp.max(jnp.abs(v)))
     scale = jnp.where(largest > 0, largest, 1)
     q, l_inv = v / scale, eye / scale
     for _ in range(2):
-        step = _inverse_cholesky(q.T @ q)
+        step = _inverse_cholesky(rows.sum(q.T @ q))
         q, l_inv = q @ step.T, step @ l_inv
-    gram = q.T @ q
+    gram = rows.sum(q.T @ q)
     once = gram @ (5 * eye - 3 * gram) / 2
     gram = once @ gram @ once
     polish = once @ gram @ (5 * eye - 3 * gram) / 2

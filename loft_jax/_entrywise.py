@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from loft_jax._factored import unpack_factored
 from loft_jax._moments import AdamStep
+from loft_jax._rows import WHOLE, Rows
 
 
 def entrywise_direction(
@@ -41,8 +42,10 @@ def diagonal_of_cross_terms(cross: Float[Array, "m t"], r: int) -> Float[Array, 
     return cross[:, row == col]
 
 
-def diagonal_of_factored(state: Float[Array, "m width"], r: int) -> Float[Array, "m r"]:
+def diagonal_of_factored(
+    state: Float[Array, "m width"], r: int, rows: Rows = WHOLE
+) -> Float[Array, "m r"]:
     """Returns the rank-one estimate ``R_i S_ll / tr S`` of each coordinate's second moment."""
-    rows, gram = unpack_factored(state, r)
+    of_rows, gram = unpack_factored(state, r, rows)
     total = jnp.trace(gram)
-    return rows[:, None] * jnp.diagonal(gram)[None, :] / jnp.where(total > 0, total, 1)
+    return of_rows[:, None] * jnp.diagonal(gram)[None, :] / jnp.where(total > 0, total, 1)

@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from loft_jax._moments import AdamStep, packed_size
+from loft_jax._rows import WHOLE, Rows
 
 
 class RowColumnSums(NamedTuple):
@@ -38,7 +39,7 @@ def factored_width(m: int, r: int) -> int:
     return 1 + -(-packed_size(r) // m)
 
 
-def pack_factored(sums: RowColumnSums) -> Float[Array, "m width"]:
+def pack_factored(sums: RowColumnSums, rows: Rows = WHOLE) -> Float[Array, "m width"]:
     """Lays the row sums and the packed Gram matrix out as one array.
 
     Example:
@@ -47,17 +48,17 @@ def pack_factored(sums: RowColumnSums) -> Float[Array, "m width"]:
       Array([[1., 3.],
              [2., 0.]], dtype=float32)
     """
-    m, r = sums.rows.shape[0], sums.gram.shape[0]
+    m, r = rows.count(sums.rows.shape[0]), sums.gram.shape[0]
     packed = sums.gram[np.triu_indices(r)]
     spread = jnp.pad(packed, (0, -packed.shape[0] % m)).reshape(m, -1)
-    return jnp.concatenate([sums.rows[:, None], spread], axis=1)
+    return jnp.concatenate([sums.rows[:, None], rows.own(spread)], axis=1)
 
 
-def unpack_factored(state: Float[Array, "m width"], r: int) -> RowColumnSums:
+def unpack_factored(state: Float[Array, "m width"], r: int, rows: Rows = WHOLE) -> RowColumnSums:
     """Inverse of `pack_factored`."""
     width = state.shape[1] - 1
     used = -(-packed_size(r) // width)
-    packed = state[:used, 1:].reshape(-1)[: packed_size(r)]
+    packed = rows.head(state[:, 1:], used).reshape(-1)[: packed_size(r)]
     row, col = np.triu_indices(r)
     place = np.zeros((r, r), np.int32)
     place[row, col] = place[col, row] = np.arange(packed_size(r))
@@ -65,24 +66,27 @@ def unpack_factored(state: Float[Array, "m width"], r: int) -> RowColumnSums:
 
 
 def transport_factored(
-    state: Float[Array, "m width"], transport: Float[Array, "r r"]
+    state: Float[Array, "m width"], transport: Float[Array, "r r"], rows: Rows = WHOLE
 ) -> Float[Array, "m width"]:
     """Carries the sums into a new basis: ``S -> T^T S T``, the rows by the ratio of the traces."""
-    rows, gram = unpack_factored(state, transport.shape[0])
+    of_rows, gram = unpack_factored(state, transport.shape[0], rows)
     carried = transport.T @ gram @ transport
     total = jnp.trace(gram)
     kept = jnp.trace(carried) / jnp.where(total > 0, total, 1)
-    return pack_factored(RowColumnSums(rows * kept, carried))
+    return pack_factored(RowColumnSums(of_rows * kept, carried), rows)
 
 
 def accumulate_factored(
-    state: Float[Array, "m width"], h: Float[Array, "m r"], b2: float | jax.Array
+    state: Float[Array, "m width"],
+    h: Float[Array, "m r"],
+    b2: float | jax.Array,
+    rows: Rows = WHOLE,
 ) -> Float[Array, "m width"]:
     """Adds a gradient to transported sums: ``h^T h`` to ``S``, its row sums of squares to ``R``."""
-    rows, gram = unpack_factored(state, h.shape[1])
-    rows = b2 * rows + (1 - b2) * jnp.sum(h * h, axis=1)
-    gram = b2 * gram + (1 - b2) * (h.T @ h)
-    return pack_factored(RowColumnSums(rows, gram))
+    of_rows, gram = unpack_factored(state, h.shape[1], rows)
+    of_rows = b2 * of_rows + (1 - b2) * jnp.sum(h * h, axis=1)
+    gram = b2 * gram + (1 - b2) * rows.sum(h.T @ h)
+    return pack_factored(RowColumnSums(of_rows, gram), rows)
 
 
 def factored_adam_direction(
@@ -90,6 +94,8 @@ def factored_adam_direction(
     state: Float[Array, "m width"],
     q: Float[Array, "n r"],
     step: AdamStep,
+    rows: Rows = WHOLE,
+    columns: Rows = WHOLE,
 ) -> Float[Array, "m r"]:
     """Returns ``D @ q`` for the Adam direction with the factored second moment.
 
@@ -98,7 +104,8 @@ def factored_adam_direction(
     ``(a_i + eps)(c_j + eps) / (t + eps)``: exactly ``sqrt(v) + eps`` where ``v`` is uniform, and
     still a product, so that ``D @ q`` costs ``O((m + n) r^2)`` and nothing ``m x n`` is formed.
 
-    Sums under rounding relative to their mean are raised to it.
+    Sums under rounding relative to their mean are raised to it. ``rows`` and ``columns`` say how
+    the rows of ``mu`` and of ``q`` are spread.
 
     Example:
       >>> from loft_jax._moments import adam_step
@@ -108,18 +115,19 @@ def factored_adam_direction(
       >>> factored_adam_direction(h, state, q, step)
       Array([[ 1., -1.]], dtype=float32)
     """
-    m, n = mu.shape[0], q.shape[0]
-    rows, gram = unpack_factored(state / step.correction2, q.shape[1])
-    columns = jnp.sum((q @ gram) * q, axis=1)
-    of_row = jnp.sqrt(_raise_to_rounding(rows) / n) + step.eps
-    of_column = jnp.sqrt(_raise_to_rounding(columns) / m) + step.eps
+    m, n = rows.count(mu.shape[0]), columns.count(q.shape[0])
+    row_sums, gram = unpack_factored(state / step.correction2, q.shape[1], rows)
+    column_sums = jnp.sum((q @ gram) * q, axis=1)
+    of_row = jnp.sqrt(_raise_to_rounding(row_sums, rows) / n) + step.eps
+    of_column = jnp.sqrt(_raise_to_rounding(column_sums, columns) / m) + step.eps
     of_all = jnp.sqrt(jnp.maximum(jnp.trace(gram), 0) / (m * n)) + step.eps
-    weighted = (q / jnp.where(of_column > 0, of_column, 1)[:, None]).T @ q
+    weighted = columns.sum((q / jnp.where(of_column > 0, of_column, 1)[:, None]).T @ q)
     # Squares that overflow stop the step, as they stop Adam's.
     of_all = jnp.where(jnp.isinf(of_all), 0, of_all)
     scale = of_all / step.correction1 / jnp.where(of_row > 0, of_row, 1)
     return scale[:, None] * (mu @ weighted)
 
 
-def _raise_to_rounding(sums: Float[Array, " k"]) -> Float[Array, " k"]:
-    return jnp.maximum(sums, jnp.finfo(sums.dtype).eps * jnp.mean(sums))
+def _raise_to_rounding(sums: Float[Array, " k"], rows: Rows) -> Float[Array, " k"]:
+    mean = rows.sum(jnp.sum(sums)) / rows.count(sums.shape[0])
+    return jnp.maximum(sums, jnp.finfo(sums.dtype).eps * mean)

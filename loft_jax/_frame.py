@@ -9,6 +9,7 @@ from typing import NamedTuple
 from jaxtyping import Array, Float
 
 from loft_jax._basis import Basis, orthonormal_basis
+from loft_jax._rows import WHOLE, Rows
 
 
 class Frame(NamedTuple):
@@ -20,10 +21,12 @@ class Frame(NamedTuple):
       basis: the orthonormal basis ``Q`` of ``V``. All inverses are taken through it: one of
         ``V^T V`` would lose the square of what the basis loses.
       raw: ``(n, r)``, ``V``, where that is ``F``. None where ``F`` is ``Q``.
+      rows: how the rows of ``V`` are spread.
     """
 
     basis: Basis
     raw: Float[Array, "n r"] | None
+    rows: Rows = WHOLE
 
     @property
     def span(self) -> Float[Array, "*batch n r"]:
@@ -31,15 +34,15 @@ class Frame(NamedTuple):
         return self.basis.q if self.raw is None else self.raw
 
 
-def orthonormal_frame(v: Float[Array, "n r"], scale: float) -> Frame:
+def orthonormal_frame(v: Float[Array, "n r"], scale: float, rows: Rows = WHOLE) -> Frame:
     """Returns the frame of ``scale * V`` in which LoFT is written, see `orthonormal_basis`."""
-    q, l_inv = orthonormal_basis(v)
-    return Frame(Basis(q, l_inv / scale), None)
+    q, l_inv = orthonormal_basis(v, rows)
+    return Frame(Basis(q, l_inv / scale), None, rows)
 
 
-def raw_frame(v: Float[Array, "n r"], scale: float) -> Frame:
+def raw_frame(v: Float[Array, "n r"], scale: float, rows: Rows = WHOLE) -> Frame:
     """Returns the columns of ``scale * V`` themselves as a frame."""
-    return orthonormal_frame(v, scale)._replace(raw=scale * v)
+    return orthonormal_frame(v, scale, rows)._replace(raw=scale * v)
 
 
 def coordinates(gradient: Float[Array, "m r"], frame: Frame) -> Float[Array, "m r"]:
@@ -66,7 +69,7 @@ def transport(span_before: Float[Array, "n r"], frame: Frame) -> Float[Array, "r
 
     The paper's ``C`` in the raw frame, ``Q_-^T Q`` in the orthonormal one.
     """
-    return _from_basis(span_before.T @ frame.basis.q, frame)
+    return _from_basis(frame.rows.sum(span_before.T @ frame.basis.q), frame)
 
 
 def project(rebuilt: Float[Array, "m r"], frame: Frame) -> Float[Array, "m r"]:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from loft_jax._moments import as_scalar
+from loft_jax._rows import WHOLE, Rows
 
 
 def newton_schulz(
@@ -17,6 +18,7 @@ def newton_schulz(
     steps: int | jax.Array,
     coeffs: tuple[float | jax.Array, float | jax.Array, float | jax.Array],
     eps: float | jax.Array,
+    rows: Rows = WHOLE,
 ) -> Float[Array, "m r"]:
     """Returns the matrix with its singular values driven towards 1.
 
@@ -28,6 +30,7 @@ def newton_schulz(
       steps: how many iterations.
       coeffs: ``(a, b, c)``.
       eps: added to the norm.
+      rows: how the rows are spread.
 
     Source: Algorithm 3 of Tastan et al., ICLR 2026, after Jordan et al., "Muon", 2024.
 
@@ -39,17 +42,18 @@ def newton_schulz(
     a, b, c, eps = (as_scalar(number, x.dtype) for number in (*coeffs, eps))
     steps = steps if isinstance(steps, int) else jnp.asarray(steps).astype(jnp.int32)
     # The norm of entries up to 1: squares of tiny ones would underflow in float32.
-    largest = jnp.max(jnp.abs(x))
+    largest = rows.max(jnp.max(jnp.abs(x)))
     scale = jnp.where(largest > 0, largest, 1)
-    norm = scale * jnp.sqrt(jnp.sum((x / scale) ** 2)) + eps
+    norm = scale * jnp.sqrt(rows.sum(jnp.sum((x / scale) ** 2))) + eps
     x = x / jnp.where(norm > 0, norm, 1)
 
     def iterate(_, x):
-        # The Gram matrix of the short side: a tall matrix meets r x r products only.
-        if x.shape[0] < x.shape[1]:
+        # The Gram matrix of the short side: a tall matrix meets r x r products only. Rows that are
+        # split are summed over, however few they are.
+        if x.shape[0] < x.shape[1] and rows == WHOLE:
             gram = x @ x.T
             return a * x + (b * gram + c * gram @ gram) @ x
-        gram = x.T @ x
+        gram = rows.sum(x.T @ x)
         return a * x + x @ (b * gram + c * gram @ gram)
 
     return jax.lax.fori_loop(0, steps, iterate, x)

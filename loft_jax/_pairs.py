@@ -13,6 +13,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from loft_jax._rows import WHOLE, Rows
+from loft_jax._splits import Split, find_splits
 
 DEFAULT_RULES: tuple[tuple[str, str], ...] = (
     # flax.nnx.LoRA, qwix and tunix (`kernel_lora_a`), plain `lora_a`.
@@ -65,6 +69,9 @@ class LoraPairs:
       scale: the adapter's own factor, ``alpha / r`` (``alpha / sqrt(r)`` for rsLoRA), one number
         for all pairs or ``(regex, number)`` entries as for ``axes`` (1 where none matches;
         `describe_pairs` shows what each pair got).
+      specs: for an update inside `jax.shard_map` how that has split the leaves, ``(regex, spec)``
+        entries as for ``axes``, matched against each leaf's own path;
+        `loft_jax.sharding.shard_map_pairs` makes them of the ``in_specs``. Not used elsewhere.
 
     Raises:
       ValueError: a rule is no pair of valid expressions, or a scale is zero or not finite.
@@ -81,15 +88,21 @@ class LoraPairs:
     rules: tuple[tuple[str, str], ...] = DEFAULT_RULES
     axes: LoraAxes | tuple[tuple[str, LoraAxes], ...] | None = None
     scale: float | tuple[tuple[str, float], ...] = 1.0
+    specs: tuple[tuple[str, PartitionSpec], ...] = ()
 
     def __post_init__(self):
         try:
-            hash((self.rules, self.axes, self.scale))
+            hash((self.rules, self.axes, self.scale, self.specs))
         except TypeError as error:
             raise TypeError(
                 f"LoraPairs takes tuples and numbers, not lists, dicts or arrays: {self}"
             ) from error
-        fields = {"rules": self.rules, "axes": _entries(self.axes), "scale": _entries(self.scale)}
+        fields = {
+            "rules": self.rules,
+            "axes": _entries(self.axes),
+            "scale": _entries(self.scale),
+            "specs": self.specs,
+        }
         for name, entries in fields.items():
             if any(not isinstance(entry, tuple) or len(entry) != 2 for entry in entries):
                 raise ValueError(
@@ -97,7 +110,8 @@ class LoraPairs:
                     f"comma after a single pair), got {entries!r}"
                 )
         patterns = [pattern for rule in self.rules for pattern in rule]
-        patterns += [regex for regex, _ in (*_entries(self.axes), *_entries(self.scale))]
+        told = (*_entries(self.axes), *_entries(self.scale), *self.specs)
+        patterns += [regex for regex, _ in told]
         for pattern in patterns:
             try:
                 re.compile(pattern)
@@ -150,9 +164,11 @@ class Pair(NamedTuple):
     Attributes:
       a, b: positions of the factors.
       layout_a, layout_b: how each lies in its array.
-      m, n, r: rows of ``a``, rows of ``b`` (each as a tall matrix), rank.
-      batch: sizes of the batch axes.
+      m, n, r: rows of ``a``, rows of ``b`` (each as a tall matrix), rank. All rows: in a shard_map
+        those of all devices.
+      batch: sizes of the batch axes, in a shard_map of this device's part.
       scale: the adapter's own scale.
+      rows_a, rows_b: how the rows are spread over the devices of a shard_map.
     """
 
     a: int
@@ -164,6 +180,8 @@ class Pair(NamedTuple):
     r: int
     batch: tuple[int, ...]
     scale: float
+    rows_a: Rows = WHOLE
+    rows_b: Rows = WHOLE
 
 
 class PairedTree(NamedTuple):
@@ -173,6 +191,11 @@ class PairedTree(NamedTuple):
     leaves: list[Any]
     treedef: Any
     pairs: tuple[Pair, ...]
+    splits: tuple[Split, ...] = ()
+
+    def parts(self, k: int) -> Rows:
+        """How the leaf at a position is spread, along whichever of its axes."""
+        return Rows(tuple(name for names in self.splits[k] for name in names))
 
 
 def find_pairs(params: Any, pairs: LoraPairs | None = None) -> PairedTree:
@@ -202,15 +225,16 @@ def find_pairs(params: Any, pairs: LoraPairs | None = None) -> PairedTree:
     if not leaves:  # optax.tree_map_params calls init with such a tree
         return PairedTree(paths, leaves, treedef, ())
     _check_dtypes(paths, leaves)
+    splits = find_splits(paths, leaves, pairs.specs)
     found, problems = [], []
     for a, b in match_names(paths, pairs.rules):
         try:
-            found.append(_read_pair(a, b, paths, leaves, pairs))
+            found.append(_read_pair(a, b, paths, leaves, splits, pairs))
         except ValueError as error:
             problems.append(str(error))
     if problems:
         raise ValueError(_listing("These low-rank factors cannot be read:", problems))
-    return PairedTree(paths, leaves, treedef, tuple(found))
+    return PairedTree(paths, leaves, treedef, tuple(found), splits)
 
 
 def path_string(path: Sequence[Any]) -> str:
@@ -292,22 +316,39 @@ def match_names(paths: Sequence[str], rules: Sequence[tuple[str, str]]) -> list[
 
 
 def _read_pair(
-    a: int, b: int, paths: Sequence[str], leaves: Sequence[Any], pairs: LoraPairs
+    a: int,
+    b: int,
+    paths: Sequence[str],
+    leaves: Sequence[Any],
+    splits: Sequence[Split],
+    pairs: LoraPairs,
 ) -> Pair:
-    shape_a, shape_b = jnp.shape(leaves[a]), jnp.shape(leaves[b])
+    # Whole shapes, so that a pair reads the same inside a shard_map and outside.
+    shape_a, shape_b = (
+        tuple(Rows(names).count(part) for names, part in zip(splits[k], shape, strict=True))
+        for k, shape in ((a, jnp.shape(leaves[a])), (b, jnp.shape(leaves[b])))
+    )
     where = f"{paths[a]} {shape_a}, {paths[b]} {shape_b}"
     axes = pairs.axes_of(paths[a]) or _guess_axes(shape_a, shape_b, where)
     layout_a = _layout(shape_a, axes.batch, axes.rank_a, where)
     layout_b = _layout(shape_b, axes.batch, axes.rank_b, where)
-    batch = tuple(shape_a[axis] for axis in layout_a.batch)
+    stacked, stacked_b = (
+        [s[x] for x in t.batch] for s, t in ((shape_a, layout_a), (shape_b, layout_b))
+    )
     r = shape_a[layout_a.rank]
-    if batch != tuple(shape_b[axis] for axis in layout_b.batch) or r != shape_b[layout_b.rank]:
+    if stacked != stacked_b or r != shape_b[layout_b.rank]:
         raise ValueError(
             f"{where}: batch axes or rank differ (a is (*batch, in, r), b is (*batch, r, out); "
             "else say so with LoraPairs(axes=...))"
         )
+    if [splits[a][axis] for axis in layout_a.batch] != [splits[b][axis] for axis in layout_b.batch]:
+        raise ValueError(f"{where}: a shard_map has split their batch axes differently")
+    rows_a, rows_b = (
+        _split_rows(layout, splits[k], paths[k]) for layout, k in ((layout_a, a), (layout_b, b))
+    )
     m = math.prod(shape_a[axis] for axis in layout_a.rows)
     n = math.prod(shape_b[axis] for axis in layout_b.rows)
+    batch = tuple(jnp.shape(leaves[a])[axis] for axis in layout_a.batch)
     if min(m, n, *batch, 1) == 0:
         raise ValueError(f"{where}: an axis of length zero leaves nothing to train")
     if r > max(m, n) or r == 0:
@@ -315,7 +356,25 @@ def _read_pair(
             f"{where}: rank {r} must be at least 1 and at most {max(m, n)}, the larger side of the "
             f"{m} x {n} weight; a higher one adds nothing, so lower it"
         )
-    return Pair(a, b, layout_a, layout_b, m, n, r, batch, pairs.scale_of(paths[a]))
+    scale = pairs.scale_of(paths[a])
+    return Pair(a, b, layout_a, layout_b, m, n, r, batch, scale, rows_a, rows_b)
+
+
+def _split_rows(layout: FactorLayout, split: Split, path: str) -> Rows:
+    """How the rows of a factor are spread.
+
+    Raises:
+      ValueError: a split of the rank, or of a row axis after the first, whose parts are no blocks
+        of consecutive rows.
+    """
+    first, *others = layout.rows
+    for axis in (layout.rank, *others):
+        if split[axis]:
+            raise ValueError(
+                f"{path}: a shard_map has split axis {axis} over {split[axis]}. Of a factor's axes "
+                "split the first of its rows, or batch axes; the rank stays whole"
+            )
+    return Rows(split[first])
 
 
 def _guess_axes(shape_a: Sequence[int], shape_b: Sequence[int], where: str) -> LoraAxes:

@@ -1,14 +1,20 @@
 """Rebuild the full Adam update and project it back: the one loop over ``m x n`` (eq. 13)."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from loft_jax._moments import AdamStep, packed_quadratic
+from loft_jax._rows import WHOLE, Rows, beside
 
 # Entries of the full update held at once, over a whole batch: large enough for efficient products,
 # small enough for the temporaries not to count.
 _BLOCK_ENTRIES = 2**21
+# Columns of a block: a multiple of as many as the axis can be split over, so that each device has
+# its part of every block. Fewer would be gathered in every turn of the loop.
+_BLOCK_COLUMNS = 256
 
 
 def project_adam_direction(
@@ -17,6 +23,8 @@ def project_adam_direction(
     q: Float[Array, "n r"],
     step: AdamStep,
     copies: int = 1,
+    rows: Rows = WHOLE,
+    columns: Rows = WHOLE,
 ) -> Float[Array, "m r"]:
     """Returns ``D @ q`` for the dense Adam direction ``D``, without ever storing ``D``.
 
@@ -33,6 +41,8 @@ def project_adam_direction(
       q: orthonormal basis of the partner factor.
       step: bias corrections, ratio bound and epsilon.
       copies: how many of these a surrounding `jax.vmap` computes at once, to size the blocks.
+      rows: how the rows of ``D`` are spread, those of ``mu`` and ``cross``.
+      columns: how its columns are, the rows of ``q``.
 
     Returns:
       ``D @ q``, the update in the basis.
@@ -48,6 +58,7 @@ def project_adam_direction(
       >>> project_adam_direction(h, cross, q, step)
       Array([[ 1., -1.]], dtype=float32)
     """
+    q, columns = beside(rows, columns, q)
     mu_hat = mu / step.correction1
     cross_hat = cross / step.correction2
 
@@ -60,15 +71,32 @@ def project_adam_direction(
         return total + jnp.clip(ratio, -step.bound, step.bound) @ q_block, None
 
     blocks = _interleave(q, _block_count(q.shape[0], mu.shape[0] * copies))
+    # Zeros of both: inside a shard_map the sum differs between devices as its terms do.
+    zeros = jnp.zeros_like(mu) + jnp.zeros_like(q[:1])
     if blocks.shape[0] == 1:
-        return add_block(jnp.zeros_like(mu), blocks[0])[0]
-    return jax.lax.scan(add_block, jnp.zeros_like(mu), blocks)[0]
+        total, _ = add_block(zeros, blocks[0])
+    else:
+        total, _ = jax.lax.scan(add_block, zeros, blocks)
+    return columns.sum(total)
+
+
+def entries_held(m: int, n: int) -> int:
+    """How many entries of one full update `project_adam_direction` holds at least at once."""
+    return m * min(n, _BLOCK_COLUMNS)
 
 
 def _block_count(n: int, m: int) -> int:
-    """Returns how many blocks to cut ``n`` rows into, a divisor of ``n`` where one is near."""
-    wanted = min(n, -(-n * m // _BLOCK_ENTRIES))
-    return next((count for count in range(wanted, 2 * wanted) if n % count == 0), wanted)
+    """Returns how many blocks to cut ``n`` rows into, so that they stay where they are sharded.
+
+    Example:
+      >>> _block_count(11008, 4096), 11008 // 43
+      (43, 256)
+    """
+    unit = math.gcd(n, _BLOCK_COLUMNS)
+    wanted = min(n // unit, -(-n * m // _BLOCK_ENTRIES))
+    count = next(k for k in range(wanted, n // unit + 1) if (n // unit) % k == 0)
+    # Rows without a common divisor are on no mesh: blocks may be filled up, and need not be tiny.
+    return count if unit >= 8 or n // count >= 64 else wanted
 
 
 def _interleave(q: Float[Array, "n r"], blocks: int) -> Float[Array, "blocks block r"]:

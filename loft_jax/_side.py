@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from loft_jax import _entrywise, _factored, _moments, _projection
 from loft_jax._frame import Frame, project, to_factor
 from loft_jax._moments import AdamStep, as_scalar
+from loft_jax._rows import WHOLE, Rows
 
 
 class SecondMoment(NamedTuple):
@@ -21,13 +22,14 @@ class SecondMoment(NamedTuple):
 
     Attributes:
       width: ``(m, r) ->`` numbers of state per row of the factor.
-      transport: ``(nu, T) -> nu`` in the frame that ``T`` leads to.
-      accumulate: ``(nu, h, b2) -> nu`` with one more gradient.
-      rebuild: ``(mu, nu, span, step, copies) -> D @ span``, with the Adam direction ``D`` (``m x
-        n``) of the full weight; ``copies`` of it are computed at once. None where the state does
-        not determine ``D``.
-      diagonal: ``(nu, r) -> (m, r)``, the second moment of each coordinate.
+      transport: ``(nu, T, rows) -> nu`` in the frame that ``T`` leads to.
+      accumulate: ``(nu, h, b2, rows) -> nu`` with one more gradient.
+      rebuild: ``(mu, nu, frame, step, copies, rows) -> D F``, with the Adam direction ``D`` (``m x
+        n``) of the full weight and the frame's span ``F``; ``copies`` of it are computed at once.
+        None where the state does not determine ``D``.
+      diagonal: ``(nu, r, rows) -> (m, r)``, the second moment of each coordinate.
       bound: ``(step) ->`` the largest ratio that ``diagonal`` may lead to.
+      held: ``(m, n, r) ->`` numbers that the direction of one matrix holds at once on its way.
     """
 
     width: Callable[[int, int], int]
@@ -36,6 +38,7 @@ class SecondMoment(NamedTuple):
     rebuild: Callable[..., jax.Array] | None
     diagonal: Callable[..., jax.Array]
     bound: Callable[[AdamStep], jax.Array]
+    held: Callable[[int, int, int], int]
 
 
 def _guard(step: AdamStep) -> jax.Array:
@@ -49,28 +52,35 @@ def _guard(step: AdamStep) -> jax.Array:
 SECOND_MOMENTS: dict[str, SecondMoment] = {
     "calibrated": SecondMoment(
         lambda m, r: _moments.packed_size(r),
-        _moments.transport_cross_terms,
-        _moments.accumulate_cross_terms,
-        _projection.project_adam_direction,
-        _entrywise.diagonal_of_cross_terms,
+        lambda nu, transport, rows: _moments.transport_cross_terms(nu, transport),
+        lambda nu, h, b2, rows: _moments.accumulate_cross_terms(nu, h, b2),
+        lambda mu, nu, frame, step, copies, rows: _projection.project_adam_direction(
+            mu, nu, frame.span, step, copies, rows, frame.rows
+        ),
+        lambda nu, r, rows: _entrywise.diagonal_of_cross_terms(nu, r),
         lambda step: step.bound,
+        lambda m, n, r: _projection.entries_held(m, n),
     ),
     "factored": SecondMoment(
         _factored.factored_width,
         _factored.transport_factored,
         _factored.accumulate_factored,
         # No blocks to size: nothing here is larger than the factors.
-        lambda mu, nu, span, step, copies: _factored.factored_adam_direction(mu, nu, span, step),
+        lambda mu, nu, frame, step, copies, rows: _factored.factored_adam_direction(
+            mu, nu, frame.span, step, rows, frame.rows
+        ),
         _entrywise.diagonal_of_factored,
         _guard,
+        lambda m, n, r: m * r,
     ),
     "diagonal": SecondMoment(
         lambda m, r: r,
-        lambda nu, transport: nu,  # Left behind when the frame turns: LoFT (simple).
-        lambda nu, h, b2: b2 * nu + (1 - b2) * h * h,
+        lambda nu, transport, rows: nu,  # Left behind when the frame turns: LoFT (simple).
+        lambda nu, h, b2, rows: b2 * nu + (1 - b2) * h * h,
         None,
-        lambda nu, r: nu,
+        lambda nu, r, rows: nu,
         _guard,
+        lambda m, n, r: m * r,
     ),
 }
 
@@ -108,12 +118,16 @@ def advance_moments(
     b1: float | jax.Array,
     b2: float | jax.Array,
     second: SecondMoment,
+    rows: Rows = WHOLE,
 ) -> Moments:
-    """Carries the moments into the new frame and adds the gradient (blocks 3 and 4)."""
+    """Carries the moments into the new frame and adds the gradient (blocks 3 and 4).
+
+    ``rows`` says how the rows of the moments are spread.
+    """
     b1, b2 = (as_scalar(b, before.nu.dtype) for b in (b1, b2))
     mu = advance_momentum(before.mu, h, transport, b1, 1 - b1)
-    nu = before.nu if transport is None else second.transport(before.nu, transport)
-    return Moments(mu, second.accumulate(nu, h, b2))
+    nu = before.nu if transport is None else second.transport(before.nu, transport, rows)
+    return Moments(mu, second.accumulate(nu, h, b2, rows))
 
 
 def factor_direction(
@@ -123,6 +137,7 @@ def factor_direction(
     second: SecondMoment,
     reconstruct: bool = True,
     copies: int = 1,
+    rows: Rows = WHOLE,
 ) -> Float[Array, "m r"]:
     """Returns ``dU`` with ``scale * dU V^T = D P_V``: rebuilt and projected (block 5).
 
@@ -131,8 +146,8 @@ def factor_direction(
     """
     mu, nu = moments
     if reconstruct and second.rebuild is not None:
-        rebuilt = second.rebuild(mu, nu, frame.span, step, copies)
+        rebuilt = second.rebuild(mu, nu, frame, step, copies, rows)
         return to_factor(project(rebuilt, frame), frame)
-    direction = _entrywise.entrywise_direction(mu, second.diagonal(nu, mu.shape[1]), step)
+    direction = _entrywise.entrywise_direction(mu, second.diagonal(nu, mu.shape[1], rows), step)
     bound = second.bound(step)
     return to_factor(jnp.clip(direction, -bound, bound), frame)

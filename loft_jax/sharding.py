@@ -6,7 +6,9 @@ LoFT sums over devices are matrices of ``r x r`` and the update of the factor th
 else. The state lies where its factors do.
 """
 
+import dataclasses
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +17,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from loft_jax._pairs import LoraPairs, Pair, find_pairs, path_string
+from loft_jax._splits import axis_names
 from loft_jax._weights import weight_paths
 
 
@@ -186,6 +189,59 @@ def state_shardings(
     )
 
 
+def shard_map_pairs(params: Any, specs: Any, pairs: LoraPairs | None = None) -> LoraPairs:
+    """Returns ``pairs`` that also say how a `jax.shard_map` splits the parameters.
+
+    For an optimizer whose ``update`` runs inside the shard_map: there it sees each device's part
+    of a factor, and sums over the parts by itself. It has to know which axes are split. Under
+    `jax.jit` alone nothing of this is needed.
+
+    Args:
+      params: the whole parameters, a pytree of arrays or `jax.ShapeDtypeStruct`.
+      specs: the ``in_specs`` of the parameters: a tree of `PartitionSpec` like ``params``, or one
+        for all.
+      pairs: names, axes and scale, as in the optimizers.
+
+    Returns:
+      The value for the ``pairs`` of an optimizer. Its ``init`` may run on the whole parameters.
+
+    Raises:
+      ValueError: no spec for a parameter, or the reverse.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from jax.sharding import PartitionSpec as P
+      >>> from loft_jax import loft_adamw
+      >>> params = {"lora_a": jnp.ones((8, 2)), "lora_b": jnp.zeros((2, 6))}
+      >>> specs = {"lora_a": P("x", None), "lora_b": P(None, None)}
+      >>> tx = loft_adamw(0.1, pairs=shard_map_pairs(params, specs))
+      >>> state = tx.init(params)
+      >>> mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+      >>> state_specs = jax.tree.map(
+      ...     lambda sharding: sharding.spec,
+      ...     state_shardings(tx, params, jax.tree.map(lambda s: NamedSharding(mesh, s), specs)))
+      >>> update = jax.shard_map(tx.update, mesh=mesh, in_specs=(specs, state_specs, specs),
+      ...                        out_specs=(specs, state_specs))
+      >>> updates, state = jax.jit(update)(params, state, params)
+      >>> updates["lora_b"].shape
+      (2, 6)
+    """
+    with_paths, treedef = jax.tree_util.tree_flatten_with_path(params)
+    if isinstance(specs, PartitionSpec):
+        specs = treedef.unflatten([specs] * len(with_paths))
+    told = jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
+    if len(told) != len(with_paths) or any(not isinstance(x, PartitionSpec) for x in told):
+        raise ValueError(
+            f"{len(with_paths)} parameters need a tree of as many PartitionSpec, got {specs}"
+        )
+    entries = tuple(
+        (re.escape(path_string(path)), spec)
+        for (path, _), spec in zip(with_paths, told, strict=True)
+    )
+    return dataclasses.replace(LoraPairs() if pairs is None else pairs, specs=entries)
+
+
 def _for_shape(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
     """The sharding for an array that may have other sizes than the one that it was made for."""
     if len(sharding.spec) > len(shape):  # such as Adafactor's sums of rows
@@ -208,18 +264,6 @@ def _specs_of_pair(pair: Pair, weight: PartitionSpec) -> tuple[PartitionSpec, Pa
 def _sharding_of(leaf: Any) -> NamedSharding | None:
     sharding = leaf if isinstance(leaf, NamedSharding) else getattr(leaf, "sharding", None)
     return sharding if isinstance(sharding, NamedSharding) else None
-
-
-def axis_names(entry: Any) -> tuple[str, ...]:
-    """The mesh axes of an entry of a `PartitionSpec`.
-
-    Example:
-      >>> axis_names(None), axis_names("x"), axis_names(("x", "y"))
-      ((), ('x',), ('x', 'y'))
-    """
-    if entry is None:
-        return ()
-    return entry if isinstance(entry, tuple) else (entry,)
 
 
 def _padded(spec: PartitionSpec | None, dims: int) -> list[Any]:

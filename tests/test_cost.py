@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import optax
 import pytest
 from jax.extend import core as jex
+from optimizers import assert_trees_close, random_like, small_gradients, train
 
 import loft_jax
 from loft_jax import baselines
+from loft_jax.transforms import _factors
 
 M, N, R = 4096, 3072, 4
 
@@ -112,3 +114,61 @@ def test_the_state_has_the_size_it_is_documented_to_have(second_moment, width):
     plain = optax.scale_by_adam().init(params_of())
     lora = sum(math.prod(x.shape) for x in jax.tree.leaves((plain.mu, plain.nu)))
     assert (second_moment == "factored") == (size <= 1.25 * lora)
+
+
+STACKED = loft_jax.LoraPairs(axes=loft_jax.LoraAxes(batch=(0,)))
+
+
+def stacked(layers: int, m: int, n: int) -> dict:
+    shape = jax.ShapeDtypeStruct
+    return {
+        "lora_a": shape((layers, m, R), jnp.float32),
+        "lora_b": shape((layers, R, n), jnp.float32),
+    }
+
+
+def test_the_full_updates_of_many_layers_are_not_held_at_once():
+    """Nor the terms of their new moments: eight layers are taken at a time, in blocks."""
+    layers = 64
+    jaxpr = program(stacked(layers, M, N), pairs=STACKED)
+    width = R * (R + 1) // 2
+    inside = [e for e in equations(jaxpr) if e.primitive.name in ("div", "mul", "gather")]
+    largest = max(math.prod(v.aval.shape) for e in inside for v in e.outvars)
+    assert layers // 8 * M * width <= largest <= 8 * M * 256
+
+
+@pytest.mark.parametrize(
+    ("layers", "entries", "turns"),
+    [
+        (32, 2**23, 1),
+        (32, 2**25, 4),
+        (32, 2**30, 4),  # eight layers stay together, for eight devices
+        (80, 2**26, 10),
+        (30, 2**24, 2),
+        (30, 2**30, 3),
+        (7, 2**30, 1),
+        (1, 2**30, 1),
+    ],
+)
+def test_turns_divide_the_layers(layers, entries, turns):
+    assert _factors._turn_count(layers, entries) == turns
+
+
+@pytest.mark.parametrize("second_moment", ["calibrated", "factored"])
+def test_taking_turns_changes_no_number(second_moment, monkeypatch):
+    """Layers apart, stacked on either axis, and stacked twice."""
+    pairs = loft_jax.LoraPairs(
+        axes=(("second.*", loft_jax.LoraAxes(batch=(1,))), (".*", loft_jax.LoraAxes(batch=(0,))))
+    )
+    shapes = {
+        "first": {"lora_a": (16, 6, 2), "lora_b": (16, 2, 5)},
+        "second": {"lora_a": (6, 16, 2), "lora_b": (2, 16, 5)},
+    }
+    params = random_like(jax.tree.map(jnp.zeros, shapes, is_leaf=lambda x: isinstance(x, tuple)), 0)
+    tx = loft_jax.loft_adamw(0.1, second_moment=second_moment, pairs=pairs)
+    gradients = small_gradients(params, 2)
+    expected = train(tx, params, gradients)
+    monkeypatch.setattr(_factors, "_TURN_ENTRIES", 1)
+    jaxpr = jax.make_jaxpr(tx.update)(params, tx.init(params), params).jaxpr
+    assert {e.params["length"] for e in equations(jaxpr) if e.primitive.name == "scan"} == {2}
+    assert_trees_close(train(tx, params, gradients), expected, rtol=1e-6, atol=1e-6)

@@ -109,8 +109,7 @@ def scale_by_altlora(
             moves_a = _alternation.a_moves(turn, moves_first)
             moves = (moves_a | (not alternate), ~moves_a | (not alternate))
             directions, fields = _step(tree, params, gradients, fields, moves, hyperparams)
-            of_factors = [gradients[k] for pair in tree.pairs for k in (pair.a, pair.b)]
-            return directions, _alternation.next_turn(turn, of_factors), fields
+            return directions, _alternation.next_turn(turn, tree, gradients), fields
 
         directions, turn, fields = in_auto_axes(
             step,

@@ -118,7 +118,7 @@ def scale_by_loft_adam(
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.OptState]:
-        tree, gradients = read_arguments(params, updates, pairs)
+        tree, gradients = read_arguments(params, updates, pairs, parts=True)
         trees = (state.basis, state.mu, state.nu)
         fields = (leaves_like(tree, field, "states") for field in trees)
         before = ScaleByLoftAdamState(state.count, state.turn, *fields)

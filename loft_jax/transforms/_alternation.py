@@ -15,6 +15,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from loft_jax._pairs import PairedTree
+
 FactorName = Literal["a", "b"]
 
 
@@ -29,9 +31,11 @@ def a_moves(turn: jax.Array, moves_first: str) -> jax.Array:
     return turn == (0 if moves_first == "a" else 1)
 
 
-def next_turn(turn: jax.Array, factor_gradients: Sequence[jax.Array]) -> jax.Array:
+def next_turn(turn: jax.Array, tree: PairedTree, gradients: Sequence[jax.Array]) -> jax.Array:
     """Returns the turn of the next step: the other one, if any factor has a gradient."""
-    if not factor_gradients:
+    if not tree.pairs:
         return turn
-    seen = jnp.stack([jnp.any(g != 0) for g in factor_gradients]).any()
-    return jnp.where(seen, 1 - turn, turn)
+    factors = [k for pair in tree.pairs for k in (pair.a, pair.b)]
+    # As numbers: devices that have parts of the factors each have to know of the others'.
+    seen = [tree.parts(k).max(jnp.any(gradients[k] != 0).astype(turn.dtype)) for k in factors]
+    return jnp.where(jnp.stack(seen).any(), 1 - turn, turn)

@@ -80,7 +80,7 @@ def clip_by_projected_global_norm(
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.OptState]:
-        tree, gradients = read_arguments(params, updates, pairs)
+        tree, gradients = read_arguments(params, updates, pairs, parts=True)
 
         def clip(params, gradients, turn, max_norm):
             moves_a = _alternation.a_moves(turn, moves_first) if alternate else None
@@ -89,9 +89,8 @@ def clip_by_projected_global_norm(
             factor = jnp.where(norm > max_norm, max_norm / jnp.where(norm > 0, norm, 1), 1)
             # A norm that is not a number must not pass for a small one.
             factor = jnp.where(jnp.isnan(norm), norm, factor)
-            of_factors = [gradients[k] for pair in tree.pairs for k in (pair.a, pair.b)]
             clipped = [(g * factor).astype(g.dtype) for g in gradients]
-            return clipped, _alternation.next_turn(turn, of_factors)
+            return clipped, _alternation.next_turn(turn, tree, gradients)
 
         clipped, turn = in_auto_axes(
             clip, tree.leaves, gradients, state.turn, max_norm, out_like=(gradients, state.turn)
@@ -109,7 +108,8 @@ def _squared_norm(
     moves_a: jax.Array | None,
 ) -> jax.Array:
     terms = [
-        _sum_of_squares(gradients[k].astype(compute_dtype(params[k]))) for k in leaves_outside(tree)
+        tree.parts(k).sum(_sum_of_squares(gradients[k].astype(compute_dtype(params[k]))))
+        for k in leaves_outside(tree)
     ]
     for group in group_pairs(tree):
         frame = functools.partial(orthonormal_frame, scale=group.scale)
@@ -118,12 +118,16 @@ def _squared_norm(
             group.over_batch(coordinates)(factor.tall(gradients), frames[partner])
             for factor, partner in group.sides
         )
+        of_a, of_b = (
+            tree.parts(factor.leaves[0]).sum(_sum_of_squares(h))
+            for factor, h in ((group.a, h_a), (group.b, h_b))
+        )
         if moves_a is not None:
-            terms.append(jnp.where(moves_a, _sum_of_squares(h_a), _sum_of_squares(h_b)))
+            terms.append(jnp.where(moves_a, of_a, of_b))
         else:
             # |G P_V + P_U G|^2: the inner product of the two is |P_U G P_V|^2.
-            shared = jnp.swapaxes(frames[group.a].span, -1, -2) @ h_a
-            terms += [_sum_of_squares(h_a), _sum_of_squares(h_b), 2 * _sum_of_squares(shared)]
+            shared = group.a.rows.sum(jnp.swapaxes(frames[group.a].span, -1, -2) @ h_a)
+            terms += [of_a, of_b, 2 * group.layers.sum(_sum_of_squares(shared))]
     return jnp.stack(terms).sum() if terms else jnp.zeros([])
 
 

@@ -1,6 +1,7 @@
 """What the transformations share: the factors of a pair as tall matrices, checks of arguments."""
 
 import functools
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -10,6 +11,12 @@ import jax.numpy as jnp
 import optax
 
 from loft_jax._pairs import FactorLayout, LoraPairs, Pair, PairedTree, find_pairs
+from loft_jax._rows import Rows
+
+# Numbers held at once on the way to new moments, over all devices: few beside a model that needs
+# turns, many enough for efficient products.
+_TURN_ENTRIES = 2**23
+_LAYERS_A_TURN = 8
 
 
 class Factor(NamedTuple):
@@ -20,12 +27,14 @@ class Factor(NamedTuple):
       layout: how each lies in its array.
       shape: the shape of each array.
       dtype: what to compute in: that of either factor of the pair, at least float32.
+      rows: how the rows are spread over the devices of a shard_map.
     """
 
     leaves: tuple[int, ...]
     layout: FactorLayout
     shape: tuple[int, ...]
     dtype: jnp.dtype
+    rows: Rows
 
     def tall(self, leaves: Sequence[Any]) -> jax.Array:
         """Stacks this factor's entries, ``(pairs, *batch, rows, width)``, in ``dtype``."""
@@ -50,12 +59,14 @@ class Group(NamedTuple):
       a, b: the two factors.
       batch: batch axes of their stacks, the stacking first.
       scale: the adapters' own scale.
+      layers: how the batch axes are spread over the devices of a shard_map.
     """
 
     a: Factor
     b: Factor
     batch: tuple[int, ...]
     scale: float
+    layers: Rows
 
     @property
     def sides(self) -> tuple[tuple[Factor, Factor], tuple[Factor, Factor]]:
@@ -72,10 +83,50 @@ class Group(NamedTuple):
             fn = jax.vmap(fn)
         return fn
 
+    def turns(self, entries: int) -> int:
+        """In how many turns to take the stack, where a matrix needs so many numbers on its way."""
+        return _turn_count(self.batch[self._long_axis], entries * math.prod(self.batch))
+
+    @property
+    def _long_axis(self) -> int:
+        return next((k for k, size in enumerate(self.batch) if size > 1), 0)
+
+    def in_turns(self, fn: Callable[..., Any], turns: int) -> Callable[..., Any]:
+        """`over_batch`, but for a part of the stack at a time.
+
+        The compiler would hold what ``fn`` makes on its way for all matrices at once. A turn takes
+        every so many-th layer: where layers are split over up to `_LAYERS_A_TURN` devices, each
+        device then works on its own in every turn.
+        """
+        mapped, axis = self.over_batch(fn), self._long_axis
+        if turns == 1:
+            return mapped
+
+        def taking_turns(*args: Any) -> Any:
+            cut = lambda x: x.reshape(*x.shape[:axis], -1, turns, *x.shape[axis + 1 :])
+            parts = jax.tree.map(cut, args)
+
+            def turn(_: None, k: jax.Array) -> tuple[None, Any]:
+                take = lambda x: jax.lax.dynamic_index_in_dim(x, k, axis + 1, keepdims=False)
+                return None, mapped(*jax.tree.map(take, parts))
+
+            join = lambda x: jnp.moveaxis(x, 0, axis + 1).reshape(*self.batch, *x.shape[axis + 2 :])
+            return jax.tree.map(join, jax.lax.scan(turn, None, jnp.arange(turns))[1])
+
+        return taking_turns
+
     def of_factors(self, fn: Callable[..., Any], params: Sequence[jax.Array]) -> dict[Factor, Any]:
         """Returns a function of a tall matrix, such as its frame, for both factors."""
-        fn = self.over_batch(fn)
-        return {factor: fn(factor.tall(params)) for factor in (self.a, self.b)}
+        of = lambda factor: self.over_batch(functools.partial(fn, rows=factor.rows))
+        return {factor: of(factor)(factor.tall(params)) for factor in (self.a, self.b)}
+
+
+def _turn_count(layers: int, entries: int) -> int:
+    """Returns in how many turns to take layers of so many entries, a divisor of their number."""
+    wanted = -(-entries // _TURN_ENTRIES)
+    even = [k for k in range(1, layers + 1) if layers % k == 0 and k <= layers // _LAYERS_A_TURN]
+    whole = [k for k in even if (layers // k) % _LAYERS_A_TURN == 0] or even or [1]
+    return min((k for k in whole if k >= wanted), default=max(whole))
 
 
 def group_pairs(tree: PairedTree) -> list[Group]:
@@ -85,15 +136,18 @@ def group_pairs(tree: PairedTree) -> list[Group]:
         leaves = [tree.leaves[k] for k in (pair.a, pair.b)]
         kinds = tuple((jnp.shape(x), jnp.result_type(x)) for x in leaves)
         role = re.sub(r"\d+", "#", tree.paths[pair.a])
-        key = (role, kinds, pair.layout_a, pair.layout_b, pair.scale)
+        split = tuple(tree.splits[k] for k in (pair.a, pair.b))
+        key = (role, kinds, split, pair.layout_a, pair.layout_b, pair.scale)
         groups.setdefault(key, []).append(pair)
     found = []
-    for (_, kinds, layout_a, layout_b, scale), members in groups.items():
+    for (_, kinds, (split_a, _), layout_a, layout_b, scale), members in groups.items():
         (shape_a, dtype_a), (shape_b, dtype_b) = kinds
         dtype = jnp.promote_types(jnp.promote_types(dtype_a, dtype_b), jnp.float32)
-        a = Factor(tuple(p.a for p in members), layout_a, shape_a, dtype)
-        b = Factor(tuple(p.b for p in members), layout_b, shape_b, dtype)
-        found.append(Group(a, b, batch=(len(members), *members[0].batch), scale=scale))
+        one = members[0]
+        a = Factor(tuple(p.a for p in members), layout_a, shape_a, dtype, one.rows_a)
+        b = Factor(tuple(p.b for p in members), layout_b, shape_b, dtype, one.rows_b)
+        layers = Rows(tuple(name for axis in layout_a.batch for name in split_a[axis]))
+        found.append(Group(a, b, (len(members), *one.batch), scale, layers))
     return found
 
 
@@ -133,19 +187,30 @@ def leaves_like(tree: PairedTree, other: optax.Params, name: str) -> list[Any]:
 
 
 def read_arguments(
-    params: optax.Params | None, updates: optax.Updates, pairs: LoraPairs | None
+    params: optax.Params | None,
+    updates: optax.Updates,
+    pairs: LoraPairs | None,
+    *,
+    parts: bool = False,
 ) -> tuple[PairedTree, list[Any]]:
     """Returns the parameters with their pairs, and the gradients in the order of their leaves.
 
+    ``parts`` says that the caller sums over rows of which a shard_map gives it a part.
+
     Raises:
       ValueError: parameters that are missing or unpaired, a gradient that is missing or has another
-        shape than its parameter.
+        shape than its parameter; leaves that are split, for a caller that takes none.
     """
     if params is None:
         raise ValueError(
             "This works on the factors themselves: call update(grads, state, params) with params"
         )
     tree = find_pairs(params, pairs)
+    if not parts and (split := [k for k in range(len(tree.leaves)) if tree.parts(k).axes]):
+        raise ValueError(
+            f"{tree.paths[split[0]]} is split by a shard_map, which this optimizer does not know "
+            "how to sum over: call its update outside, under jit, or use a LoFT optimizer"
+        )
     gradients = leaves_like(tree, updates, "gradients")
     for path, leaf, gradient in zip(tree.paths, tree.leaves, gradients, strict=True):
         is_array = hasattr(gradient, "shape") or isinstance(gradient, float)

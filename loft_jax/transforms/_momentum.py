@@ -12,6 +12,7 @@ from loft_jax._frame import Frame, to_factor
 from loft_jax._mesh import in_auto_axes
 from loft_jax._moments import as_scalar
 from loft_jax._pairs import LoraPairs, find_pairs
+from loft_jax._rows import Rows
 from loft_jax._side import advance_momentum
 from loft_jax.transforms import _alternation
 from loft_jax.transforms._descent import descend
@@ -91,7 +92,7 @@ def scale_by_loft_momentum(
       True
     """
 
-    def direction(_: tuple[()], source: jax.Array, frame: Frame) -> jax.Array:
+    def direction(_: tuple[()], source: jax.Array, frame: Frame, rows: Rows) -> jax.Array:
         return to_factor(source, frame)
 
     order = Blocks(alternate=alternate, moves_first=moves_first)
@@ -101,7 +102,7 @@ def scale_by_loft_momentum(
 
 
 def momentum_transformation(
-    direction: Callable[[Any, jax.Array, Frame], jax.Array],
+    direction: Callable[[Any, jax.Array, Frame, Rows], jax.Array],
     options: Any,
     momentum: float | jax.Array | None,
     nesterov: bool,
@@ -112,7 +113,8 @@ def momentum_transformation(
     """Returns the transformation that moves factors along a function of the calibrated moment.
 
     Args:
-      direction: ``(options, M, frame) ->`` the factor's update.
+      direction: ``(options, M, frame, rows) ->`` the factor's update; ``rows`` says how those of
+        ``M`` are spread.
       options: a pytree of numbers, its hyper-parameters.
       momentum, nesterov, dtype, pairs: see `scale_by_loft_momentum`.
       blocks: whose turn it is.
@@ -132,7 +134,7 @@ def momentum_transformation(
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.OptState]:
-        tree, gradients = read_arguments(params, updates, pairs)
+        tree, gradients = read_arguments(params, updates, pairs, parts=True)
         if (state.mu is None) != (momentum is None):
             raise ValueError(
                 f"The state has {'no' if state.mu is None else 'a'} moment, but momentum is "
@@ -146,8 +148,10 @@ def momentum_transformation(
 
         def step(params, gradients, turn, before, momentum, options):
             method = Method(
-                functools.partial(_advance, momentum, nesterov),
-                lambda source, frame, copies: direction(options, source, frame),
+                lambda moments, h, transport, rows: _advance(
+                    momentum, nesterov, moments, h, transport
+                ),
+                lambda source, frame, copies, rows: direction(options, source, frame, rows),
                 functools.partial(_outside, momentum, nesterov),
             )
             return loft_step(tree, method, blocks, params, gradients, turn, before)

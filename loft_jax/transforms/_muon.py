@@ -10,6 +10,7 @@ from loft_jax._frame import Frame, to_factor
 from loft_jax._moments import as_scalar
 from loft_jax._newton_schulz import newton_schulz
 from loft_jax._pairs import LoraPairs
+from loft_jax._rows import Rows
 from loft_jax.transforms import _alternation
 from loft_jax.transforms._descent import descend
 from loft_jax.transforms._momentum import momentum_transformation
@@ -78,11 +79,13 @@ def scale_by_loft_muon(
       Array([ 1., -1.,  1.], dtype=float32)
     """
 
-    def direction(options: tuple[Any, ...], source: jax.Array, frame: Frame) -> jax.Array:
-        *iteration, rms = options
-        update = newton_schulz(source, *iteration)
+    def direction(
+        options: tuple[Any, ...], source: jax.Array, frame: Frame, rows: Rows
+    ) -> jax.Array:
+        steps, coeffs, eps, rms = options
+        update = newton_schulz(source, steps, coeffs, eps, rows)
         if rms is not None:
-            longer = max(source.shape[0], frame.span.shape[0])
+            longer = max(rows.count(source.shape[0]), frame.rows.count(frame.span.shape[0]))
             update = update * (longer**0.5 * as_scalar(rms, update.dtype))
         return to_factor(update, frame)
 

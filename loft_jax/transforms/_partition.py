@@ -26,7 +26,7 @@ def factors_and_rest(
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, optax.OptState]:
-        read_arguments(params, updates, pairs)  # before Optax flattens them
+        read_arguments(params, updates, pairs, parts=True)  # before Optax flattens them
         return both.update(updates, state, params, **extra)
 
     return optax.GradientTransformationExtraArgs(both.init, update)

@@ -15,8 +15,10 @@ import optax
 
 from loft_jax._frame import Frame, coordinates, orthonormal_frame, raw_frame, transport
 from loft_jax._pairs import PairedTree
+from loft_jax._rows import Rows
 from loft_jax.transforms import _alternation
 from loft_jax.transforms._factors import (
+    Factor,
     Group,
     compute_dtype,
     group_pairs,
@@ -69,16 +71,18 @@ class Method(NamedTuple):
     """An optimizer, as functions of matrices.
 
     Attributes:
-      advance: ``(moments, h, T) -> (moments, source)`` adds the projected gradient ``h`` to a
-        side's moments, which ``T`` carries into the new frame (None: it leaves them). ``source`` is
-        whatever ``direction`` needs.
-      direction: ``(source, frame, copies) ->`` the update of the factor, ``(m, r)``.
+      advance: ``(moments, h, T, rows) -> (moments, source)`` adds the projected gradient ``h`` to
+        a side's moments, which ``T`` carries into the new frame (None: it leaves them). ``source``
+        is whatever ``direction`` needs, ``rows`` how the factor's are spread.
+      direction: ``(source, frame, copies, rows) ->`` the update of the factor, ``(m, r)``.
       outside: ``(gradient, *moments) -> (direction, *moments)`` for a leaf outside pairs.
+      held: ``(m, n, r) ->`` numbers that ``direction`` holds at once on its way for one matrix.
     """
 
     advance: Callable[..., tuple[tuple[jax.Array, ...], Any]]
     direction: Callable[..., jax.Array]
     outside: Callable[..., tuple[jax.Array, ...]]
+    held: Callable[[int, int, int], int] = lambda m, n, r: m * r
 
 
 class _Side(NamedTuple):
@@ -141,8 +145,11 @@ def loft_step(
         frames = group.of_factors(functools.partial(blocks.frame, scale=group.scale), params)
         both = []
         for factor, partner in group.sides:
-            moments, side = group.over_batch(functools.partial(_advance, method, blocks))(
-                tuple(factor.tall(moment) for moment in before.moments),
+            moments_before = tuple(factor.tall(moment) for moment in before.moments)
+            widest = max((math.prod(x.shape[-2:]) for x in moments_before), default=0)
+            advance = functools.partial(_advance, method, blocks, factor.rows)
+            moments, side = group.in_turns(advance, group.turns(widest))(
+                moments_before,
                 factor.tall(gradients),
                 frames[partner],
                 partner.tall(before.basis) if before.moments else None,
@@ -158,13 +165,13 @@ def loft_step(
     for group, of_group in zip(groups, moved, strict=True):
         for (factor, _), direction in zip(group.sides, of_group, strict=True):
             factor.put(direction, directions, like=gradients)
-    of_factors = [gradients[k] for pair in tree.pairs for k in (pair.a, pair.b)]
-    return directions, _alternation.next_turn(turn, of_factors), after
+    return directions, _alternation.next_turn(turn, tree, gradients), after
 
 
 def _advance(
     method: Method,
     blocks: Blocks,
+    rows: Rows,
     moments: tuple[jax.Array, ...],
     gradient: jax.Array,
     frame: Frame,
@@ -175,7 +182,7 @@ def _advance(
     calibration = None
     if blocks.calibrate and span_before is not None:
         calibration = transport(span_before, frame)
-    moments, source = method.advance(moments, h, calibration)
+    moments, source = method.advance(moments, h, calibration, rows)
     return moments, _Side(source, frame, h)
 
 
@@ -191,15 +198,18 @@ def _move(
     One conditional for all of them: the ``m x n`` work of the resting factors does not run.
     """
 
-    def direction(group: Group, side: _Side) -> jax.Array:
-        of_one = functools.partial(method.direction, copies=math.prod(group.batch))
-        return group.over_batch(of_one)(side.source, side.frame)
+    def direction(group: Group, factor: Factor, side: _Side) -> jax.Array:
+        m, r = side.h.shape[-2:]
+        turns = group.turns(method.held(m, side.frame.span.shape[-2], r))
+        copies = math.prod(group.batch) // turns
+        of_one = functools.partial(method.direction, copies=copies, rows=factor.rows)
+        return group.in_turns(of_one, turns)(side.source, side.frame)
 
     def directions(moving: tuple[bool, bool]) -> list[list[jax.Array]]:
         return [
             [
-                direction(group, side) if moves else jnp.zeros_like(side.h)
-                for moves, side in zip(moving, both, strict=True)
+                direction(group, factor, side) if moves else jnp.zeros_like(side.h)
+                for moves, (factor, _), side in zip(moving, group.sides, both, strict=True)
             ]
             for group, both in zip(groups, advanced, strict=True)
         ]

@@ -1,8 +1,5 @@
 """The optimizers on a mesh of eight devices, its axis Auto or Explicit: no result depends on it."""
 
-import math
-import re
-
 import jax
 import jax.numpy as jnp
 import optax
@@ -12,7 +9,6 @@ from jax.sharding import PartitionSpec as P
 from optimizers import (
     assert_trees_close,
     every_kind,
-    every_loft_kind,
     every_optimizer,
     quick,
     random_like,
@@ -119,28 +115,3 @@ def test_replicas_of_a_shard_map_do_what_one_device_does(make):
         jax.device_get(mapped(gradient, state, params)),
         jax.device_get(jax.jit(tx.update)(gradient, state, params)),
     )
-
-
-@every_loft_kind
-def test_nothing_of_the_weights_size_crosses_devices(make):
-    """What does cross: r x r sums, and blocks of the partner's basis with its packed squares."""
-    m, n, r = 2048, 1536, 8
-    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
-    spec = lambda shape: P(*("x" if size in (m, n) else None for size in shape))
-    sharded = lambda x: jax.ShapeDtypeStruct(
-        x.shape, x.dtype, sharding=NamedSharding(mesh, spec(x.shape))
-    )
-    abstract = jax.eval_shape(lambda: {"lora_a": jnp.zeros((m, r)), "lora_b": jnp.zeros((r, n))})
-    params = jax.tree.map(sharded, abstract)
-    state = jax.tree.map(sharded, jax.eval_shape(make().init, abstract))
-    text = jax.jit(make().update).lower(params, state, params).compile().as_text()
-    moved = re.findall(
-        r"= (.*) (?:all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)", text
-    )
-    sizes = [
-        math.prod(int(size) for size in shape.split(",") if size)
-        for shapes in moved
-        for shape in re.findall(r"\w+\[([\d,]*)\]", shapes)
-    ]
-    assert sizes, "the factors are split, so something must be summed"
-    assert max(sizes) <= max(m, n) * r * (r + 1) // 2

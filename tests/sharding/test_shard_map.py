@@ -1,0 +1,200 @@
+"""The optimizers inside `jax.shard_map`, each device with its own part of the factors."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from layouts import collectives
+from optimizers import LOFT, PEERS, every_loft_kind, random_like, small_gradients
+from optimizers import hasty_compiler as hasty_compiler
+
+from loft_jax import LoraPairs, loft_adamw
+from loft_jax._rows import Rows, beside
+from loft_jax.sharding import shard_map_pairs, state_shardings
+
+SHAPES = {
+    "both": {"lora_a": (16, 2), "lora_b": (2, 24)},  # one mesh axis splits either factor
+    "head": (8, 3),
+    "heads": {"lora_a": (6, 3), "lora_b": (3, 4, 5)},
+    "stacked": {"lora_a": (8, 6, 2), "lora_b": (8, 2, 5)},
+    "wide": {"lora_a": (8, 3), "lora_b": (3, 4)},  # fewer rows a device than the rank
+}
+SPECS = {
+    "both": {"lora_a": P("x"), "lora_b": P(None, ("x", "y"))},
+    "head": P("x"),
+    "heads": {"lora_a": P(), "lora_b": P(None, "x")},
+    "stacked": {"lora_a": P("x"), "lora_b": P("x")},
+    "wide": {"lora_a": P("x"), "lora_b": P(None, "y")},
+}
+
+
+def mesh():
+    return jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+
+
+def parameters():
+    sizes = lambda x: isinstance(x, tuple)
+    return random_like(jax.tree.map(jnp.zeros, SHAPES, is_leaf=sizes), 0)
+
+
+def in_shard_map(make, params, **options):
+    """The update on parts, jitted."""
+    tx = make(pairs=shard_map_pairs(params, SPECS))
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh(), spec), SPECS)
+    of_state = jax.tree.map(lambda s: s.spec, state_shardings(tx, params, shardings))
+    specs = {"in_specs": (SPECS, of_state, SPECS), "out_specs": (SPECS, of_state)}
+    return jax.jit(jax.shard_map(tx.update, mesh=mesh(), **specs, **options))
+
+
+@every_loft_kind
+def test_parts_of_the_factors_do_what_whole_ones_do(make, x64, assert_close):
+    """In float64, and without Optax's state of another layout: parameters and state are equal."""
+    params = parameters()
+    whole = jax.jit(make().update)
+    split = in_shard_map(make, params)
+    states = [make().init(params)] * 2
+    found = [params] * 2
+    for gradient in small_gradients(params, 3):
+        for k, update in enumerate((whole, split)):
+            updates, states[k] = update(gradient, states[k], found[k])
+            found[k] = optax.apply_updates(found[k], updates)
+    leaves = zip(
+        *(jax.tree.leaves((p, s)) for p, s in zip(found, states, strict=True)), strict=True
+    )
+    for expected, got in leaves:
+        assert_close(got, expected, name="shard_map")
+
+
+def test_unchecked_replication_is_as_good(x64, assert_close):
+    params = parameters()
+    (gradient,) = small_gradients(params, 1)
+    make = LOFT["loft_adamw_factored"]
+    state = make().init(params)
+    expected, _ = jax.jit(make().update)(gradient, state, params)
+    got, _ = in_shard_map(make, params, check_vma=False)(gradient, state, params)
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert_close(x, y, name="shard_map")
+
+
+def test_what_crosses_devices_is_small():
+    params = parameters()
+    tx = LOFT["loft_adamw"]()
+    state = tx.init(params)
+    lowered = in_shard_map(LOFT["loft_adamw"], params).lower(params, state, params)
+    moved = collectives(lowered.compile().as_text())
+    assert moved
+    # The basis of a partner over the same axis is gathered: it, and nothing of its square's size.
+    gathered = {shape for name, shape in moved if name == "all-gather"}
+    assert {math.prod(shape) for shape in gathered} <= {24 * 2 // 2, 16 * 2}
+    assert max(math.prod(shape) for name, shape in moved if name != "all-gather") <= 8 * 6 * 2
+
+
+def test_other_axes_may_be_the_compilers(x64, assert_close):
+    """Manual over one mesh axis, Auto over the other: specs of the second say nothing here."""
+    params = parameters()["both"]
+    whole = {"lora_a": P(("x", "y")), "lora_b": P()}
+    manual = {"lora_a": P("x"), "lora_b": P()}
+    (gradient,) = small_gradients(params, 1)
+    reference = loft_adamw(0.1)
+    state = reference.init(params)
+    tx = loft_adamw(0.1, pairs=shard_map_pairs(params, whole))
+    of_state = jax.tree.map(
+        lambda s: s.spec,
+        state_shardings(tx, params, jax.tree.map(lambda s: NamedSharding(mesh(), s), manual)),
+    )
+    update = jax.shard_map(
+        tx.update,
+        mesh=mesh(),
+        in_specs=(manual, of_state, manual),
+        out_specs=(manual, of_state),
+        axis_names={"x"},
+    )
+    got, _ = jax.jit(update)(gradient, state, params)
+    expected, _ = reference.update(gradient, state, params)
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert_close(x, y, name="shard_map")
+
+
+def trace(params, specs, told=None, make=loft_adamw, **options):
+    """Traces an update in a shard_map, of which the optimizer is told other specs."""
+    pairs = None if told is None else shard_map_pairs(params, told)
+    tx = make(learning_rate=0.1, pairs=pairs)
+    state = jax.eval_shape(tx.init, params)
+    of_state = jax.tree.map(lambda x: P(), state)
+    update = functools.partial(
+        jax.shard_map, mesh=mesh(), in_specs=(specs, of_state, specs), out_specs=P(), **options
+    )(tx.update)
+    return jax.eval_shape(update, params, state, params)
+
+
+PAIR = {"q": {"lora_a": np.ones((16, 2)), "lora_b": np.ones((2, 24))}}
+of = lambda a, b: {"q": {"lora_a": a, "lora_b": b}}
+
+
+@pytest.mark.parametrize(
+    ("specs", "told", "message"),
+    [
+        (of(P("x"), P()), None, r"q/lora_a differs between the devices.* along \['x'\].*in_specs"),
+        (of(P("x"), P()), of(P("z"), P()), "q/lora_a: .*names 'z', which is no axis of the mesh"),
+        (of(P("x"), P()), of(P("x", None, "y"), P()), "q/lora_a: .* more axes than the 2"),
+        (of(P(None, "y"), P()), of(P(None, "y"), P()), "q/lora_a: .*axis 1 over .*rank stays"),
+    ],
+)
+def test_a_split_that_is_not_said_or_wrongly_is_refused(specs, told, message):
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        trace(PAIR, specs, told)
+
+
+def test_a_split_of_heads_within_is_refused():
+    params = {"lora_a": np.ones((6, 3)), "lora_b": np.ones((3, 4, 4))}
+    specs = {"lora_a": P(), "lora_b": P(None, None, "x")}
+    with pytest.raises(ValueError, match=r"lora_b: .*axis 2 over .*first of its rows"):
+        trace(params, specs, specs)
+
+
+def test_layers_split_otherwise_than_their_partner_s_are_refused():
+    params = {"lora_a": np.ones((8, 6, 2)), "lora_b": np.ones((8, 2, 5))}
+    specs = {"lora_a": P("x"), "lora_b": P()}
+    with pytest.raises(ValueError, match="split their batch axes differently"):
+        trace(params, specs, specs)
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_peers_say_that_they_take_whole_factors(name):
+    specs = of(P("x"), P())
+    with pytest.raises(ValueError, match="q/lora_a is split by a shard_map"):
+        trace(PAIR, specs, specs, make=PEERS[name].func)
+
+
+def test_specs_are_one_for_each_parameter():
+    with pytest.raises(ValueError, match="2 parameters need a tree of as many PartitionSpec"):
+        shard_map_pairs(PAIR, {"q": P()})
+    pairs = shard_map_pairs(PAIR, P("x"), LoraPairs(scale=2.0))
+    assert pairs.scale == 2.0
+    assert [spec for _, spec in pairs.specs] == [P("x")] * 2
+
+
+def test_rows_know_all_rows():
+    """The first rows of all and the own part are each other's inverse, over two mesh axes."""
+    rows = Rows(("y", "x"))
+
+    def on_device(x):
+        whole = rows.head(x, rows.count(x.shape[0]))
+        other, left = beside(Rows(("x",)), rows, x)
+        assert left == Rows(("y",))
+        return whole, rows.own(whole), other.sum(keepdims=True) / 2
+
+    x = jnp.arange(32.0).reshape(16, 2)
+    out = (P(), P(("y", "x")), P())
+    mapped = jax.shard_map(
+        on_device, mesh=mesh(), in_specs=P(("y", "x")), out_specs=out, check_vma=False
+    )
+    head, own, _ = mapped(x)
+    assert np.array_equal(head, x)
+    assert np.array_equal(own, x)
