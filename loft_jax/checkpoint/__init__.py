@@ -1,0 +1,16 @@
+"""Checkpoints of a LoRA or LoFT fine-tuning run: adapter, optimizer state, and no base.
+
+A thin layer on Orbax's `CheckpointManager`, which only this package imports; `import loft_jax` does
+not. See `docs/checkpoints.md` for what is guaranteed at which fault.
+"""
+
+from loft_jax.checkpoint._base import BaseReference as BaseReference
+from loft_jax.checkpoint._base import base_reference as base_reference
+from loft_jax.checkpoint._checkpoints import Checkpoints as Checkpoints
+from loft_jax.checkpoint._checkpoints import Restored as Restored
+from loft_jax.checkpoint._digest import digests as digests
+from loft_jax.checkpoint._errors import CheckpointDamaged as CheckpointDamaged
+from loft_jax.checkpoint._errors import CheckpointError as CheckpointError
+from loft_jax.checkpoint._errors import CheckpointMismatch as CheckpointMismatch
+from loft_jax.checkpoint._errors import DamagedCheckpointWarning as DamagedCheckpointWarning
+from loft_jax.checkpoint._preemption import Preemption as Preemption
