@@ -21,7 +21,7 @@ import dataclasses
 import hashlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,9 @@ from errors import UserError
 from figure import draw_curve
 from flax import nnx
 from generate import generate
+from jax.sharding import Mesh
 from llama import STACKED, Llama, lora_rule
+from meshes import batch_sharding, place_model
 from runs import Run
 from settings import Settings, parse_arguments
 from tqdm import tqdm
@@ -48,6 +50,7 @@ from training import (
 )
 
 from loft_jax.adapters import LoraRule, add_lora, lora_pairs, quantize
+from loft_jax.checkpoint import BaseReference, CheckpointError, Preemption, base_reference
 
 
 def prepare_text(
@@ -108,9 +111,13 @@ def megabytes(model: Llama) -> float:
 
 
 def open_run(
-    settings: Settings, output: Path | None, resume: bool, train_windows: np.ndarray
+    settings: Settings,
+    output: Path | None,
+    resume: bool,
+    train_windows: np.ndarray,
+    base: BaseReference | None = None,
 ) -> Run:
-    """The run's folder, new or taken up again; a resumed run must see the same text."""
+    """The run's folder, new or taken up again; a resumed run must see the same text and weights."""
     digest = hashlib.sha256(train_windows.tobytes()).hexdigest()
     if resume:
         assert output is not None
@@ -119,21 +126,24 @@ def open_run(
                 f"The training text of the run in {output} has changed since it began: put the "
                 "old text back, or start a new run in another --output."
             )
-        return Run(output)
+        return Run(output, base)
     if output is None:
         numbered = (Path("runs") / f"{settings.method}-{n}" for n in range(1, 10_000))
         output = next(path for path in numbered if not path.exists())
-    return Run.create(output, {"settings": dataclasses.asdict(settings), "text_sha256": digest})
+    described = {"settings": dataclasses.asdict(settings), "text_sha256": digest}
+    return Run.create(output, described, base)
 
 
 def measure(
     run: Run, trainer: Trainer, state: TrainState, examples: np.ndarray, batch_size: int
-) -> None:
-    """Logs the held-out loss and perplexity of the present parameters."""
+) -> dict[str, float]:
+    """Logs the held-out loss and perplexity of the present parameters, and returns the loss."""
     loss = float(trainer.evaluate(state.params, examples, batch_size).mean())
     step, perplexity = int(state.step), float(np.exp(loss))
     run.log({"step": step, "eval_loss": loss, "eval_perplexity": perplexity})
-    tqdm.write(f"step {step}: held-out loss {loss:.4f}, perplexity {perplexity:.2f}")
+    if jax.process_index() == 0:
+        tqdm.write(f"step {step}: held-out loss {loss:.4f}, perplexity {perplexity:.2f}")
+    return {"eval_loss": loss}
 
 
 def train(
@@ -144,31 +154,48 @@ def train(
     train_windows: np.ndarray,
     eval_windows: np.ndarray,
 ) -> TrainState:
-    """Trains from the state's step to the last, logging, evaluating and saving on the way."""
+    """Trains from the state's step to the last, logging, evaluating and saving on the way.
+
+    Raises:
+        Preempted: the machine is about to be taken away; the state is saved.
+    """
     tokens = settings.batch_size * settings.seq_len
     first = int(state.step)
     batches = text.batches(
         train_windows, settings.batch_size, settings.seed, range(first, settings.steps)
     )
-    bar = tqdm(batches, initial=first, total=settings.steps, unit="step", desc=settings.method)
-    for step, batch in enumerate(bar, start=first):
-        began = time.perf_counter()
-        rate = learning_rate_at(step, settings.steps, settings.peak)
-        state, loss = trainer.step(state, batch, rate)
-        loss = float(loss)
-        speed = tokens / (time.perf_counter() - began)
-        done = step + 1
-        run.log({"step": done, "loss": loss, "learning_rate": rate, "tokens_per_second": speed})
-        bar.set_postfix({"loss": f"{loss:.3f}", "lr": f"{rate:.1e}", "tokens/s": f"{speed:.0f}"})
-        if done % settings.eval_every == 0 or done == settings.steps:
-            measure(run, trainer, state, eval_windows, settings.batch_size)
-        if done % settings.save_every == 0 or done == settings.steps:
-            run.save(done, state)
+    options = {"unit": "step", "desc": settings.method, "disable": jax.process_index() > 0}
+    bar = tqdm(batches, initial=first, total=settings.steps, **options)
+    with Preemption() as preemption:
+        for step, batch in enumerate(bar, start=first):
+            began = time.perf_counter()
+            rate = learning_rate_at(step, settings.steps, settings.peak)
+            state, loss = trainer.step(state, batch, rate)
+            loss = float(loss)
+            speed = tokens / (time.perf_counter() - began)
+            done = step + 1
+            run.log({"step": done, "loss": loss, "learning_rate": rate, "tokens_per_second": speed})
+            shown = {"loss": f"{loss:.3f}", "lr": f"{rate:.1e}", "tokens/s": f"{speed:.0f}"}
+            bar.set_postfix(shown)
+            last, preempted = done == settings.steps, preemption.reached(done)
+            metrics = None
+            if done % settings.eval_every == 0 or last:
+                metrics = measure(run, trainer, state, eval_windows, settings.batch_size)
+            if done % settings.save_every == 0 or last or preempted:
+                run.save(state, metrics)
+            if preempted and not last:
+                raise Preempted
     return state
 
 
+class Preempted(Exception):
+    """SIGTERM has come, and the state is saved."""
+
+
 def sample(run: Run, settings: Settings, model: Llama, pretrained: weights.Pretrained, step: int):
-    """Generates from the prompt and logs it, once a step."""
+    """Generates from the prompt and logs it, once a step; in a run of one process."""
+    if jax.process_count() > 1:
+        return
     if not any("sample" in record and record["step"] == step for record in run.records()):
         generated = generate(model, pretrained.tokenizer, settings.prompt, seed=settings.seed)
         run.log({"step": step, "sample": generated})
@@ -184,7 +211,7 @@ def report(run: Run, settings: Settings, name: str) -> None:
     method = {"loft": "LoFT" + rank, "lora": "LoRA" + rank, "full": "full fine-tuning"}
     title = f"{name}, {method[settings.method]}"
     draw_curve(records, run.folder / "curve.png", title)
-    for when, generated in (("before", samples[0]), ("after", samples[-1])):
+    for when, generated in zip(("before", "after"), (samples[:1] + samples[-1:]), strict=False):
         print(f"\n--- sample {when} ---\n{generated}")
     print(
         f"\nheld-out perplexity: {perplexities[0]:.2f} before, {perplexities[-1]:.2f} after "
@@ -194,48 +221,70 @@ def report(run: Run, settings: Settings, name: str) -> None:
     print(f"written to {run.folder}: curve.png, metrics.jsonl, adapter/, {peft}checkpoints/")
 
 
-def finetune(settings: Settings, output: Path | None, resume: bool) -> None:
-    """The whole run."""
+def finetune(
+    settings: Settings, output: Path | None, resume: bool, mesh: Mesh | None = None
+) -> None:
+    """The whole run, on one device or on a mesh."""
     pretrained = weights.load(settings.model)
     train_windows, eval_windows = prepare_text(settings, pretrained)
     model = build_model(settings, pretrained)
+    if mesh is not None:
+        if settings.quantize is not None:
+            raise UserError("--quantize is for one device so far: leave it out, or --mesh.")
+        batch_sharding(mesh, settings.batch_size)  # complains before the work begins
+        place_model(model, mesh, lora_pairs(adapter_rule(settings)))
     trainer = build_trainer(settings, model)
     state = trainer.start(model)
     trained = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     total = sum(tensor.size for tensor in pretrained.tensors.values())
-    print(
+    say = print if jax.process_index() == 0 else lambda *args, **kwargs: None
+    say(
         f"{pretrained.name}: {settings.method} trains {trained / 1e6:.2f} M parameters beside "
         f"{total / 1e6:.1f} M in {megabytes(model):.0f} MB; {len(train_windows)} windows of "
         f"{settings.seq_len} tokens to train on, {len(eval_windows)} held out"
     )
-    run = open_run(settings, output, resume, train_windows)
-    if resume:
-        state = run.restore(state)
-        print(f"resuming after step {int(state.step)} of {settings.steps}")
-    else:
-        measure(run, trainer, state, eval_windows, settings.batch_size)
-        sample(run, settings, model, pretrained, step=0)
-    try:
-        state = train(settings, run, trainer, state, train_windows, eval_windows)
-    except KeyboardInterrupt:
-        print(f"\nstopped; continue with --resume --output {run.folder}", file=sys.stderr)
-        raise
-    sample(run, settings, trainer.model(state.params), pretrained, step=settings.steps)
-    run.save_adapter(state.params)
-    if settings.method != "full":
-        pairs = lora_pairs(adapter_rule(settings))
-        run.save_peft(state.params, pairs, settings.model or weights.SMOLLM2_HUB_ID)
-    run.close()
-    report(run, settings, pretrained.name)
+    base = base_reference(settings.model or weights.SMOLLM2_HUB_ID, trainer.frozen)
+    with open_run(settings, output, resume, train_windows, base) as run:
+        if resume:
+            state = run.restore(state)
+            say(f"resuming after step {int(state.step)} of {settings.steps}")
+        else:
+            measure(run, trainer, state, eval_windows, settings.batch_size)
+            sample(run, settings, model, pretrained, step=0)
+        try:
+            state = train(settings, run, trainer, state, train_windows, eval_windows)
+        except (KeyboardInterrupt, Preempted) as stopped:
+            why = "preempted" if isinstance(stopped, Preempted) else "stopped"
+            say(f"\n{why}; continue with --resume --output {run.folder}", file=sys.stderr)
+            raise
+        adapter = trainer.whole(state.params)
+        sample(run, settings, trainer.model(adapter), pretrained, step=settings.steps)
+        run.save_adapter(adapter)
+        if jax.process_index() == 0:
+            if settings.method != "full":
+                pairs = lora_pairs(adapter_rule(settings))
+                run.save_peft(adapter, pairs, settings.model or weights.SMOLLM2_HUB_ID)
+            report(run, settings, pretrained.name)
+
+
+PREEMPTED = 75
+"""The exit status that tells a scheduler to run the same command again, with --resume."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit status: 0, 1 after a message to the user, or 130 when interrupted."""
+    """The exit status: 0, 1 after a message to the user, 75 if preempted, 130 if interrupted."""
+    return exit_status(lambda: finetune(*parse_arguments(argv)))
+
+
+def exit_status(work: Callable[[], None]) -> int:
+    """Does the work, and says what has stopped it."""
     try:
-        finetune(*parse_arguments(argv))
-    except UserError as error:
+        work()
+    except (UserError, CheckpointError) as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return 1
+    except Preempted:
+        return PREEMPTED
     except KeyboardInterrupt:
         return 130
     return 0

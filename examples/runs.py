@@ -1,9 +1,12 @@
 """A run's folder: its settings, its metrics and its checkpoints, and how it is taken up again.
 
 The folder holds `settings.json`, what the run was asked to do; `metrics.jsonl`, one JSON object a
-line; `checkpoints/STEP`, the training state for --resume (Orbax); and, once the run has ended,
-`adapter/`, the trained parameters alone (Orbax), and for adapters `peft/`, the same as Hugging Face
-PEFT writes and loads it.
+line; `checkpoints/STEP`, the training state for --resume (`loft_jax.checkpoint`); and, once the run
+has ended, `adapter/`, the trained parameters alone (Orbax), and for adapters `peft/`, the same as
+Hugging Face PEFT writes and loads it.
+
+In a run of several processes all of them use the folder, which they share; the first one writes
+what is not a checkpoint.
 """
 
 import json
@@ -12,40 +15,40 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from errors import UserError
+from jax.experimental import multihost_utils
+from training import TrainState
 
 from loft_jax import LoraPairs
 from loft_jax.adapters import save_peft
+from loft_jax.checkpoint import BaseReference, Checkpoints
 
 
 class Run:
     """An output folder in use; close it to be sure that the checkpoints are whole."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, base: BaseReference | None = None):
         """Opens the folder, which `create` or `settings` has found to be good."""
         self.folder = folder.resolve()
         self._metrics = self.folder / "metrics.jsonl"
-        # Synchronous saves: the training step donates the buffers that are being saved.
-        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
-        self._manager = ocp.CheckpointManager(self.folder / "checkpoints", options=options)
+        self._checkpoints = Checkpoints(self.folder / "checkpoints", base=base, best="eval_loss")
 
     @staticmethod
-    def create(folder: Path, settings: Mapping[str, Any]) -> "Run":
+    def create(
+        folder: Path, settings: Mapping[str, Any], base: BaseReference | None = None
+    ) -> "Run":
         """Starts a run in a folder that has none."""
-        if (folder / "settings.json").exists():
-            raise UserError(
-                f"{folder} already holds a run: add --resume to continue it, or name another "
-                "folder with --output."
-            )
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "settings.json").write_text(json.dumps(settings, indent=2) + "\n")
-        except OSError as error:
-            raise UserError(
-                f"Cannot write to {folder} ({error}): name another --output."
-            ) from error
-        return Run(folder)
+        problem = ""
+        if jax.process_index() == 0:
+            problem = _begin(folder, settings)
+        if jax.process_count() > 1:  # all of them stop if the first one cannot begin
+            failed = multihost_utils.broadcast_one_to_all(jnp.int32(bool(problem)))
+            problem = problem or ("The first process could not begin the run." if failed else "")
+        if problem:
+            raise UserError(problem)
+        return Run(folder, base)
 
     @staticmethod
     def settings(folder: Path) -> dict[str, Any]:
@@ -57,8 +60,9 @@ class Run:
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Appends a line to the metrics."""
-        with self._metrics.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        if jax.process_index() == 0:
+            with self._metrics.open("a") as file:
+                file.write(json.dumps(record) + "\n")
 
     def records(self) -> list[dict[str, Any]]:
         """All whole lines of the metrics (a killed run may have left half a line)."""
@@ -67,25 +71,33 @@ class Run:
         lines = self._metrics.read_text().split("\n")[:-1]
         return [json.loads(line) for line in lines]
 
-    def save(self, step: int, state: Any) -> None:
-        """Keeps the training state after `step` updates."""
-        if step not in self._manager.all_steps():
-            self._manager.save(step, args=ocp.args.StandardSave(state))
+    def save(self, state: TrainState, metrics: Mapping[str, float] | None = None) -> None:
+        """Keeps the training state, in the background; the step may reuse its buffers."""
+        self._checkpoints.save(
+            int(state.step),
+            adapter=state.params,
+            opt_state={"step": state.step, "optimizer": state.opt_state},
+            data={"batches": int(state.step)},
+            metrics=metrics,
+        )
 
-    def restore(self, template: Any) -> Any:
-        """The newest saved state, shaped as `template`, with the metrics cut back to its step."""
-        step = self._manager.latest_step()
-        if step is None:
+    def restore(self, template: TrainState) -> TrainState:
+        """The newest good state, laid out as `template`, with the metrics cut back to its step."""
+        restored = self._checkpoints.restore(
+            adapter=template.params,
+            opt_state={"step": template.step, "optimizer": template.opt_state},
+        )
+        if restored is None:
             raise UserError(
                 f"{self.folder} has no checkpoint: the run stopped before its first one. Delete "
                 "the folder and start again."
             )
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
-        state = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
         # A run killed between checkpoints has logged steps that will now be made again.
-        kept = [record for record in self.records() if record["step"] <= step]
-        self._metrics.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        return state
+        kept = [record for record in self.records() if record["step"] <= restored.step]
+        if jax.process_index() == 0:
+            self._metrics.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        state = restored.opt_state
+        return TrainState(state["step"], restored.adapter, state["optimizer"])
 
     def save_adapter(self, params: Any) -> Path:
         """Saves the trained parameters alone, replacing what is there."""
@@ -107,4 +119,25 @@ class Run:
 
     def close(self) -> None:
         """Waits for what is being written."""
-        self._manager.close()
+        self._checkpoints.close()
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+
+def _begin(folder: Path, settings: Mapping[str, Any]) -> str:
+    """Makes the folder and its settings.json; what is wrong, if anything."""
+    if (folder / "settings.json").exists():
+        return (
+            f"{folder} already holds a run: add --resume to continue it, or name another folder "
+            "with --output."
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "settings.json").write_text(json.dumps(settings, indent=2) + "\n")
+    except OSError as error:
+        return f"Cannot write to {folder} ({error}): name another --output."
+    return ""

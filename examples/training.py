@@ -9,11 +9,14 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import meshes
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 import loft_jax
+from loft_jax.sharding import state_shardings
 
 METHODS = ("loft", "lora", "full")
 LEARNING_RATES = {"loft": 5e-4, "lora": 3e-3, "full": 1e-4}
@@ -91,6 +94,8 @@ class Trainer:
     The frozen parameters are arguments of the compiled functions, not differentiated, and kept
     once. The learning rate is an argument too: runs at other rates or from other seeds
     (`start(model)` with newly drawn adapters) share the compiled step.
+
+    Where the model lies on a mesh, the state lies there with it, and batches are split over it.
     """
 
     def __init__(
@@ -101,9 +106,10 @@ class Trainer:
         wrt: Any = nnx.LoRAParam,
     ):
         """Splits the model; `optimizer` makes the transformation for a learning rate."""
-        self._graphdef, _, frozen = nnx.split(model, wrt, ...)
-        self._frozen = nnx.as_pure(frozen)
+        self._graphdef, trained, frozen = nnx.split(model, wrt, ...)
+        self.frozen = nnx.as_pure(frozen)
         self._wrt = wrt
+        self._mesh = meshes.mesh_of(trained)
 
         def losses(params: Any, frozen: Any, batch: Any) -> jax.Array:
             return loss(nnx.merge(self._graphdef, params, frozen), batch)
@@ -124,9 +130,17 @@ class Trainer:
             params = jax.tree.map(jnp.copy, params)
             return TrainState(jnp.zeros([], jnp.int32), params, optimizer(0.0).init(params))
 
-        self._start = jax.jit(start)
-        self._step = jax.jit(step, donate_argnums=0)
-        self._losses = jax.jit(losses)
+        of_state = whole = None
+        if self._mesh is not None:
+            params = nnx.as_pure(trained)
+            whole = NamedSharding(self._mesh, PartitionSpec())
+            of_params = jax.tree.map(lambda x: x.sharding, params)
+            of_opt_state = state_shardings(optimizer(0.0), params)
+            of_state: Any = TrainState(whole, of_params, of_opt_state)  # pyright: ignore
+        self._start = jax.jit(start, out_shardings=of_state)
+        self._step = jax.jit(step, donate_argnums=0, out_shardings=(of_state, whole))
+        self._losses = jax.jit(losses, out_shardings=whole)
+        self._whole = jax.jit(lambda tree: tree, out_shardings=whole)
 
     def start(self, model: nnx.Module) -> TrainState:
         """The state before the first step, from the model's present parameters."""
@@ -136,7 +150,7 @@ class Trainer:
         self, state: TrainState, batch: Any, learning_rate: float
     ) -> tuple[TrainState, jax.Array]:
         """One update and the loss before it; `state`'s buffers are reused: do not keep it."""
-        return self._step(state, self._frozen, batch, jnp.float32(learning_rate))
+        return self._step(state, self.frozen, self._put(batch), np.float32(learning_rate))
 
     def evaluate(self, params: Any, examples: np.ndarray, batch_size: int) -> np.ndarray:
         """The loss of each example, float32 `(n,)`, `batch_size` at a time."""
@@ -145,12 +159,22 @@ class Trainer:
             batch = examples[begin : begin + batch_size]
             # The last batch is filled up with copies, to keep to one compiled shape.
             padded = np.resize(batch, (batch_size, *batch.shape[1:]))
-            values.append(np.asarray(self._losses(params, self._frozen, padded))[: len(batch)])
+            losses = self._losses(params, self.frozen, self._put(padded))
+            values.append(np.asarray(losses)[: len(batch)])
         return np.concatenate(values)
+
+    def whole(self, params: Any) -> Any:
+        """These parameters, whole on every device, and so readable by every process."""
+        return self._whole(params)
+
+    def _put(self, batch: Any) -> Any:
+        if self._mesh is None:
+            return batch
+        return meshes.put(batch, meshes.batch_sharding(self._mesh, len(batch)))
 
     def model(self, params: Any) -> Any:
         """The module with these trained parameters."""
-        return nnx.merge(self._graphdef, params, self._frozen)
+        return nnx.merge(self._graphdef, params, self.frozen)
 
 
 def next_token_loss(model: Any, windows: jax.Array) -> jax.Array:

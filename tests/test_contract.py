@@ -1,6 +1,6 @@
 """What every optimizer of this package owes to Optax, JAX, Flax and Orbax, one table through all.
 
-Meshes of several devices are in `test_sharding.py`.
+Meshes of several devices are in `tests/sharding`.
 """
 
 import contextlib
