@@ -62,9 +62,10 @@ SHAPES = {
 }
 
 
-def parameters() -> dict:
-    rng = np.random.default_rng(0)
-    draw = lambda shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+def parameters(seed: int = 0) -> dict:
+    """Normal entries, in float64 where that is on."""
+    rng = np.random.default_rng(seed)
+    draw = lambda shape: jnp.asarray(rng.normal(size=shape))
     return jax.tree.map(draw, SHAPES, is_leaf=lambda x: isinstance(x, tuple))
 
 

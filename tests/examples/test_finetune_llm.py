@@ -132,7 +132,7 @@ def test_an_interrupted_run_resumes_bit_exactly(finished, arguments, tmp_path, m
 
     assert run("--resume", "--output", folder) == 0
     assert read_metrics(folder) == read_metrics(finished.folder)
-    for name in ("adapter", "checkpoints/4/default"):
+    for name in ("adapter", "checkpoints/4/adapter", "checkpoints/4/opt_state"):
         ours, theirs = read_arrays(folder / name), read_arrays(finished.folder / name)
         for mine, other in zip(ours, theirs, strict=True):
             np.testing.assert_array_equal(mine, other)
