@@ -37,7 +37,12 @@ KINDS = [
 ]
 REBUILD = ("loft_adamw", "clipped_loft_adamw")
 EXPLICIT = [(name, AxisType.Explicit) for name in ("fsdp=4,tensor=2", "(data,fsdp)=4,tensor=2")]
-cases = [(layout, AxisType.Auto) for layout in LAYOUTS] + EXPLICIT
+BOTH = ("loft_adamw", "loft_adamw_factored")
+# These two on all layouts, the others where all axes are used.
+cases = [(layout, AxisType.Auto, name) for layout in LAYOUTS for name in BOTH]
+cases += [(layout, kind, name) for layout, kind in EXPLICIT for name in BOTH]
+cases += [("data=2,fsdp=2,tensor=2", AxisType.Auto, name) for name in KINDS if name not in BOTH]
+cases += [(*EXPLICIT[0], name) for name in KINDS if name not in BOTH]
 
 
 def compile_update(tx, layout, axis_type=AxisType.Auto, place=shardings):
@@ -66,8 +71,7 @@ def on_one_device(name):
     return two_steps(jax.jit(tx.update), parameters(0), parameters(1), tx.init(parameters(0)))
 
 
-@pytest.mark.parametrize("name", KINDS)
-@pytest.mark.parametrize(("layout", "axis_type"), cases, ids=str)
+@pytest.mark.parametrize(("layout", "axis_type", "name"), cases, ids=str)
 def test_steps_on_a_mesh_are_those_of_one_device_and_exchange_little(
     layout, axis_type, name, x64, assert_close, report
 ):
