@@ -5,9 +5,9 @@ with Flax, and `docs/algorithm.md` for the mathematics, equation by function.
 """
 
 from loft_jax import baselines as baselines
+from loft_jax._axes import LoraAxes as LoraAxes
 from loft_jax._describe import describe_pairs as describe_pairs
 from loft_jax._pairs import DEFAULT_RULES as DEFAULT_RULES
-from loft_jax._pairs import LoraAxes as LoraAxes
 from loft_jax._pairs import LoraPairs as LoraPairs
 from loft_jax.transforms._adam_step import ScaleByLoftAdamState as ScaleByLoftAdamState
 from loft_jax.transforms._adamw import loft_adamw as loft_adamw

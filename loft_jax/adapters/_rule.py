@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from loft_jax._pairs import LoraAxes, LoraPairs
+from loft_jax._axes import LoraAxes
+from loft_jax._pairs import LoraPairs
 
 Initializer = Callable[..., Any]
 

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from loft_jax._pairs import FactorLayout, LoraPairs, Pair, PairedTree, find_pairs
+from loft_jax._axes import FactorLayout
+from loft_jax._pairs import LoraPairs, Pair, PairedTree, find_pairs
 from loft_jax._rows import Rows
 
 # Numbers held at once on the way to new moments, over all devices: few beside a model that needs

@@ -1,0 +1,110 @@
+"""The axes of a factor: which enumerate adapters, which are its rows, which is the rank."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from loft_jax._rows import Rows
+from loft_jax._splits import Split
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraAxes:
+    """How the axes of a pair of factors are to be read.
+
+    Attributes:
+      batch: axes of both factors that enumerate independent adapters (stacked layers).
+      rank_a: the rank axis of ``a``; the other axes of ``a`` that are no batch axes are its rows.
+      rank_b: the rank axis of ``b``; None is its first axis that is no batch axis.
+
+    Example:
+      >>> LoraAxes(batch=(1,))  # (in, layers, r) and (r, layers, out)
+      LoraAxes(batch=(1,), rank_a=-1, rank_b=None)
+    """
+
+    batch: tuple[int, ...] = ()
+    rank_a: int = -1
+    rank_b: int | None = None
+
+    def __post_init__(self):
+        if not isinstance(self.batch, tuple):
+            raise TypeError(f"LoraAxes: batch is a tuple of axes, (0,) for one, got {self.batch!r}")
+
+
+class FactorLayout(NamedTuple):
+    """How one factor lies in its array: which axes are batch, rows and rank."""
+
+    batch: tuple[int, ...]
+    rows: tuple[int, ...]
+    rank: int
+
+    def tall(self, x: jax.Array) -> jax.Array:
+        """Returns ``x`` as ``(*batch, dimension, width)``; its rank axis may have any width."""
+        x = jnp.transpose(x, (*self.batch, *self.rows, self.rank))
+        return x.reshape(*x.shape[: len(self.batch)], -1, x.shape[-1])
+
+    def untall(self, x: jax.Array, shape: Sequence[int]) -> jax.Array:
+        """Inverse of `tall`, for a factor of that shape (its rank axis excepted)."""
+        order = (*self.batch, *self.rows, self.rank)
+        sizes = [*(shape[axis] for axis in (*self.batch, *self.rows)), x.shape[-1]]
+        return jnp.transpose(x.reshape(sizes), [order.index(axis) for axis in range(len(order))])
+
+
+def guess_axes(shape_a: Sequence[int], shape_b: Sequence[int], where: str) -> LoraAxes:
+    """Reads the axes from the shapes where that has one answer."""
+    dims_a, dims_b = len(shape_a), len(shape_b)
+    if dims_a < 2 or dims_b < 2:
+        raise ValueError(f"{where}: a factor has at least two axes")
+    # How many leading batch axes there may be: equal ones, after which the ranks agree.
+    counts = [
+        count
+        for count in range(min(dims_a, dims_b) - 1)
+        if tuple(shape_a[:count]) == tuple(shape_b[:count]) and shape_a[-1] == shape_b[count]
+    ]
+    stacked_matrices = dims_a == dims_b and dims_a - 2 in counts
+    one_matrix = 0 in counts and dims_a > 2 and dims_b > 2
+    if one_matrix or (len(counts) > 1 and not stacked_matrices):
+        raise ValueError(
+            f"{where}: ambiguous. Say LoraPairs(axes=LoraAxes(batch=(0,))) for layers stacked on "
+            "axis 0, batch=(1,) for (in, layers, r) and (r, layers, out), batch=() for one matrix"
+        )
+    # As many as there can be: of four axes each, (layers, experts, in, r) is the likely reading.
+    return LoraAxes(batch=tuple(range(max(counts, default=0))))
+
+
+def read_layout(
+    shape: Sequence[int], batch: Sequence[int], rank: int | None, where: str
+) -> FactorLayout:
+    dims = len(shape)
+    if any(not -dims <= axis < dims for axis in (*batch, rank or 0)):
+        raise ValueError(f"{where}: axes {tuple(batch)} and {rank} are not all axes of {shape}")
+    batch = tuple(axis % dims for axis in batch)
+    if len(set(batch)) < len(batch):
+        raise ValueError(f"{where}: the batch axes {batch} name an axis twice")
+    free = [axis for axis in range(dims) if axis not in batch]
+    if len(free) < 2:
+        raise ValueError(f"{where}: batch axes {batch} leave no matrix of {tuple(shape)}")
+    rank = free[0] if rank is None else rank % dims
+    if rank in batch:
+        raise ValueError(f"{where}: the rank axis {rank} is among the batch axes {batch}")
+    return FactorLayout(batch, tuple(axis for axis in free if axis != rank), rank)
+
+
+def split_rows(layout: FactorLayout, split: Split, path: str) -> Rows:
+    """How the rows of a factor are spread.
+
+    Raises:
+      ValueError: a split of the rank, or of a row axis after the first, whose parts are no blocks
+        of consecutive rows.
+    """
+    first, *others = layout.rows
+    for axis in (layout.rank, *others):
+        if split[axis]:
+            raise ValueError(
+                f"{path}: a shard_map has split axis {axis} over {split[axis]}. Of a factor's axes "
+                "split the first of its rows, or batch axes; the rank stays whole"
+            )
+    return Rows(split[first])
