@@ -7,8 +7,8 @@ The same run as `finetune_llm.py`, with its flags, but with the weights, the ada
 state split over a mesh: `data` splits the batch, `fsdp` the batch and the weights at rest, `tensor`
 what a layer computes. Where there is no accelerator, eight CPU devices stand in for them.
 
-Hardware: any GPUs or TPUs that JAX sees; else 2 CPU cores, 6 GB of memory.
-Time on 2 CPU cores: MINUTES (SECONDS s a step). Score: perplexity falls from 34.40 to SCORE.
+Hardware: any GPUs or TPUs that JAX sees; else 2 CPU cores, 7 GB of memory.
+Time on 2 CPU cores: 8 min 20 s (5.2 s a step). Score: perplexity falls from 34.40 to 26.14.
 
 Killed at any moment, by Ctrl-C, SIGTERM or worse, it goes on where it was:
 
