@@ -17,7 +17,7 @@ Killed at any moment, by Ctrl-C, SIGTERM or worse, it goes on where it was:
 on this mesh or any other. After SIGTERM it has saved its last step, and exits with 75: a scheduler
 may run the command again.
 
-Several processes (on a TPU pod or under Slurm `--distributed` alone is enough):
+Several processes (on a TPU pod or a GPU cluster `--distributed` stands for the last three flags):
 
     python examples/multi_device.py --output runs/two --mesh fsdp=4,tensor=2 \\
         --coordinator 127.0.0.1:9731 --processes 2 --process 0 &
@@ -38,6 +38,8 @@ from finetune_llm import exit_status, finetune
 from meshes import make_mesh, parse_mesh
 from settings import parse_arguments
 
+from loft_jax.checkpoint import CheckpointDamaged, CheckpointError, CheckpointMismatch
+
 DEFAULT_MESH = "data=2,fsdp=2,tensor=2"
 
 
@@ -52,11 +54,14 @@ def run(given: argparse.Namespace, rest: Sequence[str]) -> None:
     settings, output, resume = parse_arguments(rest)
     sizes = parse_mesh(given.mesh)
     several = given.distributed or given.processes > 1
+    if given.processes < 1 or (given.processes > 1 and None in (given.coordinator, given.process)):
+        raise UserError("Several processes need --coordinator, --processes and --process.")
     if several and output is None:
         raise UserError("Several processes need --output, so that all of them use one folder.")
     # CPU devices are as many as are asked for, if that is said before JAX looks for them.
-    with contextlib.suppress(RuntimeError):
-        jax.config.update("jax_num_cpu_devices", math.prod(sizes.values()) // given.processes)
+    if not given.distributed:
+        with contextlib.suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", math.prod(sizes.values()) // given.processes)
     if not several:
         finetune(settings, output, resume, make_mesh(sizes))
         return
@@ -83,7 +88,9 @@ def with_the_others(work: Callable[[], None], given: argparse.Namespace, output:
         print(f"If a process stops, the others end within {given.timeout} s. {remedy}", flush=True)
     try:
         work()
-    except jax.errors.JaxRuntimeError as error:
+    except (CheckpointMismatch, CheckpointDamaged):
+        raise  # all processes find the same, and none is waited for
+    except (jax.errors.JaxRuntimeError, CheckpointError) as error:
         reason = str(error).splitlines()[0][:200]
         print(
             f"\nerror: process {jax.process_index()} cannot go on: another process of the run has "

@@ -92,10 +92,12 @@ class Run:
                 f"{self.folder} has no checkpoint: the run stopped before its first one. Delete "
                 "the folder and start again."
             )
-        # A run killed between checkpoints has logged steps that will now be made again.
-        kept = [record for record in self.records() if record["step"] <= restored.step]
         if jax.process_index() == 0:
-            self._metrics.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            # A run killed between checkpoints has logged steps that will now be made again.
+            kept = [record for record in self.records() if record["step"] <= restored.step]
+            shorter = self._metrics.with_suffix(".new")
+            shorter.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            shorter.replace(self._metrics)
         state = restored.opt_state
         return TrainState(state["step"], restored.adapter, state["optimizer"])
 

@@ -81,7 +81,7 @@ def project_adam_direction(
 
 
 def entries_held(m: int, n: int) -> int:
-    """How many entries of one full update `project_adam_direction` holds at least at once."""
+    """About how many entries of one full update `project_adam_direction` holds at once."""
     return m * min(n, _BLOCK_COLUMNS)
 
 
@@ -91,12 +91,16 @@ def _block_count(n: int, m: int) -> int:
     Example:
       >>> _block_count(11008, 4096), 11008 // 43
       (43, 256)
+      >>> _block_count(4304, 1152)  # 16 times a prime: blocks of 16 rows would be far too many
+      4
     """
     unit = math.gcd(n, _BLOCK_COLUMNS)
     wanted = min(n // unit, -(-n * m // _BLOCK_ENTRIES))
     count = next(k for k in range(wanted, n // unit + 1) if (n // unit) % k == 0)
-    # Rows without a common divisor are on no mesh: blocks may be filled up, and need not be tiny.
-    return count if unit >= 8 or n // count >= 64 else wanted
+    if n // count >= 64 or count < 2 * wanted:
+        return count
+    # Such rows are on no large mesh. Blocks may be filled up, and need not be tiny.
+    return next((k for k in range(wanted, 2 * wanted) if n % k == 0), wanted)
 
 
 def _interleave(q: Float[Array, "n r"], blocks: int) -> Float[Array, "blocks block r"]:

@@ -26,7 +26,8 @@ def find_splits(
 
     Raises:
       ValueError: a spec with a name that the mesh does not have, or for more axes than its leaf
-        has; a leaf that differs between devices of the shard_map while no entry says how.
+        has; a leaf that no entry matches where others are; one that is known (``check_vma``) to
+        differ between devices along axes that its entry does not name.
     """
     mesh = jax.sharding.get_abstract_mesh()
     manual = set(mesh.manual_axes)
@@ -35,14 +36,12 @@ def find_splits(
     found = []
     for path, leaf in zip(paths, leaves, strict=True):
         spec = next((spec for regex, spec in specs if re.fullmatch(regex, path)), None)
-        if spec is None:
-            if varying := sorted(_varying(leaf)):
-                raise ValueError(
-                    f"{path} differs between the devices of the shard_map along {varying}, and "
-                    "LoraPairs(specs=...) does not say how it is split; "
-                    "loft_jax.sharding.shard_map_pairs takes it from the in_specs"
-                )
-            spec = PartitionSpec()
+        if spec is None and specs:
+            raise ValueError(
+                f"{path}: no entry of LoraPairs(specs=...) matches it; "
+                "loft_jax.sharding.shard_map_pairs makes one for each parameter"
+            )
+        spec = PartitionSpec() if spec is None else spec
         dims = len(jnp.shape(leaf))
         entries = [axis_names(entry) for entry in spec]
         if unknown := [name for names in entries for name in names if name not in mesh.axis_names]:
@@ -52,6 +51,12 @@ def find_splits(
         if len(entries) > dims:
             raise ValueError(f"{path}: {spec} is for more axes than the {dims} that it has")
         entries += [()] * (dims - len(entries))
+        if varying := sorted(_varying(leaf) - {name for names in entries for name in names}):
+            raise ValueError(
+                f"{path} differs between the devices of the shard_map along {varying}, and "
+                "LoraPairs(specs=...) does not say how it is split; "
+                "loft_jax.sharding.shard_map_pairs takes it from the in_specs"
+            )
         found.append(tuple(tuple(name for name in names if name in manual) for names in entries))
     return tuple(found)
 

@@ -2,8 +2,8 @@
 
 A factor is split like the axes that it has of its weight, and its rank axis is whole. Its two
 factors then lie on different mesh axes, since a weight cannot use one twice, and what a step of
-LoFT sums over devices are matrices of ``r x r`` and the update of the factor that moves, nothing
-else. The state lies where its factors do.
+LoFT exchanges are matrices of ``r x r`` and the update of the factor that moves, nothing larger.
+The state lies where its factors do.
 """
 
 import dataclasses
@@ -78,9 +78,9 @@ def adapter_shardings(adapter: Any, weights: Any, pairs: LoraPairs | None = None
       every device, unless ``weights`` has them: then they lie as there.
 
     Raises:
-      ValueError: a factor whose weight is not found, or whose weight's spec has more axes than the
-        factors explain; the message names the path. Weights whose outputs come before their inputs
-        are to be told with `factor_specs`.
+      ValueError: no weight with a sharding; a factor whose weight is not found, or whose weight's
+        spec has more axes than the factors explain; the message names the path. Weights whose
+        outputs come before their inputs are to be told with `factor_specs`.
 
     Example:
       >>> import jax
@@ -144,7 +144,8 @@ def state_shardings(
       that cannot divide it, it is whole. So is everything else (counters).
 
     Raises:
-      ValueError: a parameter without a `NamedSharding`; the message names the path.
+      ValueError: a parameter without a `NamedSharding`, the message names the path; another number
+        of shardings than of parameters; no parameters.
 
     Example:
       >>> import jax

@@ -26,6 +26,9 @@ from loft_jax.checkpoint._reading import Restored
 from loft_jax.checkpoint._record import NotWhole, Record, encode_data, parse
 from loft_jax.checkpoint._retention import Kept
 
+# How often to look again for a checkpoint when those that were there are deleted meanwhile.
+_ATTEMPTS = 5
+
 
 class Checkpoints:
     """The checkpoints of one run, in one folder.
@@ -142,12 +145,14 @@ class Checkpoints:
         encode_data(data)
         trees = {"adapter": adapter, "opt_state": opt_state, "key": key}
         named = {item: named_leaves(tree, item) for item, tree in trees.items()}
-        self.wait()
+        # Those on disk: another run may have saved there, and Orbax would write over it.
+        steps = self.steps()
         manager = self._open()
+        measured = _processes.on_first_process(lambda: measured)
         described = {item: records(*leaves) for item, leaves in named.items()}
         check_equal_everywhere(named, described)
         record = Record(step, described, data, measured, self._base)
-        if not self._is_new(record, manager.all_steps()):
+        if not self._is_new(record, steps):
             return False
         # JAX copies what a step donates while Orbax still reads it, so that we need not.
         # Orbax takes neither empty arrays nor empty trees; the record says all there is to say.
@@ -189,36 +194,55 @@ class Checkpoints:
 
         Raises:
           CheckpointMismatch: it is of another setup; the message names the paths that differ.
-          CheckpointDamaged: there are checkpoints, but none is whole.
-          CheckpointError: it cannot be read (no permission, a failing disk), which says nothing of
-            what is in it: it stays where it is.
+          CheckpointDamaged: there are or were checkpoints, but none is whole.
+          CheckpointError: there is no such ``step``; or it cannot be read (no permission, a failing
+            disk) or put where the target says, which says nothing of what is in it: it stays where
+            it is.
           ValueError: two leaves with one path.
         """
         targets = {"adapter": adapter, "opt_state": opt_state, "key": key}
         targets = {item: tree for item, tree in targets.items() if tree is not None}
-        steps = self.steps()
-        if step is not None and step not in steps:
-            raise CheckpointError(f"{self.folder} has no step {step}, but {list(steps) or 'none'}")
-        reasons = {}
-        for candidate in reversed(steps) if step is None else [step]:
-            try:
-                return _reading.read(self.folder, candidate, targets, self._base)
-            except _reading.Vanished:
-                continue  # its run deleted it meanwhile, having saved a newer one
-            except NotWhole as damage:
-                reasons[candidate] = self._set_aside(candidate, str(damage))
-        if not reasons:
+        reasons: dict[int, str] = {}
+        for _ in range(_ATTEMPTS):
+            steps, vanished = self.steps(), False
+            if step is not None and step not in steps:
+                found = f"{list(steps) or 'none'}"
+                raise CheckpointError(f"{self.folder} has no step {step}, but {found}")
+            for candidate in reversed(steps) if step is None else [step]:
+                try:
+                    return _reading.read(self.folder, candidate, targets, self._base)
+                except _reading.Vanished:
+                    vanished = True  # its run deleted it meanwhile, having saved a newer one
+                except NotWhole as damage:
+                    if self._read_only and candidate not in self.steps():
+                        vanished = True  # half of it was deleted already
+                        continue
+                    reasons[candidate] = self._set_aside(candidate, str(damage))
+            if not vanished:
+                break
+        else:
+            raise CheckpointError(
+                f"{self.folder}: its run deletes checkpoints faster than they are read; try again, "
+                "or let it keep more"
+            )
+        aside = _processes.on_first_process(lambda: _folder.set_aside(self.folder))
+        if not reasons and not aside:
             return None
+        lines = [f"step {step}: {reason}" for step, reason in reasons.items()]
         raise CheckpointDamaged(
             listing(
                 f"{self.folder}: no checkpoint is whole. Look for copies of the folder, or start "
                 "again in another one.",
-                [f"step {step}: {reason}" for step, reason in reasons.items()],
+                lines or [f"damaged/{name}: moved there before" for name in aside],
             )
         )
 
     def steps(self) -> tuple[int, ...]:
-        """The steps that are saved, in order; waits for a save in the background."""
+        """The steps that are saved, in order; waits for a save in the background.
+
+        Raises:
+          CheckpointError: the folder cannot be read, or that save could not be written.
+        """
         self.wait()
         try:
             return tuple(_processes.on_first_process(lambda: _folder.steps(self.folder)))
@@ -228,11 +252,11 @@ class Checkpoints:
             ) from error
 
     def latest_step(self) -> int | None:
-        """The newest step that is saved, if any."""
+        """The newest step that is saved, if any; raises as `steps` does."""
         return max(self.steps(), default=None)
 
     def best_step(self) -> int | None:
-        """The saved step with the best metric (the first, of equals), if any has it."""
+        """The saved step with the best metric (the first, of equals); raises as `steps` does."""
         return self._kept.best_of(self.steps())
 
     def wait(self) -> None:
@@ -292,7 +316,9 @@ class Checkpoints:
         text = _processes.on_first_process(lambda: _folder.record_text(self.folder, record.step))
         with contextlib.suppress(NotWhole, ValueError):
             there = parse(text or "", record.step)
-            if (there.items, there.data) == (record.items, record.data):
+            if there.items == record.items and _processes.on_first_process(
+                lambda: there.data == record.data
+            ):
                 return False
         raise CheckpointError(
             f"{self.folder}: step {record.step} is saved already, with other values. A checkpoint "

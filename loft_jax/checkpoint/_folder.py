@@ -26,6 +26,11 @@ def names(folder: Path) -> list[str] | None:
     return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else None
 
 
+def set_aside(folder: Path) -> list[str]:
+    """What has been moved out of the way for being damaged."""
+    return names(folder / "damaged") or []
+
+
 def make(folder: Path) -> None:
     """Makes the folder if need be, and sees that it may be written to."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -85,8 +85,11 @@ def named_leaves(tree: Any, item: str) -> tuple[dict[str, Any], dict[str, str]]:
             arrays[path] = np.asarray(leaf)
         else:
             raise TypeError(f"{item}: {path} is no array or number, but a {type(leaf).__name__}")
-        if arrays[path].dtype.kind in "OUSMm":
-            raise TypeError(f"{item}: {path} has dtype {arrays[path].dtype}, which is not saved")
+        dtype = arrays[path].dtype
+        if dtype.kind in "OUSMm":
+            raise TypeError(f"{item}: {path} has dtype {dtype}, which is not saved")
+        if not dtype.isnative:  # read back in this machine's order of bytes
+            arrays[path] = arrays[path].astype(dtype.newbyteorder("="))
     return arrays, impls
 
 
@@ -224,9 +227,9 @@ def put_back(x: Any, leaf: Any) -> Any:
     # A number that gives way to the dtypes that it meets must go on doing so: a learning rate in
     # float32 would otherwise turn bfloat16 updates into float32.
     if getattr(leaf, "weak_type", False) and x.shape == ():
-        weak = jnp.asarray(np.asarray(x).item())
+        weak, sharding = jnp.asarray(np.asarray(x).item()), read_sharding(leaf)
         if weak.dtype == leaf.dtype:
-            return weak
+            return weak if sharding is None else jax.device_put(weak, sharding)
     return jnp.asarray(x).astype(leaf.dtype)
 
 

@@ -15,7 +15,8 @@ class Preemption:
     `jax.distributed.initialize`) JAX catches it, in whichever process it arrives, and all processes
     are told to stop after the same step; there, ask in all of them after every step.
 
-    Outside of the main thread, where Python takes no signals, it never reports one.
+    In a run of one process it never reports one outside of the main thread, where Python takes no
+    signals.
 
     Example:
       >>> with Preemption() as preemption:
@@ -54,4 +55,5 @@ class Preemption:
 
     def __exit__(self, *_: Any) -> None:
         if self._catches:
-            signal.signal(signal.SIGTERM, self._previous)
+            # None is a handler that was not installed from Python, and cannot be put back.
+            signal.signal(signal.SIGTERM, self._previous or signal.SIG_DFL)

@@ -12,20 +12,29 @@ from jax.experimental import multihost_utils
 def on_first_process(fn: Callable[[], Any]) -> Any:
     """Runs ``fn`` in process 0 alone; all processes return its result or raise its `OSError`.
 
+    Any other error is raised there, and as a `RuntimeError` in the other processes.
+
     Args:
       fn: returns what JSON can hold.
     """
     if jax.process_count() == 1:
         return fn()
-    reply = b""
+    reply, failure = b"", None
     if jax.process_index() == 0:
         try:
             reply = json.dumps({"value": fn()}).encode()
         except OSError as error:
             reply = json.dumps({"errno": error.errno, "text": str(error)}).encode()
+        except Exception as error:  # told to the others first: they are waiting
+            failure = error
+            reply = json.dumps({"failed": f"{type(error).__name__}: {error}"}).encode()
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(reply))))
     padded = np.frombuffer(reply.ljust(size), np.uint8)
     message = json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes())
+    if failure is not None:
+        raise failure
+    if "failed" in message:
+        raise RuntimeError(f"process 0 could not go on: {message['failed']}")
     if "errno" in message:
         raise OSError(message["errno"], message["text"])
     return message["value"]

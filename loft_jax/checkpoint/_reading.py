@@ -122,6 +122,8 @@ def _check(
                 hint = rank_hint(saved, wanted)
         else:
             lines.append(f"{item}: wanted, but nothing of it was saved")
+    if not lines:
+        _check_placement(where, record, leaves)
     if lines:
         raise CheckpointMismatch(
             listing(
@@ -141,6 +143,27 @@ def _check(
         )
 
 
+def _check_placement(where: str, record: Record, leaves: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raises `CheckpointMismatch` if an array cannot be split as its target is."""
+    lines = []
+    for item, wanted in leaves.items():
+        for path, leaf in wanted.items():
+            shape, sharding = record.items[item][path].shape, read_sharding(leaf)
+            try:
+                if sharding is not None:
+                    sharding.shard_shape(shape)
+            except ValueError as error:
+                lines.append(f"{item}: {path}: {brief(error)}")
+    if lines:
+        raise CheckpointMismatch(
+            listing(
+                f"{where} is whole, but cannot be split as the targets are. Give them shardings "
+                "that divide their shapes; loft_jax.sharding.state_shardings does.",
+                lines,
+            )
+        )
+
+
 def _read_arrays(
     folder: Path, saved: Mapping[str, LeafRecord], wanted: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -154,6 +177,8 @@ def _read_arrays(
         arrays = _restore(folder, saved, wanted)
     except Exception as error:
         code, reason = _classify(folder, error)
+        if code == _DAMAGED and _whole_on_the_host(folder, saved):
+            code = _UNREADABLE  # it is not the files that are wrong
     _agree(folder, code, reason)
     found = digests(arrays)
     wrong = [path for path, leaf in saved.items() if found[path] != leaf.digest]
@@ -164,6 +189,15 @@ def _read_arrays(
         f"{f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''} do not match their checksums",
     )
     return arrays
+
+
+def _whole_on_the_host(folder: Path, saved: Mapping[str, LeafRecord]) -> bool:
+    """Whether the arrays are read well where no device and no sharding takes part."""
+    try:
+        found = digests(_restore(folder, saved, dict.fromkeys(saved)))
+    except Exception:
+        return False
+    return all(found[path] == leaf.digest for path, leaf in saved.items())
 
 
 def _restore(

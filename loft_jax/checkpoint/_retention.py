@@ -19,6 +19,7 @@ class Kept(ocp.checkpoint_managers.PreservationPolicy):
         self._metric, self._sign = best, 1 if mode == "min" else -1
         # Smaller is better; None if the step has no such metric.
         self._scores: dict[int, float | None] = {}
+        self._unread: set[int] = set()
 
     def add(self, record: Record) -> None:
         """Takes note of a checkpoint that is about to be saved."""
@@ -28,6 +29,7 @@ class Kept(ocp.checkpoint_managers.PreservationPolicy):
     def remove(self, step: int | None) -> None:
         """Forgets a checkpoint that is no more."""
         self._scores.pop(-1 if step is None else step, None)
+        self._unread.discard(-1 if step is None else step)
 
     def best_of(self, steps: Sequence[int]) -> int | None:
         """The best of some steps, the first of equals; None if none has the metric."""
@@ -39,12 +41,16 @@ class Kept(ocp.checkpoint_managers.PreservationPolicy):
                 try:
                     self.add(parse(_processes.on_first_process(read) or "", step))
                 except (NotWhole, ValueError, OSError):
-                    self._scores[step] = None  # it is for `restore` to tell
-        ranked = [(score, step) for step in steps if (score := self._scores[step]) is not None]
+                    self._unread.add(step)  # it may be readable next time
+                else:
+                    self._unread.discard(step)
+        scores = ((self._scores.get(step), step) for step in steps)
+        ranked = [(score, step) for score, step in scores if score is not None]
         return min(ranked)[1] if ranked else None
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
         """As Orbax asks it."""
         steps = sorted(checkpoint.step for checkpoint in checkpoints)
-        kept = {*steps[-self._keep :], self.best_of(steps)}
+        # What could not be read may be the best, or of a later version: `restore` will tell.
+        kept = {*steps[-self._keep :], self.best_of(steps), *self._unread}
         return [checkpoint.step in kept for checkpoint in checkpoints]

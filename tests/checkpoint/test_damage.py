@@ -162,9 +162,11 @@ def test_all_damaged_is_an_error_that_lists_each(folder):
         checkpoints.restore(**state_of(0))
     assert all(text in str(error.value) for text in (str(folder), "step 2: ", "step 1: ", "record"))
     assert sorted(path.name for path in (folder / "damaged").iterdir()) == ["1", "2"]
-    with Checkpoints(folder) as checkpoints:  # nothing is left, as in a new folder
-        assert checkpoints.restore(**state_of(0)) is None
+    with Checkpoints(folder) as checkpoints:  # nor does a second start begin anew in silence
+        with pytest.raises(CheckpointDamaged, match="damaged/1: moved there before"):
+            checkpoints.restore(**state_of(0))
         assert checkpoints.save(1, **state_of(1))
+        assert checkpoints.restore(**state_of(0)).step == 1
 
 
 def test_what_was_set_aside_before_is_kept(folder):
@@ -273,6 +275,64 @@ def test_a_checkpoint_deleted_meanwhile_is_no_damage(folder, monkeypatch):
     monkeypatch.setattr(_reading, "_check", deleting)
     with Checkpoints(folder, read_only=True) as checkpoints:
         assert checkpoints.restore(**state_of(0)).step == 1
+
+
+@pytest.mark.parametrize("step", [None, 2])
+def test_where_all_that_was_listed_is_deleted_it_is_looked_again(folder, monkeypatch, step):
+    """A reader of a running training must not take the race for an empty folder."""
+    from loft_jax.checkpoint import _reading
+
+    read, times = _reading.read, []
+
+    def vanishing(*args):
+        times.append(args[1])
+        if len(times) <= vanish:
+            raise _reading.Vanished
+        return read(*args)
+
+    monkeypatch.setattr(_reading, "read", vanishing)
+    with Checkpoints(folder, read_only=True) as checkpoints:
+        vanish = 3
+        assert checkpoints.restore(**state_of(0), step=step).step in (1, 2)
+        vanish = 1000
+        with pytest.raises(CheckpointError, match="faster than they are read"):
+            checkpoints.restore(**state_of(0), step=step)
+    assert (folder / "1").is_dir() and (folder / "2").is_dir()
+
+
+def test_targets_that_do_not_divide_are_no_damage(folder):
+    """A resume with a wrong sharding must not cost the run its checkpoints."""
+    mesh = jax.make_mesh((4,), ("x",))
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+    wanted = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split), state_of(0)["adapter"]
+    )
+    with (
+        Checkpoints(folder) as checkpoints,
+        pytest.raises(CheckpointMismatch, match="(?s)cannot be split as the targets.*lora_a"),
+    ):
+        checkpoints.restore(adapter=wanted)
+    assert (folder / "2").is_dir() and not (folder / "damaged").exists()
+
+
+def test_a_device_that_cannot_take_the_arrays_is_no_damage(folder, monkeypatch):
+    """Whatever fails on the way to the devices: on the host the files are found to be whole."""
+    from loft_jax.checkpoint import _reading
+
+    restore = _reading._restore
+
+    def failing(where, saved, wanted):
+        if any(leaf is not None for leaf in wanted.values()):
+            raise TypeError("no such device")
+        return restore(where, saved, wanted)
+
+    monkeypatch.setattr(_reading, "_restore", failing)
+    with (
+        Checkpoints(folder) as checkpoints,
+        pytest.raises(CheckpointError, match="(?s)cannot be read.*no such device"),
+    ):
+        checkpoints.restore(**state_of(0))
+    assert (folder / "2").is_dir() and not (folder / "damaged").exists()
 
 
 def test_numbers_of_numpy_and_python_are_checked_too(tmp_path):

@@ -5,8 +5,9 @@ import shutil
 
 import jax.numpy as jnp
 import pytest
+from optimizers import assert_trees_identical
 
-from loft_jax.checkpoint import CheckpointError, Checkpoints, DamagedCheckpointWarning
+from loft_jax.checkpoint import CheckpointError, Checkpoints, DamagedCheckpointWarning, _folder
 
 
 def state_of(step: int) -> dict:
@@ -169,3 +170,36 @@ def test_arguments_that_cannot_be_saved_are_refused_and_nothing_is_written(tmp_p
             with pytest.raises(error, match=text):
                 checkpoints.save(**{"step": 1} | good | change)
         assert checkpoints.steps() == ()
+
+
+def test_a_best_whose_record_cannot_be_read_now_is_not_deleted(tmp_path, monkeypatch):
+    """As with a mount that is lost for a moment: it may still be the best."""
+    with Checkpoints(tmp_path, keep=1, best="loss") as checkpoints:
+        save_all(checkpoints, {1: 0.1, 2: 0.5})
+    read = _folder.record_text
+
+    def failing(folder, step):
+        if step == 1:
+            raise OSError(5, "Input/output error")
+        return read(folder, step)
+
+    with Checkpoints(tmp_path, keep=1, best="loss") as checkpoints:
+        with monkeypatch.context() as patch:
+            patch.setattr(_folder, "record_text", failing)
+            save_all(checkpoints, {3: 0.4})
+        assert checkpoints.steps() == (1, 3)
+        assert checkpoints.best_step() == 1
+        save_all(checkpoints, {4: 0.6})
+        assert checkpoints.steps() == (1, 4)
+
+
+def test_a_step_that_another_run_has_saved_is_not_overwritten(tmp_path):
+    """A run that hung, and the one that was started in its place."""
+    with Checkpoints(tmp_path, keep=4) as hung, Checkpoints(tmp_path, keep=4) as successor:
+        save_all(hung, {1: None})
+        hung.wait()
+        save_all(successor, {2: None})
+        successor.wait()
+        with pytest.raises(CheckpointError, match="step 2 is saved already, with other values"):
+            hung.save(2, **state_of(7))
+        assert_trees_identical(successor.restore(**state_of(0)).adapter, state_of(2)["adapter"])

@@ -25,14 +25,14 @@ from llama import lora_rule
 from loft_jax.adapters import add_lora, lora_pairs
 
 HERE = Path(__file__).parent
-STEPS = 8
+STEPS = 16  # of which two processes must not make the last before one is killed
 MESH = "fsdp=4,tensor=2"
 
 
 @pytest.fixture(scope="module")
 def arguments(model_folder, text_file) -> list[str]:
     """Flags for a run of seconds."""
-    flags = f"--steps {STEPS} --eval-every 4 --save-every 2 --batch-size 4 --seq-len 8 --rank 2"
+    flags = f"--steps {STEPS} --eval-every 8 --save-every 2 --batch-size 4 --seq-len 8 --rank 2"
     return [*flags.split(), "--model", str(model_folder), "--data", str(text_file)]
 
 
@@ -216,7 +216,8 @@ def test_another_base_is_refused(uninterrupted, model_folder, tmp_path, capsys):
         (["--mesh", "layers=8"], "'layers=8' is not one of data, fsdp, tensor with a size"),
         (["--mesh", "fsdp=8", "--batch-size", "4"], "--batch-size 4 cannot be split over data x"),
         (["--mesh", MESH, "--quantize", "nf4"], "--quantize is for one device"),
-        (["--processes", "2"], "Several processes need --output"),
+        (["--processes", "2", "--coordinator", "x:1", "--process", "0"], "need --output"),
+        (["--processes", "2"], "need --coordinator, --processes and --process"),
     ],
 )
 def test_what_cannot_work_is_explained(arguments, tmp_path, capsys, flags, message):

@@ -141,6 +141,7 @@ of = lambda a, b: {"q": {"lora_a": a, "lora_b": b}}
     ("specs", "told", "message"),
     [
         (of(P("x"), P()), None, r"q/lora_a differs between the devices.* along \['x'\].*in_specs"),
+        (of(P("x"), P()), of(P(), P()), r"q/lora_a differs between the devices.* along \['x'\]"),
         (of(P("x"), P()), of(P("z"), P()), "q/lora_a: .*names 'z', which is no axis of the mesh"),
         (of(P("x"), P()), of(P("x", None, "y"), P()), "q/lora_a: .* more axes than the 2"),
         (of(P(None, "y"), P()), of(P(None, "y"), P()), "q/lora_a: .*axis 1 over .*rank stays"),
@@ -172,6 +173,18 @@ def test_peers_say_that_they_take_whole_factors(name):
         trace(PAIR, specs, specs, make=PEERS[name].func)
 
 
+def test_a_parameter_that_no_spec_matches_is_refused():
+    pairs = LoraPairs(specs=((".*lora_a", P("x")),))
+    tx = loft_adamw(0.1, pairs=pairs)
+    state = jax.eval_shape(tx.init, PAIR)
+    specs = of(P("x"), P())
+    update = jax.shard_map(
+        tx.update, mesh=mesh(), in_specs=(specs, P(), specs), out_specs=P(), check_vma=False
+    )
+    with pytest.raises(ValueError, match="q/lora_b: no entry of LoraPairs"):
+        jax.eval_shape(update, PAIR, state, PAIR)
+
+
 def test_specs_are_one_for_each_parameter():
     with pytest.raises(ValueError, match="2 parameters need a tree of as many PartitionSpec"):
         shard_map_pairs(PAIR, {"q": P()})
@@ -188,13 +201,14 @@ def test_rows_know_all_rows():
         whole = rows.head(x, rows.count(x.shape[0]))
         other, left = beside(Rows(("x",)), rows, x)
         assert left == Rows(("y",))
-        return whole, rows.own(whole), other.sum(keepdims=True) / 2
+        return whole, rows.own(whole), left.sum(other.sum(axis=0))
 
     x = jnp.arange(32.0).reshape(16, 2)
     out = (P(), P(("y", "x")), P())
     mapped = jax.shard_map(
         on_device, mesh=mesh(), in_specs=P(("y", "x")), out_specs=out, check_vma=False
     )
-    head, own, _ = mapped(x)
+    head, own, total = mapped(x)
+    assert np.array_equal(total, x.sum(axis=0))
     assert np.array_equal(head, x)
     assert np.array_equal(own, x)
