@@ -1,11 +1,21 @@
-"""Shared by all tests: eight CPU devices, shape-checked annotations, a table of largest errors."""
+"""Shared by all tests: eight CPU devices, programs compiled once, a table of largest errors."""
 
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 flags = os.environ.get("XLA_FLAGS", "")
 if "host_platform_device_count" not in flags:
     os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8".strip()
+
+# The workers of one session, and the processes that tests start, compile no large program twice.
+PROGRAMS = "JAX_COMPILATION_CACHE_DIR"
+MADE_HERE = PROGRAMS not in os.environ
+if MADE_HERE:
+    os.environ[PROGRAMS] = tempfile.mkdtemp(prefix="programs")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+    os.environ["JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES"] = "none"
 
 import jax
 import numpy as np
@@ -70,6 +80,11 @@ def pytest_testnodedown(node) -> None:
         known = errors.get(name, (0.0, tolerance))
         errors[name] = (max(known[0], error), max(known[1], tolerance))
     node.config.stash[TABLES] += output.get("tables", [])
+
+
+def pytest_unconfigure() -> None:
+    if MADE_HERE:
+        shutil.rmtree(os.environ[PROGRAMS], ignore_errors=True)
 
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = str(Path(__file__).with_name("tiny_run.py"))
-KILLS = 54
+KILLS = 51
 
 
 def environment(cache: Path) -> dict[str, str]:
