@@ -1,68 +1,49 @@
-"""Compile time, step time and state of the optimizer alone, over SmolLM2-135M's 150 pairs.
+"""The optimizer alone: time, compile time, state and temporaries of a step on a model's adapters.
 
-    python benchmarks/optimizer_step.py --rank 8
+    python benchmarks/optimizer_step.py --pairs gpt2 smollm2 --ranks 4 16
 
-Q, K, V, Up and Down of 30 layers, as 150 separate pairs and as 5 stacks of 30 (scanned layers),
-with `loft_adamw` and `loft_muon` beside `optax.adamw` on the same factors. All compiled
-steps run in alternation in one process, after a warm-up; the medians are printed with the quartiles
-and their ratio to `optax.adamw`. Times of one machine do not carry over: the ratios are the result.
+`loft_adamw` and `loft_muon` beside `optax.adamw` and `optax.contrib.muon` on the same factors, and
+beside Algorithm 1 typed plainly in PyTorch (where PyTorch is installed). All run in alternation in
+one process, two steps at a time, since LoFT moves one factor and then the other. The medians are
+printed with the quartiles. Times of one machine do not carry over: the ratios are the result.
 """
 
 import argparse
-import json
-import platform
+import functools
+import gc
+import importlib.util
+import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
+from pair_sets import PAIR_SETS, PairSet, adapters, like
+from timing import append, in_alternation, paired_ratio, quartiles
 
-import loft_jax
+from loft_jax import loft_adamw, loft_muon
 
-SHAPES = {"q": (576, 576), "k": (576, 192), "v": (576, 192), "up": (576, 1536), "down": (1536, 576)}
-LAYERS = 30
-
-
-def adapters(rank: int, stacked: bool) -> dict[str, Any]:
-    """Trained-looking factors: both non-zero."""
-
-    def pair(seed: int, m: int, n: int, batch: tuple[int, ...]) -> dict[str, jax.Array]:
-        key_a, key_b = jax.random.split(jax.random.key(seed))
-        return {
-            "lora_a": jax.random.normal(key_a, (*batch, m, rank)) / m**0.5,
-            "lora_b": jax.random.normal(key_b, (*batch, rank, n)) / 100,
-        }
-
-    if stacked:
-        return {name: pair(0, *shape, (LAYERS,)) for name, shape in SHAPES.items()}
-    return {
-        f"layer_{i}": {name: pair(i, *shape, ()) for name, shape in SHAPES.items()}
-        for i in range(LAYERS)
-    }
-
-
-def optimizers() -> dict[str, optax.GradientTransformation]:
-    pairs = loft_jax.LoraPairs(axes=((".*layer_.*", loft_jax.LoraAxes()), (".*", STACKED)))
-    return {
-        "optax.adamw": optax.adamw(1e-3),
-        "loft_adamw, calibrated": loft_jax.loft_adamw(1e-3, pairs=pairs),
-        "loft_adamw, factored": loft_jax.loft_adamw(1e-3, second_moment="factored", pairs=pairs),
-        "loft_adamw, diagonal": loft_jax.loft_adamw(1e-3, second_moment="diagonal", pairs=pairs),
-        "loft_muon": loft_jax.loft_muon(1e-3, pairs=pairs),
-    }
-
-
-STACKED = loft_jax.LoraAxes(batch=(0,))
+OPTIMIZERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
+    "optax.adamw": optax.adamw,
+    "optax.contrib.muon": optax.contrib.muon,
+    "calibrated": loft_adamw,
+    "factored": functools.partial(loft_adamw, second_moment="factored"),
+    "simple": functools.partial(loft_adamw, second_moment="diagonal"),
+    "loft_muon": loft_muon,
+}
+TORCH = "PyTorch, plain"
+# Cross terms take r (r + 1) / 2 numbers a row, PyTorch's r^2: over this they are left out.
+MOST_STATE = 6e9
 
 
 class Step:
-    """A compiled optimizer step with its state, and the times it took."""
+    """A compiled optimizer step with its state."""
 
     def __init__(self, tx: optax.GradientTransformation, params: Any):
-        self.params, self.grads = params, jax.tree.map(lambda x: x / 10 + 0.01, params)
+        self.grads = like(params)
         self.state = jax.jit(tx.init)(params)
 
         def step(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
@@ -72,75 +53,113 @@ class Step:
         began = time.perf_counter()
         lowered = jax.jit(step, donate_argnums=(1, 2)).lower(self.grads, self.state, params)
         traced = time.perf_counter()
-        self.run = lowered.compile()
-        self.trace, self.compile = traced - began, time.perf_counter() - traced
+        self.compiled = lowered.compile()
+        analysis = self.compiled.memory_analysis()
+        self.costs = {
+            "trace_s": round(traced - began, 2),
+            "compile_s": round(time.perf_counter() - traced, 2),
+            "state_mb": round(sum(x.nbytes for x in jax.tree.leaves(self.state)) / 1e6, 2),
+            "temporary_mb": round(analysis.temp_size_in_bytes / 1e6, 2) if analysis else None,
+        }
         self.params = jax.tree.map(jnp.copy, params)
-        self.bytes = sum(x.nbytes for x in jax.tree.leaves(self.state))
-        analysis = self.run.memory_analysis()
-        self.temporary = analysis.temp_size_in_bytes if analysis else 0
-        self.times: list[float] = []
 
-    def once(self) -> None:
-        began = time.perf_counter()
-        self.params, self.state = jax.block_until_ready(
-            self.run(self.grads, self.state, self.params)
+    def __call__(self) -> None:
+        for _ in range(2):
+            self.params, self.state = self.compiled(self.grads, self.state, self.params)
+        jax.block_until_ready(self.params)
+
+
+class TorchStep:
+    """The same of PyTorch."""
+
+    def __init__(self, params: Any):
+        import torch
+        from torch_loft import TorchLoft, tall_pairs
+
+        torch.set_num_threads(os.cpu_count() or 1)
+        self.grads = tall_pairs(like(params))
+        self.tx = TorchLoft(tall_pairs(params), 1e-3)
+        state = sum(
+            x.nbytes
+            for sides in self.tx.sides
+            for side in sides
+            for x in (side.before, side.first, side.cross)
         )
-        self.times.append(time.perf_counter() - began)
+        self.costs = {"state_mb": round(state / 1e6, 2)}
+
+    def __call__(self) -> None:
+        for _ in range(2):
+            self.tx.step(self.grads)
 
 
-def measure(rank: int, stacked: bool, runs: int) -> list[dict[str, Any]]:
-    params = adapters(rank, stacked)
-    steps = {name: Step(tx, params) for name, tx in optimizers().items()}
-    for _ in range(3 + runs):
-        for step in steps.values():
-            step.once()
-    plain = np.array(steps["optax.adamw"].times[3:])
-    rows = []
-    for name, step in steps.items():
-        times = np.array(step.times[3:])
-        quartiles = np.quantile(times, (0.25, 0.5, 0.75)) * 1e3
-        rows.append(
-            {
-                "optimizer": name,
-                "layout": "5 stacks of 30" if stacked else "150 pairs",
-                "rank": rank,
-                "trace_s": round(step.trace, 2),
-                "compile_s": round(step.compile, 2),
-                "step_ms": [round(float(x), 1) for x in quartiles],
-                "ratio": round(float(np.median(times) / np.median(plain)), 1),
-                "state_mb": round(step.bytes / 1e6, 1),
-                "temporary_mb": round(step.temporary / 1e6, 1),
-            }
-        )
+def measure(name: str, rank: int, runs: int, chosen: list[str]) -> list[dict[str, Any]]:
+    """Rows of all chosen optimizers on one set of pairs at one rank."""
+    pair_set, steps = PAIR_SETS[name], {}
+    params = adapters(pair_set, rank)
+    for optimizer in chosen:
+        if optimizer == TORCH:
+            if importlib.util.find_spec("torch") and fits(pair_set, rank, rank * rank):
+                steps[optimizer] = TorchStep(params)
+        elif optimizer != "calibrated" or fits(pair_set, rank, rank * (rank + 1) // 2):
+            steps[optimizer] = Step(OPTIMIZERS[optimizer](1e-3), params)
+    times = in_alternation(steps, runs)
+    base = times[next(iter(times))]
+    rows = [
+        {
+            "pairs": name,
+            "rank": rank,
+            "optimizer": optimizer,
+            "step_ms": quartiles(times[optimizer] / 2),
+            "ratio": paired_ratio(times[optimizer], base),
+            "runs": runs,
+        }
+        | step.costs
+        for optimizer, step in steps.items()
+    ]
+    steps.clear()
+    gc.collect()
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--runs", type=int, default=15)
-    parser.add_argument("--results", type=Path, help="append the rows to this JSON-lines file")
-    options = parser.parse_args()
-    rows = [
-        row
-        for stacked in (False, True)
-        for row in measure(options.rank, stacked, max(1, options.runs))
+def fits(pair_set: PairSet, rank: int, width: int) -> bool:
+    """Whether the state of ``width`` numbers a row, and a copy on its way, are worth a trial."""
+    return 2 * 4 * pair_set.rows * (width + 2 * rank) < MOST_STATE
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows in Markdown."""
+    lines = [
+        "| pairs | rank | optimizer | step, ms (quartiles) | to the first | "
+        "trace + compile, s | state, MB | temporaries, MB |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    print(
-        "| optimizer | layout | trace + compile (s) | step (ms, quartiles) | ratio | state | temp |"
-    )
-    print("|---|---|---|---|---|---|---|")
     for row in rows:
         low, median, high = row["step_ms"]
-        print(
-            f"| {row['optimizer']} | {row['layout']} | {row['trace_s']} + {row['compile_s']} | "
-            f"{median} ({low} to {high}) | {row['ratio']} | {row['state_mb']} MB | "
-            f"{row['temporary_mb']} MB |"
+        shown = lambda key, row=row: row.get(key) if row.get(key) is not None else ""
+        compiled = f"{row['trace_s']} + {row['compile_s']}" if "trace_s" in row else ""
+        lines.append(
+            f"| {row['pairs']} | {row['rank']} | {row['optimizer']} | "
+            f"{median:.1f} ({low:.1f} to {high:.1f}) | {row['ratio'][1]:.2f} | {compiled} | "
+            f"{shown('state_mb')} | {shown('temporary_mb')} |"
         )
-    if options.results:
-        where = {"jax": jax.__version__, "machine": f"{platform.machine()}, {jax.devices()[0]}"}
-        with options.results.open("a") as file:
-            file.writelines(json.dumps(row | where) + "\n" for row in rows)
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--pairs", nargs="+", choices=PAIR_SETS, default=["smollm2"])
+    parser.add_argument("--ranks", nargs="+", type=int, default=[4])
+    parser.add_argument("--runs", type=int, default=9)
+    parser.add_argument("--optimizers", nargs="+", choices=[*OPTIMIZERS, TORCH])
+    parser.add_argument("--results", type=Path, help="append the rows to this JSON-lines file")
+    options = parser.parse_args()
+    rows = []
+    for name in options.pairs:
+        for rank in options.ranks:
+            of_rank = measure(name, rank, options.runs, options.optimizers or [*OPTIMIZERS, TORCH])
+            append(options.results, of_rank)
+            rows += of_rank
+    print(table(rows))
 
 
 if __name__ == "__main__":
