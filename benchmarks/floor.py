@@ -1,10 +1,10 @@
-"""The least that a LoFT step must cost: FLOPs and bytes of each part, and what machines make of them.
+"""The least that a LoFT step must cost: FLOPs and bytes of each part, and how long they take.
 
     python benchmarks/floor.py --pairs gpt2 --ranks 4 16
 
-For each part of the update its FLOPs and the fewest bytes that must move (everything read once and
-written once, float32), summed over a model's pairs. Beside them the time that they take at the rates
-of this machine's CPU, measured in the same process and in alternation with the step itself, and at
+For each part of the update its FLOPs and the fewest bytes that must move (everything read once
+and written once, float32), summed over a model's pairs. Beside them the time that they take at the
+rates of this machine's CPU, measured in the same process and in alternation with the step itself, and at
 the published peaks of an H200 and a TPU v5e. A part's floor is the slower of its arithmetic and its
 traffic; the parts' floors add up, since each needs the one before.
 """
@@ -21,6 +21,8 @@ import numpy as np
 from optimizer_step import OPTIMIZERS, Step
 from pair_sets import PAIR_SETS, PairSet, adapters
 from timing import append, in_alternation
+
+from loft_jax import LoraPairs
 
 WORD = 4
 
@@ -106,7 +108,7 @@ def cpu_probes() -> dict[str, tuple[Callable[[], Any], float]]:
 def measure(name: str, rank: int, second_moment: str, runs: int) -> dict[str, Any]:
     """The floor by this machine's rates beside the measured step."""
     probes = cpu_probes()
-    step = Step(OPTIMIZERS[second_moment](1e-3), adapters(PAIR_SETS[name], rank))
+    step = Step(OPTIMIZERS[second_moment](1e-3, LoraPairs()), adapters(PAIR_SETS[name], rank))
     runners: dict[str, Callable[[], Any]] = {key: run for key, (run, _) in probes.items()}
     times = in_alternation(runners | {"step": step}, runs)
     best = {key: amount / float(np.median(times[key])) for key, (_, amount) in probes.items()}

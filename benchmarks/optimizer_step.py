@@ -9,7 +9,6 @@ printed with the quartiles. Times of one machine do not carry over: the ratios a
 """
 
 import argparse
-import functools
 import gc
 import importlib.util
 import os
@@ -21,22 +20,31 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from pair_sets import PAIR_SETS, PairSet, adapters, like
+from pair_sets import PAIR_SETS, STACKED, PairSet, adapters, like
 from timing import append, in_alternation, paired_ratio, quartiles
 
-from loft_jax import loft_adamw, loft_muon
+from loft_jax import LoraPairs, loft_adamw, loft_muon
 
-OPTIMIZERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
-    "optax.adamw": optax.adamw,
-    "optax.contrib.muon": optax.contrib.muon,
-    "calibrated": loft_adamw,
-    "factored": functools.partial(loft_adamw, second_moment="factored"),
-    "simple": functools.partial(loft_adamw, second_moment="diagonal"),
-    "loft_muon": loft_muon,
+Make = Callable[[float, LoraPairs], optax.GradientTransformation]
+OPTIMIZERS: dict[str, Make] = {
+    "optax.adamw": lambda rate, pairs: optax.adamw(rate),
+    "optax.contrib.muon": lambda rate, pairs: optax.contrib.muon(
+        rate, muon_weight_dimension_numbers=last_two
+    ),
+    "calibrated": lambda rate, pairs: loft_adamw(rate, pairs=pairs),
+    "factored": lambda rate, pairs: loft_adamw(rate, second_moment="factored", pairs=pairs),
+    "simple": lambda rate, pairs: loft_adamw(rate, second_moment="diagonal", pairs=pairs),
+    "loft_muon": lambda rate, pairs: loft_muon(rate, pairs=pairs),
 }
 TORCH = "PyTorch, plain"
 # Cross terms take r (r + 1) / 2 numbers a row, PyTorch's r^2: over this they are left out.
 MOST_STATE = 6e9
+
+
+def last_two(params: Any) -> Any:
+    """Where Muon finds matrices in stacked layers."""
+    axes = lambda x: optax.contrib.MuonDimensionNumbers(x.ndim - 2, x.ndim - 1)
+    return jax.tree.map(axes, params)
 
 
 class Step:
@@ -92,21 +100,24 @@ class TorchStep:
             self.tx.step(self.grads)
 
 
-def measure(name: str, rank: int, runs: int, chosen: list[str]) -> list[dict[str, Any]]:
+def measure(
+    name: str, rank: int, runs: int, chosen: list[str], stacked: bool = False
+) -> list[dict[str, Any]]:
     """Rows of all chosen optimizers on one set of pairs at one rank."""
     pair_set, steps = PAIR_SETS[name], {}
-    params = adapters(pair_set, rank)
+    params, apart = adapters(pair_set, rank, stacked), adapters(pair_set, rank)
+    pairs = STACKED if stacked else LoraPairs()
     for optimizer in chosen:
         if optimizer == TORCH:
             if importlib.util.find_spec("torch") and fits(pair_set, rank, rank * rank):
-                steps[optimizer] = TorchStep(params)
+                steps[optimizer] = TorchStep(apart)
         elif optimizer != "calibrated" or fits(pair_set, rank, rank * (rank + 1) // 2):
-            steps[optimizer] = Step(OPTIMIZERS[optimizer](1e-3), params)
+            steps[optimizer] = Step(OPTIMIZERS[optimizer](1e-3, pairs), params)
     times = in_alternation(steps, runs)
     base = times[next(iter(times))]
     rows = [
         {
-            "pairs": name,
+            "pairs": f"{name}, stacked" if stacked else name,
             "rank": rank,
             "optimizer": optimizer,
             "step_ms": quartiles(times[optimizer] / 2),
@@ -149,6 +160,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--pairs", nargs="+", choices=PAIR_SETS, default=["smollm2"])
     parser.add_argument("--ranks", nargs="+", type=int, default=[4])
+    parser.add_argument("--stacked", action="store_true", help="layers stacked on a first axis")
     parser.add_argument("--runs", type=int, default=9)
     parser.add_argument("--optimizers", nargs="+", choices=[*OPTIMIZERS, TORCH])
     parser.add_argument("--results", type=Path, help="append the rows to this JSON-lines file")
@@ -156,7 +168,8 @@ def main() -> None:
     rows = []
     for name in options.pairs:
         for rank in options.ranks:
-            of_rank = measure(name, rank, options.runs, options.optimizers or [*OPTIMIZERS, TORCH])
+            chosen = options.optimizers or [*OPTIMIZERS, TORCH]
+            of_rank = measure(name, rank, options.runs, chosen, options.stacked)
             append(options.results, of_rank)
             rows += of_rank
     print(table(rows))

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from loft_jax import LoraAxes, LoraPairs
+
 
 class PairSet(NamedTuple):
     """The adapted weights of a model.
@@ -33,7 +35,13 @@ class PairSet(NamedTuple):
         return self.layers * sum(m + n for m, n in self.shapes.values())
 
 
-SMOLLM2 = {"q": (576, 576), "k": (576, 192), "v": (576, 192), "up": (576, 1536), "down": (1536, 576)}
+SMOLLM2 = {
+    "q": (576, 576),
+    "k": (576, 192),
+    "v": (576, 192),
+    "up": (576, 1536),
+    "down": (1536, 576),
+}
 LLAMA = {
     "q": (4096, 4096),
     "k": (4096, 4096),
@@ -55,8 +63,15 @@ PAIR_SETS = {
 }
 
 
-def adapters(pair_set: PairSet, rank: int) -> dict[str, Any]:
-    """Factors as training leaves them: neither is zero."""
+STACKED = LoraPairs(axes=LoraAxes(batch=(0,)))
+"""How the optimizer is told of stacked layers."""
+
+
+def adapters(pair_set: PairSet, rank: int, stacked: bool = False) -> dict[str, Any]:
+    """Factors as training leaves them: neither is zero.
+
+    Layers are apart, or stacked on a first axis as models with scanned layers have them.
+    """
 
     def factors(seed: int, m: int, n: int) -> dict[str, jax.Array]:
         key_a, key_b = jax.random.split(jax.random.key(seed))
@@ -65,10 +80,13 @@ def adapters(pair_set: PairSet, rank: int) -> dict[str, Any]:
             "lora_b": jax.random.normal(key_b, (rank, n)) / 100,
         }
 
-    return {
-        f"layer_{i}": {name: factors(i, *shape) for name, shape in pair_set.shapes.items()}
+    layers = [
+        {name: factors(i, *shape) for name, shape in pair_set.shapes.items()}
         for i in range(pair_set.layers)
-    }
+    ]
+    if stacked:
+        return jax.tree.map(lambda *x: jnp.stack(x), *layers)
+    return {f"layer_{i}": layer for i, layer in enumerate(layers)}
 
 
 def abstract_adapters(pair_set: PairSet, rank: int) -> dict[str, Any]:

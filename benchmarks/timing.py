@@ -18,14 +18,14 @@ RESULTS = Path(__file__).parent / "results"
 def in_alternation(
     steps: Mapping[str, Callable[[], Any]], runs: int, warmup: int = 2
 ) -> dict[str, np.ndarray]:
-    """Runs all steps in turn, ``warmup + runs`` times, and returns the seconds of the last ``runs``.
+    """Runs all steps in turn, ``warmup + runs`` times; returns the seconds of the last ``runs``.
 
     Noise of a shared machine then falls on all of them alike. Every other round goes backwards, so
     that none always runs after the same other one.
     """
     times: dict[str, list[float]] = {name: [] for name in steps}
     for run in range(warmup + runs):
-        for name in reversed(steps) if run % 2 else steps:
+        for name in reversed(list(steps)) if run % 2 else steps:
             began = time.perf_counter()
             steps[name]()
             if run >= warmup:
@@ -48,7 +48,10 @@ def here() -> dict[str, str]:
     device = jax.devices()[0]
     kind = _processor() if device.platform == "cpu" else device.device_kind
     versions = {name: metadata.version(name) for name in ("jax", "jaxlib", "optax")}
-    return {"machine": f"{kind}, {os.cpu_count()} cores", "python": platform.python_version()} | versions
+    return {
+        "machine": f"{kind}, {os.cpu_count()} cores",
+        "python": platform.python_version(),
+    } | versions
 
 
 def _processor() -> str:

@@ -1,8 +1,8 @@
 """Algorithm 1 of the paper, line by line in PyTorch: what LoFT costs when its equations are typed.
 
 Only its errata are mended (the scaled gradient as in block 2, epsilon outside the square root, the
-zero-initialised factor first). No orthonormal basis, no packing, no blocks: ``m x r^2`` cross terms,
-``C (x) C`` formed whole, and the ``m x n`` update in one piece, pair after pair.
+zero-initialised factor first). No orthonormal basis, no packing, no blocks: ``m x r^2`` cross
+terms, ``C (x) C`` formed whole, and the ``m x n`` update in one piece, pair after pair.
 """
 
 from collections.abc import Sequence
@@ -58,7 +58,9 @@ class TorchLoft:
         for pair, sides, of_pair in zip(self.pairs, self.sides, gradients, strict=True):
             inverses = [torch.linalg.inv(x.T @ x) for x in pair]
             for k in (0, 1):
-                self._advance(sides[k], of_pair[k], pair[1 - k], sides[1 - k].before, inverses[1 - k])
+                self._advance(
+                    sides[k], of_pair[k], pair[1 - k], sides[1 - k].before, inverses[1 - k]
+                )
             for side, factor in zip(sides, pair, strict=True):
                 side.before.copy_(factor)
             self._move(pair[moving], sides[moving], pair[1 - moving], inverses[1 - moving])

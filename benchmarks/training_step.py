@@ -6,7 +6,7 @@ Forward, backward and update on the real model with adapters on Q, K, V, Up and 
 All optimizers share the frozen weights and one process and run in alternation, two steps at a time,
 since LoFT moves one factor and then the other. "LoRA" is `optax.adamw` on the same adapters. The
 ratio is taken within each round and its median printed with the quartiles: the optimizer's part
-does not grow with the tokens of a step, so the ratio falls with them (`--batches 1x64 4x128 8x256`).
+does not grow with the tokens of a step, so the ratio falls with them (`--batches 1x64 8x256`).
 """
 
 import argparse
@@ -52,7 +52,9 @@ METHODS: dict[str, Make] = {
 
 def _last_two(params: Any) -> Any:
     """Layers are stacked on the first axis: a matrix is what follows."""
-    return jax.tree.map(lambda x: optax.contrib.MuonDimensionNumbers(x.ndim - 2, x.ndim - 1), params)
+    return jax.tree.map(
+        lambda x: optax.contrib.MuonDimensionNumbers(x.ndim - 2, x.ndim - 1), params
+    )
 
 
 class Step:

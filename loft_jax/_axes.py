@@ -52,6 +52,24 @@ class FactorLayout(NamedTuple):
         sizes = [*(shape[axis] for axis in (*self.batch, *self.rows)), x.shape[-1]]
         return jnp.transpose(x.reshape(sizes), [order.index(axis) for axis in range(len(order))])
 
+    def batch_first(self, x: jax.Array) -> jax.Array:
+        """Moves the batch axes to the front; the others stay in their order."""
+        return jnp.moveaxis(x, self.batch, range(len(self.batch)))
+
+    def batch_in_place(self, x: jax.Array) -> jax.Array:
+        """Inverse of `batch_first`."""
+        return jnp.moveaxis(x, range(len(self.batch)), self.batch)
+
+    @property
+    def of_matrix(self) -> "FactorLayout":
+        """The layout of one matrix, the batch axes gone."""
+        left = [
+            axis for axis in range(len(self.batch) + len(self.rows) + 1) if axis not in self.batch
+        ]
+        return FactorLayout(
+            (), tuple(left.index(axis) for axis in self.rows), left.index(self.rank)
+        )
+
 
 def guess_axes(shape_a: Sequence[int], shape_b: Sequence[int], where: str) -> LoraAxes:
     """Reads the axes from the shapes where that has one answer."""

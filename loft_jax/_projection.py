@@ -7,11 +7,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from loft_jax._moments import AdamStep, packed_quadratic
+from loft_jax._platform import Platform, platform
 from loft_jax._rows import WHOLE, Rows, beside
 
-# Entries of the full update held at once, over a whole batch: large enough for efficient products,
-# small enough for the temporaries not to count.
-_BLOCK_ENTRIES = 2**21
+# Entries of the full update held at once, over a whole batch: large enough for efficient products
+# (on a GPU also to hide the launch of the next kernel), small enough for a cache, where there is a
+# large one, and for the temporaries not to count.
+_BLOCK_ENTRIES: dict[Platform, int] = {"cpu": 2**20, "gpu": 2**23, "tpu": 2**21}
 # Columns of a block: a multiple of as many as the axis can be split over, so that each device has
 # its part of every block. Fewer would be gathered in every turn of the loop.
 _BLOCK_COLUMNS = 256
@@ -80,11 +82,6 @@ def project_adam_direction(
     return columns.sum(total)
 
 
-def entries_held(m: int, n: int) -> int:
-    """About how many entries of one full update `project_adam_direction` holds at once."""
-    return m * min(n, _BLOCK_COLUMNS)
-
-
 def _block_count(n: int, m: int) -> int:
     """Returns how many blocks to cut ``n`` rows into, so that they stay where they are sharded.
 
@@ -95,7 +92,7 @@ def _block_count(n: int, m: int) -> int:
       4
     """
     unit = math.gcd(n, _BLOCK_COLUMNS)
-    wanted = min(n // unit, -(-n * m // _BLOCK_ENTRIES))
+    wanted = min(n // unit, -(-n * m // _BLOCK_ENTRIES[platform()]))
     count = next(k for k in range(wanted, n // unit + 1) if (n // unit) % k == 0)
     if n // count >= 64 or count < 2 * wanted:
         return count

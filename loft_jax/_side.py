@@ -29,7 +29,8 @@ class SecondMoment(NamedTuple):
         None where the state does not determine ``D``.
       diagonal: ``(nu, r, rows) -> (m, r)``, the second moment of each coordinate.
       bound: ``(step) ->`` the largest ratio that ``diagonal`` may lead to.
-      held: ``(m, n, r) ->`` numbers that the direction of one matrix holds at once on its way.
+      skips: whether to leave the transport out where the frame has not turned.
+      work: ``(m, n, r) ->`` numbers that the direction of one matrix makes on its way.
     """
 
     width: Callable[[int, int], int]
@@ -38,7 +39,8 @@ class SecondMoment(NamedTuple):
     rebuild: Callable[..., jax.Array] | None
     diagonal: Callable[..., jax.Array]
     bound: Callable[[AdamStep], jax.Array]
-    held: Callable[[int, int, int], int]
+    skips: bool
+    work: Callable[[int, int, int], int]
 
 
 def _guard(step: AdamStep) -> jax.Array:
@@ -59,7 +61,8 @@ SECOND_MOMENTS: dict[str, SecondMoment] = {
         ),
         lambda nu, r, rows: _entrywise.diagonal_of_cross_terms(nu, r),
         lambda step: step.bound,
-        lambda m, n, r: _projection.entries_held(m, n),
+        True,  # by far the most work on moments, and reading and writing them is the next
+        lambda m, n, r: m * n,
     ),
     "factored": SecondMoment(
         _factored.factored_width,
@@ -71,6 +74,7 @@ SECOND_MOMENTS: dict[str, SecondMoment] = {
         ),
         _entrywise.diagonal_of_factored,
         _guard,
+        False,
         lambda m, n, r: m * r,
     ),
     "diagonal": SecondMoment(
@@ -80,9 +84,23 @@ SECOND_MOMENTS: dict[str, SecondMoment] = {
         None,
         lambda nu, r, rows: nu,
         _guard,
+        False,
         lambda m, n, r: m * r,
     ),
 }
+
+
+class Calibration(NamedTuple):
+    """How the moments come into the partner's new frame.
+
+    Attributes:
+      matrix: ``(r, r)``, the paper's ``C``: the old frame's coordinates in the new.
+      turned: ``()`` bool, whether the frame has changed at all. While factors take turns, one of
+        the two frames has not, and its ``matrix`` is the identity up to rounding.
+    """
+
+    matrix: Float[Array, "r r"]
+    turned: jax.Array | None
 
 
 class Moments(NamedTuple):
@@ -114,7 +132,7 @@ def advance_momentum(
 def advance_moments(
     before: Moments,
     h: Float[Array, "m r"],
-    transport: Float[Array, "r r"] | None,
+    calibration: Calibration | None,
     b1: float | jax.Array,
     b2: float | jax.Array,
     second: SecondMoment,
@@ -125,9 +143,15 @@ def advance_moments(
     ``rows`` says how the rows of the moments are spread.
     """
     b1, b2 = (as_scalar(b, before.nu.dtype) for b in (b1, b2))
-    mu = advance_momentum(before.mu, h, transport, b1, 1 - b1)
-    nu = before.nu if transport is None else second.transport(before.nu, transport, rows)
-    return Moments(mu, second.accumulate(nu, h, b2, rows))
+    accumulate = lambda nu: second.accumulate(nu, h, b2, rows)
+    if calibration is None:
+        return Moments(advance_momentum(before.mu, h, None, b1, 1 - b1), accumulate(before.nu))
+    matrix, turned = calibration
+    mu = advance_momentum(before.mu, h, matrix, b1, 1 - b1)
+    carry = lambda nu: accumulate(second.transport(nu, matrix, rows))
+    if turned is None or not second.skips:
+        return Moments(mu, carry(before.nu))
+    return Moments(mu, jax.lax.cond(turned, carry, accumulate, before.nu))
 
 
 def factor_direction(

@@ -12,7 +12,7 @@ from loft_jax._frame import Frame
 from loft_jax._moments import AdamStep, adam_step, as_scalar
 from loft_jax._pairs import PairedTree
 from loft_jax._rows import Rows
-from loft_jax._side import Moments, SecondMoment, advance_moments, factor_direction
+from loft_jax._side import Calibration, Moments, SecondMoment, advance_moments, factor_direction
 from loft_jax.transforms._factors import compute_dtype
 from loft_jax.transforms._step import Blocks, Memory, Method, loft_step
 
@@ -58,19 +58,20 @@ def loft_adam_step(
     steps = {dtype: adam_step(count, b1, b2, eps, dtype) for dtype in dtypes}
 
     def advance(
-        before: tuple[jax.Array, ...], h: jax.Array, transport: jax.Array | None, rows: Rows
-    ) -> tuple[Moments, Moments]:
-        moments = advance_moments(Moments(*before), h, transport, b1, b2, second, rows)
-        return moments, moments
+        before: tuple[jax.Array, ...], h: jax.Array, calibration: Calibration | None, rows: Rows
+    ) -> Moments:
+        return advance_moments(Moments(*before), h, calibration, b1, b2, second, rows)
 
-    def direction(moments: Moments, frame: Frame, copies: int, rows: Rows) -> jax.Array:
+    def direction(
+        moments: Moments, h: jax.Array, frame: Frame, copies: int, rows: Rows
+    ) -> jax.Array:
         step = steps[moments.mu.dtype]
         return factor_direction(moments, frame, step, second, blocks.reconstruct, copies, rows)
 
     outside = functools.partial(_adam, b1, b2, steps)
     directions, turn, memory = loft_step(
         tree,
-        Method(advance, direction, outside, second.held),
+        Method(advance, direction, outside, second.work),
         blocks,
         params,
         gradients,

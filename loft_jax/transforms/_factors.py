@@ -1,7 +1,6 @@
 """What the transformations share: the factors of a pair as tall matrices, checks of arguments."""
 
 import functools
-import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -13,11 +12,6 @@ import optax
 from loft_jax._axes import FactorLayout
 from loft_jax._pairs import LoraPairs, Pair, PairedTree, find_pairs
 from loft_jax._rows import Rows
-
-# Numbers held at once on the way to new moments, over all devices: few beside a model that needs
-# turns, many enough for efficient products.
-_TURN_ENTRIES = 2**23
-_LAYERS_A_TURN = 8
 
 
 class Factor(NamedTuple):
@@ -38,14 +32,48 @@ class Factor(NamedTuple):
     rows: Rows
 
     def tall(self, leaves: Sequence[Any]) -> jax.Array:
-        """Stacks this factor's entries, ``(pairs, *batch, rows, width)``, in ``dtype``."""
-        stack = jnp.stack([leaves[k] for k in self.leaves])
-        return jax.vmap(self.layout.tall)(stack).astype(self.dtype)
+        """Stacks this factor's entries, ``(*batch, rows, width)`` with the group's batch axes."""
+        return self._each(self.layout.tall)(self._gather(leaves)).astype(self.dtype)
 
     def put(self, stack: jax.Array, leaves: list[Any], like: Sequence[Any]) -> None:
         """Inverse of `tall`: writes a stack to ``leaves``, in the dtypes of ``like``."""
-        arrays = jax.vmap(functools.partial(self.layout.untall, shape=self.shape))(stack)
-        for k, array in zip(self.leaves, arrays, strict=True):
+        self._scatter(
+            self._each(functools.partial(self.layout.untall, shape=self.shape))(stack), leaves, like
+        )
+
+    def stack(self, leaves: Sequence[Any]) -> jax.Array:
+        """Stacks this factor's entries as they lie, ``(*batch, *axes of a matrix)``.
+
+        `tall_matrix` makes the tall matrix of one of them. Done there, and not to all at once, a
+        transposition stays in the cache.
+        """
+        return self._each(self.layout.batch_first)(self._gather(leaves))
+
+    def unstack(self, stack: jax.Array, leaves: list[Any], like: Sequence[Any]) -> None:
+        """Inverse of `stack`: writes to ``leaves``, in the dtypes of ``like``."""
+        self._scatter(self._each(self.layout.batch_in_place)(stack), leaves, like)
+
+    def tall_matrix(self, x: jax.Array) -> jax.Array:
+        """One matrix of a `stack` as ``(rows, width)``, in ``dtype``."""
+        return self.layout.of_matrix.tall(x).astype(self.dtype)
+
+    def untall_matrix(self, x: jax.Array) -> jax.Array:
+        """Inverse of `tall_matrix`, but for the dtype."""
+        shape = [size for axis, size in enumerate(self.shape) if axis not in self.layout.batch]
+        return self.layout.of_matrix.untall(x, shape)
+
+    # An array alone is its own stack. It is not given another axis: even a reshape keeps the
+    # compiler from updating a donated array in place.
+
+    def _each(self, fn: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
+        return fn if len(self.leaves) == 1 else jax.vmap(fn)
+
+    def _gather(self, leaves: Sequence[Any]) -> jax.Array:
+        members = [jnp.asarray(leaves[k]) for k in self.leaves]
+        return members[0] if len(members) == 1 else jnp.stack(members)
+
+    def _scatter(self, stack: jax.Array, leaves: list[Any], like: Sequence[Any]) -> None:
+        for k, array in zip(self.leaves, [stack] if len(self.leaves) == 1 else stack, strict=True):
             leaves[k] = array.astype(like[k].dtype)
 
 
@@ -58,7 +86,8 @@ class Group(NamedTuple):
 
     Attributes:
       a, b: the two factors.
-      batch: batch axes of their stacks, the stacking first.
+      batch: batch axes of their stacks: the stacking, where there are several pairs, then those of
+        the arrays.
       scale: the adapters' own scale.
       layers: how the batch axes are spread over the devices of a shard_map.
     """
@@ -84,50 +113,10 @@ class Group(NamedTuple):
             fn = jax.vmap(fn)
         return fn
 
-    def turns(self, entries: int) -> int:
-        """In how many turns to take the stack, where a matrix needs so many numbers on its way."""
-        return _turn_count(self.batch[self._long_axis], entries * math.prod(self.batch))
-
-    @property
-    def _long_axis(self) -> int:
-        return next((k for k, size in enumerate(self.batch) if size > 1), 0)
-
-    def in_turns(self, fn: Callable[..., Any], turns: int) -> Callable[..., Any]:
-        """`over_batch`, but for a part of the stack at a time.
-
-        The compiler would hold what ``fn`` makes on its way for all matrices at once. A turn takes
-        every so many-th layer: where layers are split over up to `_LAYERS_A_TURN` devices, each
-        device then works on its own in every turn.
-        """
-        mapped, axis = self.over_batch(fn), self._long_axis
-        if turns == 1:
-            return mapped
-
-        def taking_turns(*args: Any) -> Any:
-            cut = lambda x: x.reshape(*x.shape[:axis], -1, turns, *x.shape[axis + 1 :])
-            parts = jax.tree.map(cut, args)
-
-            def turn(_: None, k: jax.Array) -> tuple[None, Any]:
-                take = lambda x: jax.lax.dynamic_index_in_dim(x, k, axis + 1, keepdims=False)
-                return None, mapped(*jax.tree.map(take, parts))
-
-            join = lambda x: jnp.moveaxis(x, 0, axis + 1).reshape(*self.batch, *x.shape[axis + 2 :])
-            return jax.tree.map(join, jax.lax.scan(turn, None, jnp.arange(turns))[1])
-
-        return taking_turns
-
     def of_factors(self, fn: Callable[..., Any], params: Sequence[jax.Array]) -> dict[Factor, Any]:
         """Returns a function of a tall matrix, such as its frame, for both factors."""
         of = lambda factor: self.over_batch(functools.partial(fn, rows=factor.rows))
         return {factor: of(factor)(factor.tall(params)) for factor in (self.a, self.b)}
-
-
-def _turn_count(layers: int, entries: int) -> int:
-    """Returns in how many turns to take layers of so many entries, a divisor of their number."""
-    wanted = -(-entries // _TURN_ENTRIES)
-    even = [k for k in range(1, layers + 1) if layers % k == 0 and k <= layers // _LAYERS_A_TURN]
-    whole = [k for k in even if (layers // k) % _LAYERS_A_TURN == 0] or even or [1]
-    return min((k for k in whole if k >= wanted), default=max(whole))
 
 
 def group_pairs(tree: PairedTree) -> list[Group]:
@@ -148,7 +137,8 @@ def group_pairs(tree: PairedTree) -> list[Group]:
         a = Factor(tuple(p.a for p in members), layout_a, shape_a, dtype, one.rows_a)
         b = Factor(tuple(p.b for p in members), layout_b, shape_b, dtype, one.rows_b)
         layers = Rows(tuple(name for axis in layout_a.batch for name in split_a[axis]))
-        found.append(Group(a, b, (len(members), *one.batch), scale, layers))
+        stacking = (len(members),) if len(members) > 1 else ()
+        found.append(Group(a, b, (*stacking, *one.batch), scale, layers))
     return found
 
 

@@ -13,7 +13,7 @@ from loft_jax._mesh import in_auto_axes
 from loft_jax._moments import as_scalar
 from loft_jax._pairs import LoraPairs, find_pairs
 from loft_jax._rows import Rows
-from loft_jax._side import advance_momentum
+from loft_jax._side import Calibration, advance_momentum
 from loft_jax.transforms import _alternation
 from loft_jax.transforms._descent import descend
 from loft_jax.transforms._factors import (
@@ -148,10 +148,10 @@ def momentum_transformation(
 
         def step(params, gradients, turn, before, momentum, options):
             method = Method(
-                lambda moments, h, transport, rows: _advance(
-                    momentum, nesterov, moments, h, transport
+                lambda moments, h, calibration, rows: _advance(momentum, moments, h, calibration),
+                lambda moments, h, frame, copies, rows: direction(
+                    options, _source(momentum, nesterov, moments, h), frame, rows
                 ),
-                lambda source, frame, copies, rows: direction(options, source, frame, rows),
                 functools.partial(_outside, momentum, nesterov),
             )
             return loft_step(tree, method, blocks, params, gradients, turn, before)
@@ -177,17 +177,27 @@ def momentum_transformation(
 
 def _advance(
     momentum: float | jax.Array | None,
-    nesterov: bool,
     before: tuple[jax.Array, ...],
     h: jax.Array,
-    transport: jax.Array | None,
-) -> tuple[tuple[jax.Array, ...], jax.Array]:
-    """One side's moment, and what it moves along."""
+    calibration: Calibration | None,
+) -> tuple[jax.Array, ...]:
+    """One side's moment."""
     if momentum is None:
-        return (), h
-    decay = as_scalar(momentum, h.dtype)
-    mu = advance_momentum(before[0], h, transport, decay)
-    return (mu,), h + decay * mu if nesterov else mu
+        return ()
+    transport = None if calibration is None else calibration.matrix
+    return (advance_momentum(before[0], h, transport, as_scalar(momentum, h.dtype)),)
+
+
+def _source(
+    momentum: float | jax.Array | None,
+    nesterov: bool,
+    moments: tuple[jax.Array, ...],
+    h: jax.Array,
+) -> jax.Array:
+    """What a side moves along."""
+    if momentum is None:
+        return h
+    return h + as_scalar(momentum, h.dtype) * moments[0] if nesterov else moments[0]
 
 
 def _outside(
@@ -197,8 +207,9 @@ def _outside(
     if momentum is None:
         return (gradient,)
     wide = gradient.astype(compute_dtype(gradient))
-    (new,), source = _advance(momentum, nesterov, (mu[0].astype(wide.dtype),), wide, None)
-    return source.astype(gradient.dtype), new.astype(mu[0].dtype)
+    new = _advance(momentum, (mu[0].astype(wide.dtype),), wide, None)
+    source = _source(momentum, nesterov, new, wide)
+    return source.astype(gradient.dtype), new[0].astype(mu[0].dtype)
 
 
 def loft_sgd(

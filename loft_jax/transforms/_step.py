@@ -16,6 +16,7 @@ import optax
 from loft_jax._frame import Frame, coordinates, orthonormal_frame, raw_frame, transport
 from loft_jax._pairs import PairedTree
 from loft_jax._rows import Rows
+from loft_jax._side import Calibration
 from loft_jax.transforms import _alternation
 from loft_jax.transforms._factors import (
     Factor,
@@ -25,6 +26,7 @@ from loft_jax.transforms._factors import (
     leaves_outside,
     widened,
 )
+from loft_jax.transforms._turns import in_turns, turn_count
 
 
 class Blocks(NamedTuple):
@@ -71,26 +73,23 @@ class Method(NamedTuple):
     """An optimizer, as functions of matrices.
 
     Attributes:
-      advance: ``(moments, h, T, rows) -> (moments, source)`` adds the projected gradient ``h`` to
-        a side's moments, which ``T`` carries into the new frame (None: it leaves them). ``source``
-        is whatever ``direction`` needs, ``rows`` how the factor's are spread.
-      direction: ``(source, frame, copies, rows) ->`` the update of the factor, ``(m, r)``.
+      advance: ``(moments, h, calibration, rows) -> moments`` adds the projected gradient ``h`` to a
+        side's moments, carried into the new frame (calibration None: they are left as they are).
+        ``rows`` is how the factor's are spread.
+      direction: ``(moments, h, frame, copies, rows) ->`` the update of the factor, ``(m, r)``, from
+        the new moments; ``copies`` of it are computed at once.
       outside: ``(gradient, *moments) -> (direction, *moments)`` for a leaf outside pairs.
-      held: ``(m, n, r) ->`` numbers that ``direction`` holds at once on its way for one matrix.
+      work: ``(m, n, r) ->`` numbers that ``direction`` makes on its way for one matrix.
     """
 
-    advance: Callable[..., tuple[tuple[jax.Array, ...], Any]]
+    advance: Callable[..., tuple[jax.Array, ...]]
     direction: Callable[..., jax.Array]
     outside: Callable[..., tuple[jax.Array, ...]]
-    held: Callable[[int, int, int], int] = lambda m, n, r: m * r
+    work: Callable[[int, int, int], int] = lambda m, n, r: m * r
 
 
-class _Side(NamedTuple):
-    """A side of a group after this step's gradient."""
-
-    source: Any
-    frame: Frame
-    h: jax.Array
+_Sides = tuple[Any, ...]
+"""Something of each factor: of ``a``, and of ``b``."""
 
 
 def zero_memory(
@@ -140,84 +139,98 @@ def loft_step(
         for moment, value in zip(after.moments, new, strict=True):
             moment[k] = value
 
-    groups, advanced = group_pairs(tree), []
-    for group in groups:
+    for group in group_pairs(tree):
         frames = group.of_factors(functools.partial(blocks.frame, scale=group.scale), params)
-        both = []
-        for factor, partner in group.sides:
-            moments_before = tuple(factor.tall(moment) for moment in before.moments)
-            widest = max((math.prod(x.shape[-2:]) for x in moments_before), default=0)
-            advance = functools.partial(_advance, method, blocks, factor.rows)
-            moments, side = group.in_turns(advance, group.turns(widest))(
-                moments_before,
-                factor.tall(gradients),
-                frames[partner],
-                partner.tall(before.basis) if before.moments else None,
-            )
-            for moment, new, old in zip(after.moments, moments, before.moments, strict=True):
-                factor.put(new, moment, like=old)
-            if before.moments:
-                partner.put(frames[partner].span, after.basis, like=before.basis)
-            both.append(side)
-        advanced.append(both)
-
-    moved = _move(groups, advanced, method, blocks, turn)
-    for group, of_group in zip(groups, moved, strict=True):
-        for (factor, _), direction in zip(group.sides, of_group, strict=True):
-            factor.put(direction, directions, like=gradients)
+        if before.moments:
+            spans = {factor: factor.tall(before.basis) for factor in (group.a, group.b)}
+            for factor, frame in frames.items():
+                factor.put(frame.span, after.basis, like=before.basis)
+        else:
+            spans = dict.fromkeys(frames)
+        moments, moved = _step_of_group(
+            group,
+            method,
+            blocks,
+            turn,
+            tuple(tuple(factor.stack(x) for x in before.moments) for factor in frames),
+            tuple(factor.stack(gradients) for factor in frames),
+            tuple(frames.values()),
+            tuple(spans.values()),
+        )
+        for factor, new, direction in zip(frames, moments, moved, strict=True):
+            factor.unstack(direction, directions, like=gradients)
+            for moment, stack, old in zip(after.moments, new, before.moments, strict=True):
+                factor.unstack(stack, moment, like=old)
     return directions, _alternation.next_turn(turn, tree, gradients), after
 
 
-def _advance(
-    method: Method,
-    blocks: Blocks,
-    rows: Rows,
-    moments: tuple[jax.Array, ...],
-    gradient: jax.Array,
-    frame: Frame,
-    span_before: jax.Array | None,
-) -> tuple[tuple[jax.Array, ...], _Side]:
-    """Adds a gradient to one side's moments (blocks 2 to 4)."""
-    h = coordinates(gradient, frame) if blocks.scale_gradient else gradient
-    calibration = None
-    if blocks.calibrate and span_before is not None:
-        calibration = transport(span_before, frame)
-    moments, source = method.advance(moments, h, calibration, rows)
-    return moments, _Side(source, frame, h)
-
-
-def _move(
-    groups: Sequence[Group],
-    advanced: Sequence[Sequence[_Side]],
+def _step_of_group(
+    group: Group,
     method: Method,
     blocks: Blocks,
     turn: jax.Array,
-) -> list[list[jax.Array]]:
-    """Returns the directions of both factors of each group, zero for those that rest.
+    moments: _Sides,
+    gradients: _Sides,
+    frames: _Sides,
+    spans_before: _Sides,
+) -> tuple[_Sides, _Sides]:
+    """New moments and directions of a group's factors, ``a`` before ``b`` in all tuples.
 
-    One conditional for all of them: the ``m x n`` work of the resting factors does not run.
+    A pair's moments and its direction are made in one go, while the moments are at hand: to go over
+    all of them twice costs more than the arithmetic does where memory is slow.
     """
+    factors, sides = (group.a, group.b), ((0, 1), (1, 0))
+    turned = [
+        None if span is None else _turned(group, factor, span, frame)
+        for factor, frame, span in zip(factors, frames, spans_before, strict=True)
+    ]
+    (m, r), (n, _) = (frame.span.shape[-2:] for frame in frames)
+    widest = [math.prod(x.shape[len(group.batch) :]) for x in jax.tree.leaves(moments)]
+    turns = turn_count(group.batch, max(method.work(m, n, r), method.work(n, m, r), *widest))
+    copies = math.prod(group.batch) // turns
 
-    def direction(group: Group, factor: Factor, side: _Side) -> jax.Array:
-        m, r = side.h.shape[-2:]
-        turns = group.turns(method.held(m, side.frame.span.shape[-2], r))
-        copies = math.prod(group.batch) // turns
-        of_one = functools.partial(method.direction, copies=copies, rows=factor.rows)
-        return group.in_turns(of_one, turns)(side.source, side.frame)
+    def of_pair(
+        moments: _Sides, gradients: _Sides, frames: _Sides, spans: _Sides
+    ) -> tuple[_Sides, _Sides]:
+        after, h = [], []
+        for own, other in sides:
+            frame, gradient = frames[other], factors[own].tall_matrix(gradients[own])
+            h.append(coordinates(gradient, frame) if blocks.scale_gradient else gradient)
+            calibration = None
+            if blocks.calibrate and spans[other] is not None:
+                calibration = Calibration(transport(spans[other], frame), turned[other])
+            before = tuple(map(factors[own].tall_matrix, moments[own]))
+            after.append(method.advance(before, h[own], calibration, factors[own].rows))
 
-    def directions(moving: tuple[bool, bool]) -> list[list[jax.Array]]:
-        return [
-            [
-                direction(group, factor, side) if moves else jnp.zeros_like(side.h)
-                for moves, (factor, _), side in zip(moving, group.sides, both, strict=True)
+        def directions(*moving: bool) -> list[jax.Array]:
+            return [
+                method.direction(after[own], h[own], frames[other], copies, factors[own].rows)
+                if moving[own]
+                else jnp.zeros_like(h[own])
+                for own, other in sides
             ]
-            for group, both in zip(groups, advanced, strict=True)
-        ]
 
-    if not blocks.alternate:
-        return directions((True, True))
-    return jax.lax.cond(
-        _alternation.a_moves(turn, blocks.moves_first),
-        lambda: directions((True, False)),
-        lambda: directions((False, True)),
-    )
+        if blocks.alternate:  # The m x n work of the factor that rests does not run.
+            moved = jax.lax.cond(
+                _alternation.a_moves(turn, blocks.moves_first),
+                lambda: directions(True, False),
+                lambda: directions(False, True),
+            )
+        else:
+            moved = directions(True, True)
+        state = tuple(
+            tuple(
+                factor.untall_matrix(new).astype(old.dtype)
+                for new, old in zip(of_side, of_side_before, strict=True)
+            )
+            for factor, of_side, of_side_before in zip(factors, after, moments, strict=True)
+        )
+        return state, tuple(f.untall_matrix(x) for f, x in zip(factors, moved, strict=True))
+
+    return in_turns(of_pair, group.batch, turns)(moments, gradients, frames, spans_before)
+
+
+def _turned(group: Group, factor: Factor, span_before: jax.Array, frame: Frame) -> jax.Array:
+    """Whether the frame of a factor is another than at the last step, in any layer, anywhere."""
+    everywhere = Rows((*factor.rows.axes, *group.layers.axes))
+    return everywhere.max(jnp.any(span_before != frame.span))

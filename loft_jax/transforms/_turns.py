@@ -1,0 +1,99 @@
+"""Long stacks of layers, a few layers at a time."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from loft_jax._platform import Platform, platform
+
+# Numbers that a turn makes on its way. On a CPU few enough for its cache: layers side by side would
+# go through memory between any two operations. On accelerators enough to keep a kernel busy for
+# longer than it takes to launch it, and few beside a model that needs turns.
+_TURN_ENTRIES: dict[Platform, int] = {"cpu": 2**20, "gpu": 2**26, "tpu": 2**26}
+# On a mesh the layers may be split over devices, which nothing in a traced array says.
+_LAYERS_A_TURN_ON_A_MESH = 8
+
+
+def turn_count(batch: Sequence[int], entries: int) -> int:
+    """Returns in how many turns to take a stack whose matrices each make so many numbers."""
+    wanted = -(-entries * math.prod(batch) // _TURN_ENTRIES[platform()])
+    return _turn_count(batch[_long_axis(batch)], wanted, _layers_together())
+
+
+def in_turns(fn: Callable[..., Any], batch: Sequence[int], turns: int) -> Callable[..., Any]:
+    """Maps ``fn(state, *args) -> (state, out)`` over the batch axes of stacks, in so many turns.
+
+    The state goes round in place: each turn writes its layers' new state over the old, so that
+    there is one copy of it, and what a turn makes on its way is gone after it.
+
+    On a mesh a turn takes every so many-th layer: where layers are split over as many devices as a
+    turn has layers, each device then works on its own in every turn. Elsewhere a turn takes
+    neighbours, which lie together.
+
+    Example:
+      >>> add = in_turns(lambda total, x: (total + x, 2 * x), (4,), 2)
+      >>> total, doubled = add(jnp.ones(4), jnp.arange(4.0))
+      >>> print(total, doubled)
+      [1. 2. 3. 4.] [0. 2. 4. 6.]
+    """
+    for _ in batch:
+        fn = jax.vmap(fn)
+    if turns == 1:
+        return fn
+    axis = _long_axis(batch)
+    layers = batch[axis] // turns
+    strided = _layers_together() > 1
+
+    def take(x: jax.Array, k: jax.Array) -> jax.Array:
+        if strided:
+            x = x.reshape(*x.shape[:axis], layers, turns, *x.shape[axis + 1 :])
+            return jax.lax.dynamic_index_in_dim(x, k, axis + 1, keepdims=False)
+        return jax.lax.dynamic_slice_in_dim(x, k * layers, layers, axis)
+
+    def write(x: jax.Array, new: jax.Array, k: jax.Array) -> jax.Array:
+        if strided:
+            parts = x.reshape(*x.shape[:axis], layers, turns, *x.shape[axis + 1 :])
+            return jax.lax.dynamic_update_index_in_dim(parts, new, k, axis + 1).reshape(x.shape)
+        return jax.lax.dynamic_update_slice_in_dim(x, new, k * layers, axis)
+
+    def taking_turns(state: Any, *args: Any) -> tuple[Any, Any]:
+        of = lambda tree, k: jax.tree.map(lambda x: take(x, k), tree)
+        out_shapes = jax.eval_shape(fn, of(state, 0), *of(args, 0))[1]
+        whole = lambda x: (*x.shape[:axis], batch[axis], *x.shape[axis + 1 :])
+        out = jax.tree.map(lambda x: jnp.zeros(whole(x), x.dtype), out_shapes)
+
+        def turn(k: jax.Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
+            new = fn(of(carry[0], k), *of(args, k))
+            return jax.tree.map(lambda x, y: write(x, y, k), carry, new)
+
+        return jax.lax.fori_loop(0, turns, turn, (state, out))
+
+    return taking_turns
+
+
+def _long_axis(batch: Sequence[int]) -> int:
+    return next((k for k, size in enumerate(batch) if size > 1), 0)
+
+
+def _layers_together() -> int:
+    """How many layers a turn takes at least."""
+    mesh = jax.sharding.get_abstract_mesh()
+    devices = math.prod(mesh.shape[name] for name in set(mesh.axis_names) - set(mesh.manual_axes))
+    return _LAYERS_A_TURN_ON_A_MESH if devices > 1 else 1
+
+
+def _turn_count(layers: int, wanted: int, together: int) -> int:
+    """Returns the least number of turns from ``wanted`` on that divides the layers, or the most.
+
+    A turn has at least ``together`` layers, and a multiple of them where that is possible.
+
+    Example:
+      >>> _turn_count(32, 5, 1), _turn_count(32, 100, 1), _turn_count(80, 100, 8)
+      (8, 32, 10)
+    """
+    even = [k for k in range(1, layers + 1) if layers % k == 0 and k <= layers // together]
+    whole = [k for k in even if (layers // k) % together == 0] or even or [1]
+    return min((k for k in whole if k >= wanted), default=max(whole))
