@@ -65,12 +65,12 @@ def project_adam_direction(
     cross_hat = cross / step.correction2
 
     def add_block(total, q_block):
-        moment = mu_hat @ q_block.T
+        moment = product(mu_hat, q_block.T)
         # Cancellation can leave a second moment slightly negative, or far too small.
-        second = jnp.maximum(cross_hat @ packed_quadratic(q_block).T, 0)
+        second = jnp.maximum(product(cross_hat, packed_quadratic(q_block).T), 0)
         denominator = jnp.sqrt(second) + step.eps
         ratio = moment / jnp.where(denominator > 0, denominator, 1)
-        return total + jnp.clip(ratio, -step.bound, step.bound) @ q_block, None
+        return total + product(jnp.clip(ratio, -step.bound, step.bound), q_block), None
 
     blocks = _interleave(q, _block_count(q.shape[0], mu.shape[0] * copies))
     # Zeros of both: inside a shard_map the sum differs between devices as its terms do.
@@ -80,6 +80,11 @@ def project_adam_direction(
     else:
         total, _ = jax.lax.scan(add_block, zeros, blocks)
     return columns.sum(total)
+
+
+def product(x: Float[Array, "i k"], y: Float[Array, "k j"]) -> Float[Array, "i j"]:
+    """A product of the hot loop, ``m x n`` on one side: where all the arithmetic is."""
+    return x @ y
 
 
 def _block_count(n: int, m: int) -> int:

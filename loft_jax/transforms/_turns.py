@@ -19,6 +19,8 @@ _LAYERS_A_TURN_ON_A_MESH = 8
 
 def turn_count(batch: Sequence[int], entries: int) -> int:
     """Returns in how many turns to take a stack whose matrices each make so many numbers."""
+    if not batch:
+        return 1
     wanted = -(-entries * math.prod(batch) // _TURN_ENTRIES[platform()])
     return _turn_count(batch[_long_axis(batch)], wanted, _layers_together())
 
@@ -57,19 +59,21 @@ def in_turns(fn: Callable[..., Any], batch: Sequence[int], turns: int) -> Callab
         if strided:
             parts = x.reshape(*x.shape[:axis], layers, turns, *x.shape[axis + 1 :])
             return jax.lax.dynamic_update_index_in_dim(parts, new, k, axis + 1).reshape(x.shape)
+        # Not through another shape: even a reshape keeps the compiler from working in place.
         return jax.lax.dynamic_update_slice_in_dim(x, new, k * layers, axis)
 
+    def join(x: jax.Array) -> jax.Array:
+        x = jnp.moveaxis(x, 0, axis + 1 if strided else axis)
+        return x.reshape(*x.shape[:axis], batch[axis], *x.shape[axis + 2 :])
+
     def taking_turns(state: Any, *args: Any) -> tuple[Any, Any]:
-        of = lambda tree, k: jax.tree.map(lambda x: take(x, k), tree)
-        out_shapes = jax.eval_shape(fn, of(state, 0), *of(args, 0))[1]
-        whole = lambda x: (*x.shape[:axis], batch[axis], *x.shape[axis + 1 :])
-        out = jax.tree.map(lambda x: jnp.zeros(whole(x), x.dtype), out_shapes)
+        def turn(state: Any, k: jax.Array) -> tuple[Any, Any]:
+            here, of_args = jax.tree.map(lambda x: take(x, k), (state, args))
+            new, out = fn(here, *of_args)
+            return jax.tree.map(lambda x, y: write(x, y, k), state, new), out
 
-        def turn(k: jax.Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
-            new = fn(of(carry[0], k), *of(args, k))
-            return jax.tree.map(lambda x, y: write(x, y, k), carry, new)
-
-        return jax.lax.fori_loop(0, turns, turn, (state, out))
+        state, out = jax.lax.scan(turn, state, jnp.arange(turns))
+        return state, jax.tree.map(join, out)
 
     return taking_turns
 
