@@ -4,9 +4,9 @@
 
 For each part of the update its FLOPs and the fewest bytes that must move (everything read once
 and written once, float32), summed over a model's pairs. Beside them the time that they take at the
-rates of this machine's CPU, measured in the same process and in alternation with the step itself, and at
-the published peaks of an H200 and a TPU v5e. A part's floor is the slower of its arithmetic and its
-traffic; the parts' floors add up, since each needs the one before.
+rates of this machine's CPU, measured in the same process and in alternation with the step itself,
+and at the published peaks of an H200 and a TPU v5e. A part's floor is the slower of its arithmetic
+and its traffic; the parts' floors add up, since each needs the one before.
 """
 
 import argparse

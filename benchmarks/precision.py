@@ -1,13 +1,13 @@
-"""What precision the products of the hot loop need: errors of LoFT's path with each of them rounded.
+"""What precision the products of the hot loop need: errors of LoFT's path with each rounded.
 
     python benchmarks/precision.py
 
 Accelerators multiply float32 matrices in pieces of bfloat16 or TF32: one pass, or several that
-recover most of the digits. Here their products are emulated, one kind at a time and all together, in
-an optimizer that is otherwise float32, and the path of the weight is compared with the same path in
+recover most of the digits. Here their products are emulated, one kind at a time and all together,
+in an optimizer that is otherwise float32, and the path of the weight is compared with the same path in
 float64: the norm of the difference, relative to how far the weight has moved. The gradients are a
 fixed signal with noise of its size, and do not depend on the path, so that errors do not correct
-themselves.
+themselves. Then the same for second moments kept in bfloat16, rounded to nearest and by chance.
 """
 
 import argparse
@@ -23,9 +23,10 @@ import optax
 from timing import append
 
 from loft_jax import _projection, loft_adamw
+from loft_jax.transforms import _adam_step
 
 M, N = 256, 192
-STEPS = (1, 5, 20, 100)
+STEPS = (1, 5, 20, 100, 1000)
 Product = Callable[[jax.Array, jax.Array], jax.Array]
 
 
@@ -80,7 +81,9 @@ def products(product: Product, places: tuple[str, ...], rank: int) -> Iterator[N
         _projection.product = own
 
 
-def path(rank: int, condition: float, dtype: Any, seed: int = 0) -> dict[int, np.ndarray]:
+def path(
+    rank: int, condition: float, dtype: Any, nu_dtype: Any = None, seed: int = 0
+) -> dict[int, np.ndarray]:
     """How far the weight has moved after each of `STEPS`."""
     rng = np.random.default_rng(seed)
     scales = np.geomspace(1, 1 / condition, rank)
@@ -88,7 +91,7 @@ def path(rank: int, condition: float, dtype: Any, seed: int = 0) -> dict[int, np
     signal = rng.normal(size=(M, 8)) @ rng.normal(size=(8, N)) / 8**0.5
     params = {"lora_a": jnp.asarray(u, dtype), "lora_b": jnp.asarray(v.T, dtype)}
     start = u @ v.T
-    tx = loft_adamw(1e-3, weight_decay=0.0)
+    tx = loft_adamw(1e-3, weight_decay=0.0, nu_dtype=nu_dtype)
     state = tx.init(params)
 
     @jax.jit
@@ -119,17 +122,33 @@ def measure(rank: int, condition: float) -> list[dict[str, Any]]:
         for places in [PLACES] if name == "float32" else [*((x,) for x in PLACES), PLACES]:
             with products(product, places, rank):
                 moved = path(rank, condition, jnp.float32)
-            errors = [np.linalg.norm(moved[k] - exact[k]) / np.linalg.norm(exact[k]) for k in STEPS]
-            rows.append(
-                {
-                    "rank": rank,
-                    "condition": condition,
-                    "product": name,
-                    "places": "all" if places == PLACES else places[0],
-                    "errors": [float(f"{x:.2g}") for x in errors],
-                }
-            )
-    return rows
+            where = "all products" if places == PLACES else places[0]
+            rows.append({"arithmetic": name, "where": where, "errors": errors(moved, exact)})
+    by_chance = path(rank, condition, jnp.float32, jnp.bfloat16)
+    with to_nearest():
+        nearest = path(rank, condition, jnp.float32, jnp.bfloat16)
+    for name, moved in {"by chance": by_chance, "to nearest": nearest}.items():
+        where = "second moment's state"
+        rows.append(
+            {"arithmetic": f"bfloat16, {name}", "where": where, "errors": errors(moved, exact)}
+        )
+    return [{"rank": rank, "condition": condition} | row for row in rows]
+
+
+def errors(moved: dict[int, np.ndarray], exact: dict[int, np.ndarray]) -> list[float]:
+    relative = (np.linalg.norm(moved[k] - exact[k]) / np.linalg.norm(exact[k]) for k in STEPS)
+    return [float(f"{x:.2g}") for x in relative]
+
+
+@contextlib.contextmanager
+def to_nearest() -> Iterator[None]:
+    """Keeps second moments rounded to nearest, as a plain cast would."""
+    own = _adam_step.round_at_random
+    _adam_step.round_at_random = lambda x, dtype: x.astype(dtype)
+    try:
+        yield
+    finally:
+        _adam_step.round_at_random = own
 
 
 def main() -> None:
@@ -138,7 +157,9 @@ def main() -> None:
     parser.add_argument("--conditions", nargs="+", type=float, default=[1.0, 1e3])
     parser.add_argument("--results", type=Path, help="append the rows to this JSON-lines file")
     options = parser.parse_args()
-    print("| rank | condition | product | where | " + " | ".join(f"step {k}" for k in STEPS) + " |")
+    print(
+        "| rank | condition | arithmetic | where | " + " | ".join(f"step {k}" for k in STEPS) + " |"
+    )
     print("|---" * (4 + len(STEPS)) + "|")
     for rank in options.ranks:
         for condition in options.conditions:
@@ -146,7 +167,7 @@ def main() -> None:
             append(options.results, rows)
             for row in rows:
                 cells = " | ".join(f"{x:.1e}" for x in row["errors"])
-                where = f"| {rank} | {condition:.0e} | {row['product']} | {row['places']} |"
+                where = f"| {rank} | {condition:.0e} | {row['arithmetic']} | {row['where']} |"
                 print(f"{where} {cells} |", flush=True)
 
 

@@ -316,6 +316,25 @@ def test_bfloat16_parameters_have_float32_state(make):
     assert_trees_close(updates, expected, rtol=2**-6)  # of the updates' dtype
 
 
+with_nu_dtype = {
+    name: make
+    for name, make in OPTIMIZERS.items()
+    if "nu_dtype" in inspect.signature(make.func).parameters
+}
+
+
+@pytest.mark.parametrize("make", with_nu_dtype.values(), ids=with_nu_dtype.keys())
+def test_nu_dtype_is_that_of_the_factors_second_moment_alone(make):
+    params, gradients = small_params(), small_gradients(small_params(), 3)
+    got, state = train(make(nu_dtype="bfloat16"), params, gradients)
+    assert types(state) == types(make(nu_dtype=jnp.bfloat16).init(params))
+    expected, full = train(quick(make), params, gradients)
+    assert_trees_close(got, expected, rtol=0.2, atol=0.05)
+    narrow = [x for x in jax.tree.leaves(state) if x.dtype == jnp.bfloat16]
+    factors = [x for x in jax.tree.leaves(optax.tree.get(full, "nu")) if x.shape != (5, 3)]
+    assert sorted(x.shape for x in narrow) == sorted(x.shape for x in factors)
+
+
 with_mu_dtype = {
     name: make
     for name, make in OPTIMIZERS.items()

@@ -1,6 +1,7 @@
 """LoFT-Adam as a method of `_step.py`: its state, its moments, and Adam for the other leaves."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +12,7 @@ from loft_jax._entrywise import entrywise_direction
 from loft_jax._frame import Frame
 from loft_jax._moments import AdamStep, adam_step, as_scalar
 from loft_jax._pairs import PairedTree
+from loft_jax._rounding import round_at_random
 from loft_jax._rows import Rows
 from loft_jax._side import Calibration, Moments, SecondMoment, advance_moments, factor_direction
 from loft_jax.transforms._factors import compute_dtype
@@ -32,7 +34,8 @@ class ScaleByLoftAdamState(NamedTuple):
         ``basis`` of its partner.
       nu: second moment. Calibrated: ``r (r + 1) / 2`` packed cross terms a row. Factored: the row
         sums and the laid-out Gram matrix, ``1 + ceil(r (r + 1) / 2 / rows)`` a row. Diagonal: one
-        number for each of ``mu``. Outside pairs: Adam's, of the parameter's shape.
+        number for each of ``mu``. A factor's is in ``nu_dtype``. Outside pairs: Adam's, of
+        the parameter's shape.
     """
 
     count: jax.Array
@@ -68,10 +71,13 @@ def loft_adam_step(
         step = steps[moments.mu.dtype]
         return factor_direction(moments, frame, step, second, blocks.reconstruct, copies, rows)
 
+    def narrow(moments: Moments, dtypes: Sequence[jnp.dtype]) -> Moments:
+        return Moments(moments.mu.astype(dtypes[0]), round_at_random(moments.nu, dtypes[1]))
+
     outside = functools.partial(_adam, b1, b2, steps)
     directions, turn, memory = loft_step(
         tree,
-        Method(advance, direction, outside, second.work),
+        Method(advance, direction, outside, second.work, narrow),
         blocks,
         params,
         gradients,

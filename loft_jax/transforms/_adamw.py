@@ -32,6 +32,7 @@ def scale_by_loft_adam(
     reconstruct: bool = True,
     moves_first: _alternation.FactorName = "b",
     mu_dtype: jax.typing.DTypeLike | None = None,
+    nu_dtype: jax.typing.DTypeLike | None = None,
     pairs: LoraPairs | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""The core of LoFT-AdamW, without learning rate and weight decay, for chaining.
@@ -75,6 +76,9 @@ def scale_by_loft_adam(
       mu_dtype: dtype of the first moment's state; None for the dtype of the computation. Under
         `optax.inject_hyperparams`, which takes a dtype object for a schedule, give its name (and
         there, with bfloat16 parameters, ``hyperparam_dtype=jnp.float32``, as for any optimizer).
+      nu_dtype: dtype of the second moments of factors, most of the calibrated state; None for that
+        of the computation. "bfloat16" halves it, rounded up or down by chance (`nu` would not move
+        else).
       pairs: how to find the pairs; None for the defaults of `LoraPairs`.
 
     Returns:
@@ -110,7 +114,7 @@ def scale_by_loft_adam(
 
     def init(params: optax.Params) -> ScaleByLoftAdamState:
         tree = find_pairs(params, pairs)
-        memory = zero_memory(tree, widths, (mu_dtype, None))
+        memory = zero_memory(tree, widths, (mu_dtype, None), (mu_dtype, nu_dtype))
         trees = map(tree.treedef.unflatten, (memory.basis, *memory.moments))
         # Two arrays: a buffer that served twice could not be donated.
         return ScaleByLoftAdamState(jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32), *trees)
@@ -153,6 +157,7 @@ def loft_adamw(
     moves_first: _alternation.FactorName = "b",
     mask: Any | Callable[[optax.Params], Any] | None = None,
     mu_dtype: jax.typing.DTypeLike | None = None,
+    nu_dtype: jax.typing.DTypeLike | None = None,
     pairs: LoraPairs | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""LoFT-AdamW: low-rank adaptation that follows full fine-tuning with AdamW.
@@ -172,7 +177,7 @@ def loft_adamw(
         adapter's part of the weight, not the frozen base.
       mask: a tree of booleans, or a function from parameters to one, of what to decay.
       second_moment, calibrate, alternate, scale_gradient, reconstruct, moves_first, mu_dtype,
-        pairs: see `scale_by_loft_adam`.
+        nu_dtype, pairs: see `scale_by_loft_adam`.
 
     Returns:
       A transformation whose ``update`` needs ``params``, with the state ``(ScaleByLoftAdamState,
@@ -210,6 +215,7 @@ def loft_adamw(
         reconstruct=reconstruct,
         moves_first=moves_first,
         mu_dtype=mu_dtype,
+        nu_dtype=nu_dtype,
         pairs=pairs,
     )
     return descend(core, learning_rate, weight_decay, mask, alternate, moves_first, pairs)

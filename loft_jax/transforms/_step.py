@@ -78,6 +78,7 @@ class Method(NamedTuple):
         ``rows`` is how the factor's are spread.
       direction: ``(moments, h, frame, copies, rows) ->`` the update of the factor, ``(m, r)``, from
         the new moments; ``copies`` of it are computed at once.
+      narrow: ``(moments, dtypes) -> moments`` in the dtypes in which the state keeps them.
       outside: ``(gradient, *moments) -> (direction, *moments)`` for a leaf outside pairs.
       work: ``(m, n, r) ->`` numbers that ``direction`` makes on its way for one matrix.
     """
@@ -86,6 +87,9 @@ class Method(NamedTuple):
     direction: Callable[..., jax.Array]
     outside: Callable[..., tuple[jax.Array, ...]]
     work: Callable[[int, int, int], int] = lambda m, n, r: m * r
+    narrow: Callable[..., tuple[jax.Array, ...]] = lambda moments, dtypes: tuple(
+        x.astype(dtype) for x, dtype in zip(moments, dtypes, strict=True)
+    )
 
 
 _Sides = tuple[Any, ...]
@@ -96,6 +100,7 @@ def zero_memory(
     tree: PairedTree,
     widths: Sequence[Callable[[int, int], int]],
     dtypes: Sequence[jax.typing.DTypeLike | None],
+    factor_dtypes: Sequence[jax.typing.DTypeLike | None] | None = None,
 ) -> Memory:
     """Returns zero frames and moments, each laid out and sharded like its parameter.
 
@@ -103,6 +108,7 @@ def zero_memory(
       tree: the parameters.
       widths: for each moment ``(m, r) ->`` numbers of state per row of a factor.
       dtypes: for each moment its dtype, None for that of the computation.
+      factor_dtypes: for each moment its dtype for factors, None for the same as of other leaves.
     """
     # Each array is made anew: one that served twice could not be donated to a compiled step.
     basis: list[Any] = [optax.MaskedNode() for _ in tree.leaves]
@@ -114,8 +120,12 @@ def zero_memory(
         for k, layout, rows in ((pair.a, pair.layout_a, pair.m), (pair.b, pair.layout_b, pair.n)):
             factor, rank = tree.leaves[k], layout.rank
             basis[k] = jnp.zeros_like(factor, dtype=compute_dtype(factor))
-            for moment, width in zip(moments, widths, strict=True):
+            for moment, width, dtype in zip(
+                moments, widths, factor_dtypes or [None] * len(widths), strict=True
+            ):
                 moment[k] = widened(moment[k], rank, width(rows, pair.r))
+                if dtype is not None:
+                    moment[k] = moment[k].astype(dtype)
     return Memory(basis, moments)
 
 
@@ -219,11 +229,8 @@ def _step_of_group(
         else:
             moved = directions(True, True)
         state = tuple(
-            tuple(
-                factor.untall_matrix(new).astype(old.dtype)
-                for new, old in zip(of_side, of_side_before, strict=True)
-            )
-            for factor, of_side, of_side_before in zip(factors, after, moments, strict=True)
+            tuple(map(factor.untall_matrix, method.narrow(new, [x.dtype for x in old])))
+            for factor, new, old in zip(factors, after, moments, strict=True)
         )
         return state, tuple(f.untall_matrix(x) for f, x in zip(factors, moved, strict=True))
 
