@@ -1,8 +1,9 @@
 """What crosses devices in a compiled program: its collectives, counted in the HLO text.
 
-A collective in a loop counts once a trip. Of a conditional the costlier branch counts: LoFT's two
-branches are the two factors' turns. A collective that a compiler has made asynchronous is printed
-several times (its start, steps in between, its end), all with one channel, and counts once.
+A collective in a loop counts once a trip. Of conditionals the same branch counts in all of them,
+the first or the second, whichever costs more: LoFT's two are the two factors' turns. A collective
+that a compiler has made asynchronous is printed several times (its start, steps in between, its
+end), all with one channel, and counts once.
 """
 
 import math
@@ -55,8 +56,12 @@ class Collective(NamedTuple):
 def collectives(text: str) -> list[Collective]:
     """Returns the collectives of a compiled program that cross devices."""
     bodies, entry = _computations(text)
+    return max((_of_branch(bodies, entry, branch) for branch in (0, 1)), key=total_sent)
+
+
+def _of_branch(bodies: dict[str, list[str]], entry: str, branch: int) -> list[Collective]:
     found: dict[str, tuple[bool, Collective]] = {}
-    for channel, starts, collective in _walk(bodies, entry, 1, True, ""):
+    for channel, starts, collective in _walk(bodies, entry, 1, True, "", branch):
         known = found.get(channel)
         # Steps in between may lie in an inner loop: the start says how often.
         better = known is None or (starts, collective.trips) > (known[0], known[1].trips)
@@ -83,7 +88,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _walk(
-    bodies: dict[str, list[str]], name: str, trips: int, starts: bool, around: str
+    bodies: dict[str, list[str]], name: str, trips: int, starts: bool, around: str, branch: int
 ) -> Iterator[tuple[str, bool, Collective]]:
     """Yields the channel of each collective, whether it begins there, and the collective."""
     for number, line in enumerate(bodies.get(name, ())):
@@ -96,14 +101,14 @@ def _walk(
         called = _called(line)
         if "branch_computations" in called or "true_computation" in called:
             callees = [x for role, names in called.items() if role != "calls" for x in names]
-            branches = [list(_walk(bodies, x, trips, starts, source)) for x in callees]
-            yield from max(branches, key=lambda x: total_sent(one for *_, one in x), default=())
+            taken = callees[min(branch, len(callees) - 1)]
+            yield from _walk(bodies, taken, trips, starts, source, branch)
             continue
         inside = starts and (" fusion(" not in line or "%async-collective-start" in line)
         for role, names in called.items():
             count = trips * _trip_count(bodies, line) if role == "body" else trips
             for callee in names:
-                yield from _walk(bodies, callee, count, inside, source)
+                yield from _walk(bodies, callee, count, inside, source, branch)
 
 
 def _called(line: str) -> dict[str, list[str]]:

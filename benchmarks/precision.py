@@ -4,9 +4,9 @@
 
 Accelerators multiply float32 matrices in pieces of bfloat16 or TF32: one pass, or several that
 recover most of the digits. Here their products are emulated, one kind at a time and all together,
-in an optimizer that is otherwise float32, and the path of the weight is compared with the same path in
-float64: the norm of the difference, relative to how far the weight has moved. The gradients are a
-fixed signal with noise of its size, and do not depend on the path, so that errors do not correct
+in an optimizer that is otherwise float32, and the path of the weight is compared with the same path
+in float64: the norm of the difference, relative to how far the weight has moved. The gradients are
+a fixed signal with noise of its size, and do not depend on the path, so that errors do not correct
 themselves. Then the same for second moments kept in bfloat16, rounded to nearest and by chance.
 """
 

@@ -1,0 +1,82 @@
+"""The benchmarks of cost measure what they say: their peers are right, and their floors are."""
+
+import floor
+import jax
+import jax.numpy as jnp
+import method_costs
+import numpy as np
+import optax
+import optimizer_step
+import precision
+import pytest
+import timing
+from pair_sets import PairSet, abstract_adapters, adapters, like
+
+from loft_jax import loft_adamw
+
+TINY = PairSet(2, {"q": (12, 9), "down": (7, 12)})
+
+
+def test_the_equations_typed_in_pytorch_are_loft(x64):
+    """An independent implementation, float64: ten steps, both factors in turn."""
+    torch_loft = pytest.importorskip("torch_loft", reason="PyTorch is not installed")
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), adapters(TINY, 3))
+    grads = like(params)
+    plain = torch_loft.TorchLoft(torch_loft.tall_pairs(params), 1e-2, weight_decay=0.1)
+    tx = loft_adamw(1e-2, weight_decay=0.1)
+    state = tx.init(params)
+    for _ in range(10):
+        plain.step(torch_loft.tall_pairs(grads))
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    for pair, expected in zip(torch_loft.tall_pairs(params), plain.pairs, strict=True):
+        for got, factor in zip(pair, expected, strict=True):
+            np.testing.assert_allclose(got.numpy(), factor.numpy(), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("rank", [4, 16])
+def test_the_floor_of_the_update_is_what_its_program_multiplies(rank):
+    pair_set = PairSet(1, {"q": (2048, 2048)})
+    _, multiplied = method_costs.costs(loft_adamw(1e-3), 2048, 2048, rank)
+    expected = sum(part.flops for part in floor.parts(pair_set, rank)) / 2
+    # The program also picks columns by products with zeros and ones, which need not be.
+    assert expected <= multiplied <= 1.15 * expected
+
+
+def test_pair_sets_are_counted():
+    leaves = jax.tree.leaves(abstract_adapters(TINY, 1))
+    assert len(leaves) == 2 * TINY.pairs == 8
+    assert sum(x.size for x in leaves) == TINY.rows
+    assert TINY.entries == 2 * (12 * 9 + 7 * 12)
+
+
+def test_every_optimizer_and_layout_is_measured(monkeypatch):
+    monkeypatch.setitem(optimizer_step.PAIR_SETS, "tiny", TINY)
+    everything = [*optimizer_step.OPTIMIZERS, optimizer_step.TORCH]
+    rows = [
+        row
+        for stacked in (False, True)
+        for row in optimizer_step.measure("tiny", 2, 1, everything, stacked)
+    ]
+    assert {row["optimizer"] for row in rows} >= set(optimizer_step.OPTIMIZERS)
+    assert {row["pairs"] for row in rows} == {"tiny", "tiny, stacked"}
+    assert all(row["step_ms"][1] > 0 for row in rows)
+    assert len(optimizer_step.table(rows).splitlines()) == 2 + len(rows)
+
+
+def test_runs_alternate_and_the_first_do_not_count():
+    order = []
+    steps = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
+    times = timing.in_alternation(steps, runs=2, warmup=1)
+    assert "".join(order) == "abbaab"
+    assert {name: len(x) for name, x in times.items()} == {"a": 2, "b": 2}
+
+
+def test_emulated_digits_are_those_of_the_formats():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(40, 40)), jnp.float32)
+    assert (precision.rounded(x, 8) == x.astype(jnp.bfloat16).astype(jnp.float32)).all()
+    assert (precision.rounded(x, 24 - 1) != x).any()
+    exact = np.asarray(x, np.float64) @ np.asarray(x, np.float64)
+    errors = [np.abs(product(x, x) - exact).max() for product in precision.PRODUCTS.values()]
+    in_float32, bfloat16, tf32, bfloat16_x3, _ = errors
+    assert in_float32 < bfloat16_x3 < tf32 < bfloat16
