@@ -53,7 +53,7 @@ class Rates(NamedTuple):
 # special-function units on the H200; on TPUs the vector unit's, which is not published: left out.
 MACHINES = (
     Rates("H200, float32", 67e12, 4.8e12, 132 * 16 / 2 * 1.98e9),
-    Rates("H200, TF32 in 3 passes", 494e12 / 3, 4.8e12, 132 * 16 / 2 * 1.98e9),
+    Rates("H200, TF32", 494e12, 4.8e12, 132 * 16 / 2 * 1.98e9),
     Rates("TPU v5e, bfloat16 in 6 passes", 197e12 / 6, 0.819e12, np.inf),
     Rates("TPU v5e, bfloat16 in 3 passes", 197e12 / 3, 0.819e12, np.inf),
 )
