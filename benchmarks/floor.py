@@ -10,7 +10,6 @@ and its traffic; the parts' floors add up, since each needs the one before.
 """
 
 import argparse
-import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from optimizer_step import OPTIMIZERS, Step
-from pair_sets import PAIR_SETS, PairSet, adapters
+from pair_sets import PAIR_SETS, STACKED, PairSet, adapters
 from timing import append, in_alternation
 
 from loft_jax import LoraPairs
@@ -105,10 +104,10 @@ def cpu_probes() -> dict[str, tuple[Callable[[], Any], float]]:
     }
 
 
-def measure(name: str, rank: int, second_moment: str, runs: int) -> dict[str, Any]:
+def measure(name: str, rank: int, second_moment: str, stacked: bool, runs: int) -> dict[str, Any]:
     """The floor by this machine's rates beside the measured step."""
-    probes = cpu_probes()
-    step = Step(OPTIMIZERS[second_moment](1e-3, LoraPairs()), adapters(PAIR_SETS[name], rank))
+    probes, pairs = cpu_probes(), STACKED if stacked else LoraPairs()
+    step = Step(OPTIMIZERS[second_moment](1e-3, pairs), adapters(PAIR_SETS[name], rank, stacked))
     runners: dict[str, Callable[[], Any]] = {key: run for key, (run, _) in probes.items()}
     times = in_alternation(runners | {"step": step}, runs)
     best = {key: amount / float(np.median(times[key])) for key, (_, amount) in probes.items()}
@@ -117,7 +116,7 @@ def measure(name: str, rank: int, second_moment: str, runs: int) -> dict[str, An
     floor = sum(rates.seconds(part) for part in found)
     measured = float(np.median(times["step"])) / 2
     return {
-        "pairs": name,
+        "pairs": f"{name}, stacked" if stacked else name,
         "rank": rank,
         "second_moment": second_moment,
         "gflop_per_s": round(best["product"] / 1e9, 1),
@@ -156,6 +155,7 @@ def main() -> None:
     parser.add_argument("--pairs", nargs="+", choices=PAIR_SETS, default=["gpt2"])
     parser.add_argument("--ranks", nargs="+", type=int, default=[4, 16])
     parser.add_argument("--second-moment", choices=("calibrated", "factored"), default="calibrated")
+    parser.add_argument("--stacked", action="store_true", help="layers stacked on a first axis")
     parser.add_argument("--runs", type=int, default=9)
     parser.add_argument("--paper", action="store_true", help="published peaks alone, no measuring")
     parser.add_argument("--results", type=Path, help="append the rows to this JSON-lines file")
@@ -165,8 +165,8 @@ def main() -> None:
             print(paper_table(name, rank), end="\n\n")
     if options.paper:
         return
-    measured = functools.partial(measure, second_moment=options.second_moment, runs=options.runs)
-    rows = [measured(name, rank) for name in options.pairs for rank in options.ranks]
+    how = (options.second_moment, options.stacked, options.runs)
+    rows = [measure(name, rank, *how) for name in options.pairs for rank in options.ranks]
     append(options.results, rows)
     print("| pairs | rank | GFLOP/s | GB/s | G ratios/s | floor, ms | step, ms | step / floor |")
     print("|---|---|---|---|---|---|---|---|")

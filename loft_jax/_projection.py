@@ -72,7 +72,9 @@ def project_adam_direction(
         ratio = moment / jnp.where(denominator > 0, denominator, 1)
         return total + product(jnp.clip(ratio, -step.bound, step.bound), q_block), None
 
-    blocks = _interleave(q, _block_count(q.shape[0], mu.shape[0] * copies))
+    blocks = _interleave(
+        q, _block_count(q.shape[0], mu.shape[0] * copies, _BLOCK_ENTRIES[platform()])
+    )
     # Zeros of both: inside a shard_map the sum differs between devices as its terms do.
     zeros = jnp.zeros_like(mu) + jnp.zeros_like(q[:1])
     if blocks.shape[0] == 1:
@@ -91,17 +93,19 @@ def product(x: Float[Array, "i k"], y: Float[Array, "k j"]) -> Float[Array, "i j
     return jnp.matmul(x, y, precision=jax.lax.Precision.HIGH)
 
 
-def _block_count(n: int, m: int) -> int:
+def _block_count(n: int, m: int, entries: int) -> int:
     """Returns how many blocks to cut ``n`` rows into, so that they stay where they are sharded.
 
+    The update has ``m`` rows, and a block of it about ``entries`` entries.
+
     Example:
-      >>> _block_count(11008, 4096), 11008 // 43
+      >>> _block_count(11008, 4096, 2**21), 11008 // 43
       (43, 256)
-      >>> _block_count(4304, 1152)  # 16 times a prime: blocks of 16 rows would be far too many
+      >>> _block_count(4304, 1152, 2**21)  # 16 times a prime: not in blocks of 16 rows
       4
     """
     unit = math.gcd(n, _BLOCK_COLUMNS)
-    wanted = min(n // unit, -(-n * m // _BLOCK_ENTRIES[platform()]))
+    wanted = min(n // unit, -(-n * m // entries))
     count = next(k for k in range(wanted, n // unit + 1) if (n // unit) % k == 0)
     if n // count >= 64 or count < 2 * wanted:
         return count
