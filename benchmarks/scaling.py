@@ -154,11 +154,12 @@ def versions(setting: Setting) -> dict[str, str]:
 
 
 def results() -> list[dict[str, Any]]:
-    """The kept rows, the latest of each setting, in the order of the tables."""
+    """The kept rows of the tables' settings, the latest of each, in the order of the tables."""
     latest: dict[str, dict[str, Any] | None] = {key_of(named(setting)): None for setting in rows()}
     for line in RESULTS.read_text().splitlines():
         row = json.loads(line)
-        latest[key_of(row)] = row
+        if key_of(row) in latest:
+            latest[key_of(row)] = row
     return [row for row in latest.values() if row]
 
 
