@@ -316,14 +316,14 @@ def test_bfloat16_parameters_have_float32_state(make):
     assert_trees_close(updates, expected, rtol=2**-6)  # of the updates' dtype
 
 
-with_nu_dtype = {
-    name: make
-    for name, make in OPTIMIZERS.items()
-    if "nu_dtype" in inspect.signature(make.func).parameters
-}
+def every_one_with(option):
+    """The optimizers that take an option."""
+    takes = lambda make: option in inspect.signature(make.func).parameters
+    found = {name: make for name, make in OPTIMIZERS.items() if takes(make)}
+    return pytest.mark.parametrize("make", found.values(), ids=found.keys())
 
 
-@pytest.mark.parametrize("make", with_nu_dtype.values(), ids=with_nu_dtype.keys())
+@every_one_with("nu_dtype")
 def test_nu_dtype_is_that_of_the_factors_second_moment_alone(make):
     params, gradients = small_params(), small_gradients(small_params(), 3)
     got, state = train(make(nu_dtype="bfloat16"), params, gradients)
@@ -335,14 +335,7 @@ def test_nu_dtype_is_that_of_the_factors_second_moment_alone(make):
     assert sorted(x.shape for x in narrow) == sorted(x.shape for x in factors)
 
 
-with_mu_dtype = {
-    name: make
-    for name, make in OPTIMIZERS.items()
-    if "mu_dtype" in inspect.signature(make.func).parameters
-}
-
-
-@pytest.mark.parametrize("make", with_mu_dtype.values(), ids=with_mu_dtype.keys())
+@every_one_with("mu_dtype")
 def test_mu_dtype_is_that_of_the_first_moment_alone(make):
     params, gradients = small_params(), small_gradients(small_params(), 2)
     got, state = train(make(mu_dtype="bfloat16"), params, gradients)

@@ -8,6 +8,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def main() -> None:
                 blocked.append(time.perf_counter() - start)
                 checkpoints.wait()
                 whole.append(time.perf_counter() - start)
-            restore = seconds(lambda: checkpoints.restore(adapter=adapter, opt_state=state))  # noqa: B023
+            restore = seconds(partial(checkpoints.restore, adapter=adapter, opt_state=state))
         size = sum(p.stat().st_size for p in (folder / "5").rglob("*") if p.is_file())
         record = (folder / "5" / "meta" / "metadata").stat().st_size
         print(f"  save      blocks {statistics.median(blocked[1:]):.2f} s, whole after ", end="")
