@@ -110,6 +110,7 @@ class Setting:
       method: LoFT's second moment, or "lora" for `optax.adamw` on the same adapters.
       batch, length: sequences a step, and their tokens.
       targets: which projections have adapters.
+      apart: each layer has arrays of its own; else layers are stacked and scanned.
     """
 
     target: str
@@ -120,6 +121,7 @@ class Setting:
     batch: int = 16
     length: int = 256
     targets: tuple[str, ...] = ("q", "k", "v", "up", "down")
+    apart: bool = False
 
     @property
     def config(self) -> llama.LlamaConfig:
@@ -148,6 +150,24 @@ class RematLlama(llama.Llama):
         return self.norm(x)
 
 
+class ApartLlama(RematLlama):
+    """The same with arrays of its own for each layer: the program has every layer written out."""
+
+    def __init__(self, config: llama.LlamaConfig, *, rngs: nnx.Rngs):
+        super().__init__(dataclasses.replace(config, num_hidden_layers=1), rngs=rngs)
+        self.config = config
+        count = config.num_hidden_layers
+        self.layers = nnx.List([llama.Layer(config, rngs=rngs) for _ in range(count)])
+
+    def hidden(self, tokens: jax.Array) -> jax.Array:
+        x = _batch_split(self.embed_tokens(tokens))
+        for layer in self.layers:
+            graphdef, weights = nnx.split(layer)
+            run = lambda x, weights, graphdef=graphdef: nnx.merge(graphdef, weights)(x)
+            x = _batch_split(jax.checkpoint(run)(x, weights))
+        return self.norm(x)
+
+
 def _batch_split(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, P(TOKENS, None, None))
 
@@ -158,10 +178,11 @@ def weight_spec(path: str, ndim: int) -> P:
         return P("tensor", "fsdp")
     if "lm_head" in path:
         return P("fsdp", "tensor")
-    if ndim < 3:  # norms
+    if "norm" in path:
         return P()
     row_parallel = re.search(r"(o|down)_proj", path)
-    return P(None, "tensor", "fsdp") if row_parallel else P(None, "fsdp", "tensor")
+    spec = ("tensor", "fsdp") if row_parallel else ("fsdp", "tensor")
+    return P(*[None] * (ndim - 2), *spec)
 
 
 def devices(target: str) -> list[Any]:
@@ -183,15 +204,32 @@ def devices(target: str) -> list[Any]:
 
 def compiled_step(setting: Setting) -> Any:
     """Compiles the training step; returns jax's compiled object."""
+    return compile_lowered(setting, lowered_step(setting))
+
+
+def compile_lowered(setting: Setting, lowered: Any) -> Any:
+    """Compiles what `lowered_step` returns."""
+    # A GPU that is not there cannot try which kernel is fastest.
+    is_gpu = setting.target.startswith("h200")
+    options: dict[str, str | bool] = {"xla_gpu_autotune_level": "0"} if is_gpu else {}
+    return lowered.compile(compiler_options=options)
+
+
+def lowered_step(setting: Setting) -> Any:
+    """Traces the training step; returns jax's lowered object."""
     mesh = Mesh(
         np.array(devices(setting.target)).reshape([setting.size(axis) for axis in AXES]), AXES
     )
     rule = llama.lora_rule(setting.targets, setting.rank, alpha=2 * setting.rank)
+    if setting.apart:
+        rule = dataclasses.replace(
+            rule, path=rule.path.replace("layers/", r"layers/\d+/"), batch=()
+        )
     tx = optimizer(setting, rule)
 
     def make() -> Any:
-        model = RematLlama(setting.config, rngs=nnx.Rngs(0))
-        return add_lora(model, rule, rngs=nnx.Rngs(1))
+        kind = ApartLlama if setting.apart else RematLlama
+        return add_lora(kind(setting.config, rngs=nnx.Rngs(0)), rule, rngs=nnx.Rngs(1))
 
     graphdef, adapter, base = nnx.split(nnx.eval_shape(make), nnx.LoRAParam, ...)
     base = _placed(nnx.as_pure(base), mesh)
@@ -215,11 +253,8 @@ def compiled_step(setting: Setting) -> Any:
         donate_argnums=(0, 1),
         out_shardings=(*shardings, NamedSharding(mesh, P())),
     )
-    # A GPU that is not there cannot try which kernel is fastest.
-    is_gpu = setting.target.startswith("h200")
-    options: dict[str, str | bool] = {"xla_gpu_autotune_level": "0"} if is_gpu else {}
     with jax.set_mesh(mesh):
-        return jitted.lower(adapter, state, base, tokens).compile(compiler_options=options)
+        return jitted.lower(adapter, state, base, tokens)
 
 
 def optimizer(setting: Setting, rule: Any) -> optax.GradientTransformation:

@@ -7,12 +7,14 @@ from ``V_-`` to ``V``. Both come from a basis that is not orthonormal. With ``V 
 contraction, and nothing is ever divided by ``|V|^2``.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from loft_jax._jointly import jointly
 from loft_jax._rows import WHOLE, Rows
 
 
@@ -27,6 +29,37 @@ class Basis(NamedTuple):
 
     q: Float[Array, "n r"]
     l_inv: Float[Array, "r r"]
+
+
+def orthonormal_bases(factors: Sequence[Array], rows: Sequence[Rows]) -> list[Basis]:
+    """Returns orthonormal bases of the columns of factors, `orthonormal_basis` of each.
+
+    What is ``r x r`` is done for all of them at once: two Cholesky factorizations in a program,
+    however many kinds of factors it has, where each kind of its own would have two.
+
+    Args:
+      factors: each ``(*batch, n, r)``, floating point; the batch axes enumerate factors.
+      rows: how the rows of each are spread.
+
+    Returns:
+      For each its basis, of the same batch axes, in its dtype.
+    """
+    # Squares of tiny entries would underflow in float32, so the Gram matrix sees entries up to 1.
+    scales, thin = [], []
+    for v, part in zip(factors, rows, strict=True):
+        largest = part.max(jnp.max(jnp.abs(v), axis=(-2, -1), keepdims=True))
+        scales.append(jnp.where(largest > 0, largest, 1))
+        thin.append(v / scales[-1])
+    grams = lambda: [
+        part.sum(jnp.swapaxes(q, -1, -2) @ q) for q, part in zip(thin, rows, strict=True)
+    ]
+    passes = []
+    for _ in range(2):
+        steps = jointly(_inverse_cholesky, grams())
+        thin = [q @ jnp.swapaxes(step, -1, -2) for q, step in zip(thin, steps, strict=True)]
+        passes.append(steps)
+    polished = jointly(_polish, grams(), *passes, scales)
+    return [Basis(q @ polish, l_inv) for q, (polish, l_inv) in zip(thin, polished, strict=True)]
 
 
 def orthonormal_basis(v: Float[Array, "n r"], rows: Rows = WHOLE) -> Basis:
@@ -61,20 +94,21 @@ def orthonormal_basis(v: Float[Array, "n r"], rows: Rows = WHOLE) -> Basis:
       >>> bool(jnp.allclose(v @ l_inv.T, q, atol=1e-5))
       True
     """
-    r = v.shape[-1]
-    eye = jnp.eye(r, dtype=v.dtype)
-    # Squares of tiny entries would underflow in float32, so the Gram matrix sees entries up to 1.
-    largest = rows.max(jnp.max(jnp.abs(v)))
-    scale = jnp.where(largest > 0, largest, 1)
-    q, l_inv = v / scale, eye / scale
-    for _ in range(2):
-        step = _inverse_cholesky(rows.sum(q.T @ q))
-        q, l_inv = q @ step.T, step @ l_inv
-    gram = rows.sum(q.T @ q)
+    return orthonormal_bases([v], [rows])[0]
+
+
+def _polish(
+    gram: Float[Array, "r r"],
+    first: Float[Array, "r r"],
+    second: Float[Array, "r r"],
+    scale: Float[Array, "1 1"],
+) -> tuple[Float[Array, "r r"], Float[Array, "r r"]]:
+    """Returns the polynomial in the last Gram matrix, and with it all of ``l_inv``."""
+    eye = jnp.eye(gram.shape[-1], dtype=gram.dtype)
     once = gram @ (5 * eye - 3 * gram) / 2
     gram = once @ gram @ once
     polish = once @ gram @ (5 * eye - 3 * gram) / 2
-    return Basis(q @ polish, polish @ l_inv)
+    return polish, polish @ (second @ (first / scale))
 
 
 def _inverse_cholesky(gram: Float[Array, "r r"]) -> Float[Array, "r r"]:

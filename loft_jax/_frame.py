@@ -4,11 +4,12 @@ LoFT is written in the orthonormal frame. The raw frame, in which the paper prin
 kept for the ablations alone: what is left of the method when a block is off depends on it.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from jaxtyping import Array, Float
 
-from loft_jax._basis import Basis, orthonormal_basis
+from loft_jax._basis import Basis, orthonormal_bases
 from loft_jax._rows import WHOLE, Rows
 
 
@@ -34,15 +35,36 @@ class Frame(NamedTuple):
         return self.basis.q if self.raw is None else self.raw
 
 
+def orthonormal_frames(
+    factors: Sequence[Array], scales: Sequence[float], rows: Sequence[Rows]
+) -> list[Frame]:
+    """Returns the frames of ``scale * V`` in which LoFT is written, see `orthonormal_bases`."""
+    bases = orthonormal_bases(factors, rows)
+    return [
+        Frame(Basis(basis.q, basis.l_inv / scale), None, part)
+        for basis, scale, part in zip(bases, scales, rows, strict=True)
+    ]
+
+
+def raw_frames(
+    factors: Sequence[Array], scales: Sequence[float], rows: Sequence[Rows]
+) -> list[Frame]:
+    """Returns the columns of each ``scale * V`` themselves as its frame."""
+    frames = orthonormal_frames(factors, scales, rows)
+    return [
+        frame._replace(raw=scale * v)
+        for frame, v, scale in zip(frames, factors, scales, strict=True)
+    ]
+
+
 def orthonormal_frame(v: Float[Array, "n r"], scale: float, rows: Rows = WHOLE) -> Frame:
-    """Returns the frame of ``scale * V`` in which LoFT is written, see `orthonormal_basis`."""
-    q, l_inv = orthonormal_basis(v, rows)
-    return Frame(Basis(q, l_inv / scale), None, rows)
+    """Returns `orthonormal_frames` of one factor."""
+    return orthonormal_frames([v], [scale], [rows])[0]
 
 
 def raw_frame(v: Float[Array, "n r"], scale: float, rows: Rows = WHOLE) -> Frame:
-    """Returns the columns of ``scale * V`` themselves as a frame."""
-    return orthonormal_frame(v, scale, rows)._replace(raw=scale * v)
+    """Returns `raw_frames` of one factor."""
+    return raw_frames([v], [scale], [rows])[0]
 
 
 def coordinates(gradient: Float[Array, "m r"], frame: Frame) -> Float[Array, "m r"]:

@@ -1,18 +1,18 @@
 """Clipping by the norm that full fine-tuning would see (block 6)."""
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from loft_jax._frame import coordinates, orthonormal_frame
+from loft_jax._frame import coordinates
 from loft_jax._mesh import in_auto_axes
 from loft_jax._pairs import LoraPairs, PairedTree, find_pairs
 from loft_jax.transforms import _alternation
 from loft_jax.transforms._factors import (
     compute_dtype,
+    factor_frames,
     group_pairs,
     leaves_outside,
     read_arguments,
@@ -111,12 +111,11 @@ def _squared_norm(
         tree.parts(k).sum(_sum_of_squares(gradients[k].astype(compute_dtype(params[k]))))
         for k in leaves_outside(tree)
     ]
-    for group in group_pairs(tree):
-        frame = functools.partial(orthonormal_frame, scale=group.scale)
-        frames = group.of_factors(frame, params)
+    groups = group_pairs(tree)
+    for group, frames in zip(groups, factor_frames(groups, params), strict=True):
         h_a, h_b = (
-            group.over_batch(coordinates)(factor.tall(gradients), frames[partner])
-            for factor, partner in group.sides
+            group.over_batch(coordinates)(factor.tall(gradients), frame)
+            for factor, frame in zip((group.a, group.b), reversed(frames), strict=True)
         )
         of_a, of_b = (
             tree.parts(factor.leaves[0]).sum(_sum_of_squares(h))
@@ -126,7 +125,7 @@ def _squared_norm(
             terms.append(jnp.where(moves_a, of_a, of_b))
         else:
             # |G P_V + P_U G|^2: the inner product of the two is |P_U G P_V|^2.
-            shared = group.a.rows.sum(jnp.swapaxes(frames[group.a].span, -1, -2) @ h_a)
+            shared = group.a.rows.sum(jnp.swapaxes(frames[0].span, -1, -2) @ h_a)
             terms += [of_a, of_b, 2 * group.layers.sum(_sum_of_squares(shared))]
     return jnp.stack(terms).sum() if terms else jnp.zeros([])
 

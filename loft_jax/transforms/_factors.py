@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from loft_jax._axes import FactorLayout
+from loft_jax._frame import Frame, orthonormal_frames
 from loft_jax._pairs import LoraPairs, Pair, PairedTree, find_pairs
 from loft_jax._rows import Rows
 
@@ -113,10 +114,20 @@ class Group(NamedTuple):
             fn = jax.vmap(fn)
         return fn
 
-    def of_factors(self, fn: Callable[..., Any], params: Sequence[jax.Array]) -> dict[Factor, Any]:
-        """Returns a function of a tall matrix, such as its frame, for both factors."""
-        of = lambda factor: self.over_batch(functools.partial(fn, rows=factor.rows))
-        return {factor: of(factor)(factor.tall(params)) for factor in (self.a, self.b)}
+
+def factor_frames(
+    groups: Sequence[Group],
+    params: Sequence[jax.Array],
+    make: Callable[..., list[Frame]] = orthonormal_frames,
+) -> list[tuple[Frame, Frame]]:
+    """Returns for each group the frames of its two factors, stacks of them, made all at once."""
+    factors = [factor for group in groups for factor in (group.a, group.b)]
+    frames = make(
+        [factor.tall(params) for factor in factors],
+        [group.scale for group in groups for _ in range(2)],
+        [factor.rows for factor in factors],
+    )
+    return list(zip(frames[::2], frames[1::2], strict=True))
 
 
 def group_pairs(tree: PairedTree) -> list[Group]:

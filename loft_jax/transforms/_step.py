@@ -4,7 +4,6 @@ The optimizers differ in what they remember of past gradients and in the directi
 Which factor moves, the frames, the projected gradient and the calibration are the same for all.
 """
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -13,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from loft_jax._frame import Frame, coordinates, orthonormal_frame, raw_frame, transport
+from loft_jax._frame import Frame, coordinates, orthonormal_frames, raw_frames, transport
 from loft_jax._pairs import PairedTree
 from loft_jax._rows import Rows
 from loft_jax._side import Calibration
@@ -22,6 +21,7 @@ from loft_jax.transforms._factors import (
     Factor,
     Group,
     compute_dtype,
+    factor_frames,
     group_pairs,
     leaves_outside,
     widened,
@@ -47,13 +47,13 @@ class Blocks(NamedTuple):
     moves_first: _alternation.FactorName = "b"
 
     @property
-    def frame(self) -> Callable[..., Frame]:
-        """The frame of the moments. In the whole method it makes no difference but to rounding.
+    def frames(self) -> Callable[..., list[Frame]]:
+        """Makes the frames of the moments. In the whole method only rounding depends on which.
 
-        With a block off it does, and the ablation is meant in the coordinates of the paper.
+        With a block off more does, and the ablation is meant in the coordinates of the paper.
         """
         whole = self.scale_gradient and self.calibrate and self.reconstruct
-        return orthonormal_frame if whole else raw_frame
+        return orthonormal_frames if whole else raw_frames
 
 
 class Memory(NamedTuple):
@@ -149,25 +149,24 @@ def loft_step(
         for moment, value in zip(after.moments, new, strict=True):
             moment[k] = value
 
-    for group in group_pairs(tree):
-        frames = group.of_factors(functools.partial(blocks.frame, scale=group.scale), params)
+    groups = group_pairs(tree)
+    for group, frames in zip(groups, factor_frames(groups, params, blocks.frames), strict=True):
+        factors, spans = (group.a, group.b), (None, None)
         if before.moments:
-            spans = {factor: factor.tall(before.basis) for factor in (group.a, group.b)}
-            for factor, frame in frames.items():
+            spans = tuple(factor.tall(before.basis) for factor in factors)
+            for factor, frame in zip(factors, frames, strict=True):
                 factor.put(frame.span, after.basis, like=before.basis)
-        else:
-            spans = dict.fromkeys(frames)
         moments, moved = _step_of_group(
             group,
             method,
             blocks,
             turn,
-            tuple(tuple(factor.stack(x) for x in before.moments) for factor in frames),
-            tuple(factor.stack(gradients) for factor in frames),
-            tuple(frames.values()),
-            tuple(spans.values()),
+            tuple(tuple(factor.stack(x) for x in before.moments) for factor in factors),
+            tuple(factor.stack(gradients) for factor in factors),
+            frames,
+            spans,
         )
-        for factor, new, direction in zip(frames, moments, moved, strict=True):
+        for factor, new, direction in zip(factors, moments, moved, strict=True):
             factor.unstack(direction, directions, like=gradients)
             for moment, stack, old in zip(after.moments, new, before.moments, strict=True):
                 factor.unstack(stack, moment, like=old)
