@@ -24,10 +24,12 @@ from flax import nnx
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
+import batches
 import text
 import weights
 from llama import lora_rule
-from training import Trainer, learning_rate_at, make_optimizer, next_token_loss, trainable
+from methods import make_optimizer, trainable
+from training import Trainer, learning_rate_at, next_token_loss
 
 from loft_jax.adapters import add_lora, lora_pairs
 
@@ -46,15 +48,19 @@ LABELS = {
     "loft diagonal": "LoFT (simple)",
     "lora": "LoRA",
 }
+NAMES = {"loft calibrated": "loft", "loft factored": "factored", "loft diagonal": "simple"}
+"""What the examples call the methods, where the results have other names."""
 TARGETS = ("q", "k", "v", "up", "down")
 RESULTS = Path(__file__).parent / "results"
 
 
+def examples_name(method: str) -> str:
+    return NAMES.get(method, method)
+
+
 def optimizer_for(method: str, rank: int, learning_rate: Any):
-    name, _, rest = method.partition(" ")
-    second_moment: Any = rest or "calibrated"
     pairs = lora_pairs(lora_rule(TARGETS, rank, rank))
-    return make_optimizer(name, learning_rate, second_moment=second_moment, pairs=pairs)
+    return make_optimizer(examples_name(method), learning_rate, pairs=pairs)
 
 
 def make_model(pretrained: weights.Pretrained, method: str, rank: int, seed: int) -> nnx.Module:
@@ -75,7 +81,7 @@ def run_once(
     """One training run: the test loss of each window, and what it took."""
     train, test = data
     state, began, losses = trainer.start(model), time.perf_counter(), []
-    for step, batch in enumerate(text.batches(train, 4, seed, range(options.steps))):
+    for step, batch in enumerate(batches.batches(train, 4, seed, range(options.steps))):
         state, loss = trainer.step(state, batch, learning_rate_at(step, options.steps, rate))
         losses.append(round(float(loss), 5))
     seconds = time.perf_counter() - began
@@ -92,7 +98,7 @@ def run_all(options: argparse.Namespace) -> None:
         text.windows(pretrained.tokenizer, text.load_documents(str(source)), 128, name)
         for source, name in ((options.train, "training"), (options.test, "test"))
     )
-    data = train, text.spread(test, options.windows)
+    data = train, batches.spread(test, options.windows)
     for method in options.methods:
         wanted = [
             (rate, seed)
@@ -107,7 +113,7 @@ def run_all(options: argparse.Namespace) -> None:
             model,
             next_token_loss,
             lambda rate, method=method: optimizer_for(method, options.rank, rate),
-            trainable("full" if method == "full" else "lora"),
+            trainable(examples_name(method)),
         )
         if ("zero-shot", 0.0, 0) not in done:
             loss = float(trainer.evaluate(trainer.start(model).params, data[1], 4).mean())

@@ -18,19 +18,15 @@ has no adapters without qwix, reads no GGUF, and its LLaMA ignores the configure
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from stacks import STACKED, scan_layers, stack
 
 from loft_jax.adapters import LoraRule
-
-M = TypeVar("M", bound=nnx.Module)
-
-STACKED = (0,)
-"""The axis of the layers' parameters on which the layers are stacked."""
 
 TARGETS = {
     "q": ("self_attn", "q_proj"),
@@ -201,13 +197,7 @@ class Llama(nnx.Module):
 
     def hidden(self, tokens: jax.Array) -> jax.Array:
         """Ids `(batch, length)` to the last layer's normalised output `(batch, length, hidden)`."""
-        graphdef, weights = nnx.split(self.layers)
-
-        def run(x: jax.Array, weights: nnx.State) -> tuple[jax.Array, None]:
-            return nnx.merge(graphdef, weights)(x), None
-
-        x, _ = jax.lax.scan(run, self.embed_tokens(tokens), weights)
-        return self.norm(x)
+        return self.norm(scan_layers(self.layers, self.embed_tokens(tokens)))
 
     def head(self, x: jax.Array) -> jax.Array:
         """Hidden states `(..., hidden)` to logits `(..., vocabulary)`."""
@@ -216,12 +206,6 @@ class Llama(nnx.Module):
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Ids `(batch, length)`, int, to logits `(batch, length, vocabulary)`."""
         return self.head(self.hidden(tokens))
-
-
-def stack(make: Callable[[nnx.Rngs], M], count: int, rngs: nnx.Rngs) -> M:
-    """`count` modules as one, whose parameters have a leading axis of that length."""
-    keys = jax.random.split(rngs.params(), count)
-    return nnx.vmap(lambda key: make(nnx.Rngs(key)))(keys)
 
 
 def lora_rule(targets: Iterable[str], rank: int, alpha: float) -> LoraRule:

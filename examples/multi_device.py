@@ -33,10 +33,10 @@ import sys
 from collections.abc import Callable, Sequence
 
 import jax
-from errors import UserError
-from finetune_llm import exit_status, finetune
+from errors import UserError, exit_status
+from finetune_llm import finetune
+from llm_settings import parse_arguments
 from meshes import make_mesh, parse_mesh
-from settings import parse_arguments
 
 from loft_jax.checkpoint import CheckpointDamaged, CheckpointError, CheckpointMismatch
 

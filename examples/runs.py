@@ -9,6 +9,8 @@ In a run of several processes all of them use the folder, which they share; the 
 what is not a checkpoint.
 """
 
+import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,12 +18,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from errors import UserError
 from jax.experimental import multihost_utils
 from training import TrainState
 
-from loft_jax import LoraPairs
 from loft_jax.adapters import save_peft
 from loft_jax.checkpoint import BaseReference, Checkpoints
 
@@ -108,16 +110,14 @@ class Run:
             checkpointer.save(path, params, force=True)
         return path
 
-    def save_peft(self, params: Any, pairs: LoraPairs, base_model: str) -> Path:
-        """Saves the adapter for PEFT: adapter_model.safetensors and adapter_config.json."""
-        return save_peft(
-            self.folder / "peft",
-            params,
-            family="llama",
-            pairs=pairs,
-            base_model=base_model,
-            task_type="CAUSAL_LM",
-        )
+    def save_peft(self, params: Any, **options: Any) -> Path:
+        """Saves the adapter for PEFT: adapter_model.safetensors and adapter_config.json.
+
+        Args:
+            params: the trained parameters.
+            options: those of `loft_jax.adapters.save_peft`.
+        """
+        return save_peft(self.folder / "peft", params, **options)
 
     def close(self) -> None:
         """Waits for what is being written."""
@@ -128,6 +128,44 @@ class Run:
 
     def __exit__(self, *_: Any) -> None:
         self.close()
+
+
+def open_run(
+    settings: Any,
+    output: Path | None,
+    resume: bool,
+    *,
+    what: str,
+    examples: Any,
+    base: BaseReference | None = None,
+) -> Run:
+    """The run's folder, new or taken up again; a resumed run must see the same data and weights.
+
+    Args:
+        settings: a dataclass, with the method's name as `method`.
+        output: the folder; None for the next free one of this method, for a new run.
+        resume: whether to take up the run in it.
+        what: what the run is trained on, "text" say, for messages.
+        examples: that data, an array or a tree of arrays.
+        base: what identifies the frozen weights.
+    """
+    digest = hashlib.sha256()
+    for array in jax.tree.leaves(examples):
+        digest.update(np.asarray(array).tobytes())
+    name = f"{what}_sha256"
+    if resume:
+        assert output is not None
+        if Run.settings(output).get(name) != digest.hexdigest():
+            raise UserError(
+                f"The training {what} of the run in {output} has changed since it began: put the "
+                f"old {what} back, or start a new run in another --output."
+            )
+        return Run(output, base)
+    if output is None:
+        numbered = (Path("runs") / f"{settings.method}-{n}" for n in range(1, 10_000))
+        output = next(path for path in numbered if not path.exists())
+    described = {"settings": dataclasses.asdict(settings), name: digest.hexdigest()}
+    return Run.create(output, described, base)
 
 
 def _begin(folder: Path, settings: Mapping[str, Any]) -> str:

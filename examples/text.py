@@ -3,7 +3,7 @@
 import gzip
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import downloads
@@ -75,33 +75,6 @@ def windows(tokenizer: Tokenizer, documents: Sequence[str], length: int, name: s
         )
     starts = length * np.arange(count)
     return tokens[starts[:, None] + np.arange(length + 1)]
-
-
-def spread(all_windows: np.ndarray, count: int) -> np.ndarray:
-    """At most `count` windows, evenly spaced over all of them."""
-    count = min(count, len(all_windows))
-    return all_windows[np.linspace(0, len(all_windows) - 1, count).round().astype(int)]
-
-
-def batch_at(all_windows: np.ndarray, batch: int, seed: int, step: int) -> np.ndarray:
-    """The batch of a step: `(batch, length + 1)`, shuffled anew in every epoch.
-
-    A function of the seed and the step alone, which is what makes a resumed run exact: the
-    position in the data is the step.
-    """
-    positions = step * batch + np.arange(batch)
-    epochs, places = np.divmod(positions, len(all_windows))
-    orders = {
-        epoch: np.random.default_rng([seed, epoch]).permutation(len(all_windows))
-        for epoch in np.unique(epochs)
-    }
-    rows = [orders[epoch][place] for epoch, place in zip(epochs, places, strict=True)]
-    return all_windows[rows]
-
-
-def batches(all_windows: np.ndarray, batch: int, seed: int, steps: range) -> Iterator[np.ndarray]:
-    """`batch_at` for each of `steps`."""
-    return (batch_at(all_windows, batch, seed, step) for step in steps)
 
 
 def _read_text(path: Path) -> str:

@@ -1,12 +1,13 @@
-"""The training loop's parts: optimizers by name, a learning-rate schedule, compiled steps.
+"""A compiled training step and evaluation, the learning-rate schedule, and the losses.
 
 Nothing here knows what the model computes: `Trainer` takes any nnx module and a function from
 (model, batch) to one loss per example, and trains the parameters that a filter selects.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
+import batches
 import jax
 import jax.numpy as jnp
 import meshes
@@ -15,59 +16,13 @@ import optax
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-import loft_jax
 from loft_jax.sharding import state_shardings
-
-METHODS = ("loft", "lora", "full")
-LEARNING_RATES = {"loft": 5e-4, "lora": 3e-3, "full": 1e-4}
-"""Peak rates: for loft and lora the best of those tried in 25 steps of `finetune_llm.py`'s
-default run (loft 5e-4, 1e-3, 4e-3; lora 3e-3, 1e-2); for full the only one tried."""
 
 Loss = Callable[[Any, Any], jax.Array]
 """(model, batch of n examples) -> float32 `(n,)`."""
 
-
-def make_optimizer(
-    method: str,
-    learning_rate: optax.ScalarOrSchedule,
-    *,
-    second_moment: Literal["calibrated", "factored", "diagonal"] = "calibrated",
-    pairs: loft_jax.LoraPairs | None = None,
-    weight_decay: float = 0.0,
-    max_norm: float = 1.0,
-) -> optax.GradientTransformation:
-    """AdamW behind gradient clipping, for adapters with LoFT, for plain ones, or for all weights.
-
-    LoFT clips the norm of the gradients that full fine-tuning would see, projected on what the
-    adapters can express, so that `max_norm` means the same for `loft` and for `full`.
-
-    Args:
-        method: one of `METHODS`.
-        learning_rate: a float, a traced scalar, or an Optax schedule.
-        second_moment: LoFT's, "calibrated", "factored" or "diagonal".
-        pairs: what LoFT should know of the adapters: their scale, and which axes stack layers.
-        weight_decay: AdamW's decoupled decay.
-        max_norm: the global norm at which gradients are clipped.
-    """
-    if method == "loft":
-        return optax.chain(
-            loft_jax.clip_by_projected_global_norm(max_norm, pairs=pairs),
-            loft_jax.loft_adamw(
-                learning_rate,
-                weight_decay=weight_decay,
-                second_moment=second_moment,
-                pairs=pairs,
-            ),
-        )
-    return optax.chain(
-        optax.clip_by_global_norm(max_norm),
-        optax.adamw(learning_rate, weight_decay=weight_decay),
-    )
-
-
-def trainable(method: str) -> Any:
-    """The nnx filter of the parameters that a method trains."""
-    return nnx.Param if method == "full" else nnx.LoRAParam
+Outputs = Callable[[Any, Any], Any]
+"""(model, batch of n examples) -> an array or a tree of arrays, each `(n, ...)`."""
 
 
 def learning_rate_at(step: int, steps: int, peak: float) -> float:
@@ -104,18 +59,27 @@ class Trainer:
         loss: Loss,
         optimizer: Callable[[Any], optax.GradientTransformation],
         wrt: Any = nnx.LoRAParam,
+        outputs: Outputs | None = None,
     ):
-        """Splits the model; `optimizer` makes the transformation for a learning rate."""
+        """Splits the model.
+
+        Args:
+            model: with all its parameters, the frozen ones too.
+            loss: what is averaged over a batch and minimised.
+            optimizer: makes the transformation for a learning rate.
+            wrt: the nnx filter of the parameters to train.
+            outputs: what `evaluate` finds of each example; None for the loss.
+        """
         self._graphdef, trained, frozen = nnx.split(model, wrt, ...)
         self.frozen = nnx.as_pure(frozen)
         self._wrt = wrt
         self._mesh = meshes.mesh_of(trained)
 
-        def losses(params: Any, frozen: Any, batch: Any) -> jax.Array:
-            return loss(nnx.merge(self._graphdef, params, frozen), batch)
+        def evaluate(params: Any, frozen: Any, batch: Any) -> Any:
+            return (outputs or loss)(nnx.merge(self._graphdef, params, frozen), batch)
 
         def mean_loss(params: Any, frozen: Any, batch: Any) -> jax.Array:
-            return losses(params, frozen, batch).mean()
+            return loss(nnx.merge(self._graphdef, params, frozen), batch).mean()
 
         def step(state: TrainState, frozen: Any, batch: Any, learning_rate: jax.Array):
             value, gradients = jax.value_and_grad(mean_loss)(state.params, frozen, batch)
@@ -139,7 +103,7 @@ class Trainer:
             of_state: Any = TrainState(whole, of_params, of_opt_state)  # pyright: ignore
         self._start = jax.jit(start, out_shardings=of_state)
         self._step = jax.jit(step, donate_argnums=0, out_shardings=(of_state, whole))
-        self._losses = jax.jit(losses, out_shardings=whole)
+        self._evaluate = jax.jit(evaluate, out_shardings=whole)
         self._whole = jax.jit(lambda tree: tree, out_shardings=whole)
 
     def start(self, model: nnx.Module) -> TrainState:
@@ -152,16 +116,15 @@ class Trainer:
         """One update and the loss before it; `state`'s buffers are reused: do not keep it."""
         return self._step(state, self.frozen, self._put(batch), np.float32(learning_rate))
 
-    def evaluate(self, params: Any, examples: np.ndarray, batch_size: int) -> np.ndarray:
-        """The loss of each example, float32 `(n,)`, `batch_size` at a time."""
-        values = []
-        for begin in range(0, len(examples), batch_size):
-            batch = examples[begin : begin + batch_size]
+    def evaluate(self, params: Any, examples: Any, batch_size: int) -> Any:
+        """The outputs of each example, `(n, ...)` arrays on the host, `batch_size` at a time."""
+        total, found = batches.count(examples), []
+        for begin in range(0, total, batch_size):
             # The last batch is filled up with copies, to keep to one compiled shape.
-            padded = np.resize(batch, (batch_size, *batch.shape[1:]))
-            losses = self._losses(params, self.frozen, self._put(padded))
-            values.append(np.asarray(losses)[: len(batch)])
-        return np.concatenate(values)
+            batch = batches.rows(examples, np.arange(begin, begin + batch_size) % total)
+            outputs = self._evaluate(params, self.frozen, self._put(batch))
+            found.append(batches.rows(jax.tree.map(np.asarray, outputs), slice(total - begin)))
+        return jax.tree.map(lambda *parts: np.concatenate(parts), *found)
 
     def whole(self, params: Any) -> Any:
         """These parameters, whole on every device, and so readable by every process."""
@@ -170,7 +133,8 @@ class Trainer:
     def _put(self, batch: Any) -> Any:
         if self._mesh is None:
             return batch
-        return meshes.put(batch, meshes.batch_sharding(self._mesh, len(batch)))
+        sharding = meshes.batch_sharding(self._mesh, batches.count(batch))
+        return jax.tree.map(lambda array: meshes.put(array, sharding), batch)
 
     def model(self, params: Any) -> Any:
         """The module with these trained parameters."""

