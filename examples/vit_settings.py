@@ -1,0 +1,51 @@
+"""What `finetune_vit.py` can be asked to do: its settings and its command line."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import settings
+from settings import add_number, make_parser, positive_float
+from vit import TARGETS
+
+
+@dataclasses.dataclass(frozen=True)
+class VitSettings(settings.Settings):
+    """What a run computes; kept in its folder, and fixed for its lifetime."""
+
+    targets: tuple[str, ...] = tuple(TARGETS)
+    batch_size: int = 32
+    image_size: int = 56
+    eval_images: int = 500
+    head_learning_rate: float = 3e-3
+
+    @property
+    def peak(self) -> float:
+        """The learning rate at its highest; the head's where the head alone is trained."""
+        if self.method == "head":
+            return self.learning_rate or self.head_learning_rate
+        return super().peak
+
+    @property
+    def head_ratio(self) -> float:
+        """The head's learning rate as a multiple of the method's."""
+        return self.head_learning_rate / self.peak
+
+
+def parse_arguments(argv: Sequence[str] | None) -> tuple[VitSettings, Path | None, bool]:
+    """The settings, the output folder if one is named, and whether to resume the run in it."""
+    defaults = VitSettings()
+    parser = make_parser(
+        "Fine-tune a Vision Transformer with LoFT, LoRA, their peers or in full.", defaults, TARGETS
+    )
+    add = parser.add_argument
+    add(
+        "--model", help="folder of a ViT's or a DINOv2's safetensors, or hub id; default a ViT-S/14"
+    )
+    add("--data", help=".npz file, or folder with a folder for each class; default MNIST digits")
+    add("--eval-data", help="the same, to evaluate on; default one tenth of --data")
+    add_number(parser, defaults, "image_size", "pixels along an edge, a multiple of the patches'")
+    add_number(parser, defaults, "eval_images")
+    rate = defaults.head_learning_rate
+    add("--head-learning-rate", type=positive_float, help=f"the new head's peak; default {rate:g}")
+    return settings.parse(parser, VitSettings, argv)
