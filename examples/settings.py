@@ -19,6 +19,8 @@ class Settings:
 
     full_rate: ClassVar[float] = 1e-4
     """Full fine-tuning's peak learning rate on the task, from which those of all methods follow."""
+    rates: ClassVar[Mapping[str, float]] = {}
+    """Peaks of some methods, where they were measured on the task."""
 
     method: str = "loft"
     model: str | None = None
@@ -37,7 +39,12 @@ class Settings:
     @property
     def peak(self) -> float:
         """The learning rate at its highest."""
-        return self.learning_rate or default_rate(self.method, self.full_rate)
+        return self.learning_rate or self.default_peak(self.method)
+
+    @classmethod
+    def default_peak(cls, method: str) -> float:
+        """A method's peak learning rate where none is given."""
+        return cls.rates.get(method, default_rate(method, cls.full_rate))
 
 
 def make_parser(
@@ -63,7 +70,7 @@ def make_parser(
         type=lambda value: _targets(value, targets),
         help=f"of {names}; default {','.join(defaults.targets)}",
     )
-    rates = ", ".join(f"{default_rate(name, defaults.full_rate):g} for {name}" for name in METHODS)
+    rates = ", ".join(f"{defaults.default_peak(name):g} for {name}" for name in METHODS)
     add("--learning-rate", type=positive_float, help=f"the peak; default {rates}")
     for name in ("steps", "batch_size", "eval_every", "save_every"):
         add_number(parser, defaults, name)

@@ -1,8 +1,9 @@
 """What `finetune_vit.py` can be asked to do: its settings and its command line."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import settings
 from settings import add_number, make_parser, positive_float
@@ -13,6 +14,14 @@ from vit import TARGETS
 class VitSettings(settings.Settings):
     """What a run computes; kept in its folder, and fixed for its lifetime."""
 
+    full_rate: ClassVar[float] = 3e-5
+    rates: ClassVar[Mapping[str, float]] = {
+        "loft": 6e-5,
+        "factored": 6e-5,
+        "simple": 6e-4,
+        "muon": 6e-5,
+        "head": 3e-3,
+    }
     targets: tuple[str, ...] = tuple(TARGETS)
     batch_size: int = 32
     image_size: int = 56
