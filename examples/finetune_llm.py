@@ -12,8 +12,10 @@ Hardware: 2 CPU cores, 4 GB of memory; no accelerator.
 Time: 4 min 40 s with the downloads (about 3 s a step), after an installation of a minute.
 Score: perplexity on held-out articles falls from 34.40 to 26.14.
 
-`--method full` and `--method lora` are the baselines; `--quantize nf4` keeps the frozen weights in
-4 bits (it needs qwix); `--model` and `--data` take your own. See `settings.py` for all flags.
+`--method full`, `--method lora` and others are the baselines; `--quantize nf4` keeps the frozen
+weights in 4 bits (it needs qwix); `--model` and `--data` take your own. With a JSON file of
+multiple-choice questions as `--data` (`choices.py` says how it looks), the loss is on the answers
+alone, and accuracy is that of the likeliest answer. See `settings.py`, `llm_settings.py` for flags.
 To stop and go on: Ctrl-C, then `--resume --output runs/loft-1`.
 """
 
@@ -27,21 +29,20 @@ import batches
 import jax
 import jax.numpy as jnp
 import numpy as np
-import text
 import weights
 from errors import UserError, exit_status
-from figure import draw_curve
 from flax import nnx
 from generate import generate
 from jax.sharding import Mesh
 from llama import Llama, lora_rule
 from llm_settings import LlmSettings, parse_arguments
+from llm_tasks import Task, make_task
 from loop import fit, say
 from meshes import batch_sharding, place_model
 from methods import METHODS, adapt, adapter_rule, make_optimizer, title, trainable
 from runs import Run, open_run
 from stacks import STACKED
-from training import Trainer, TrainState, next_token_loss
+from training import Trainer, TrainState
 
 from loft_jax import LoraPairs
 from loft_jax.adapters import LoraRule, lora_pairs, quantize
@@ -49,21 +50,6 @@ from loft_jax.checkpoint import base_reference
 
 HEAD = "lm_head"
 """The attribute that `--method head` trains; models whose head is their embedding have none."""
-
-
-def prepare_text(
-    settings: LlmSettings, pretrained: weights.Pretrained
-) -> tuple[np.ndarray, np.ndarray]:
-    """Windows to train on and to evaluate on, int32 `(count, seq_len + 1)`."""
-    documents = text.load_documents(settings.data)
-    if settings.eval_data is None:
-        documents, held_out = text.hold_out(documents)
-    else:
-        held_out = text.load_documents(settings.eval_data)
-    length = settings.seq_len
-    train = text.windows(pretrained.tokenizer, documents, length, "training")
-    evaluate = text.windows(pretrained.tokenizer, held_out, length, "held-out")
-    return train, batches.spread(evaluate, settings.eval_windows)
 
 
 def build_model(settings: LlmSettings, pretrained: weights.Pretrained) -> Llama:
@@ -93,11 +79,11 @@ def adapter_pairs(settings: LlmSettings) -> LoraPairs:
     return lora_pairs(adapter_rule(settings.method, plain_rule(settings)))
 
 
-def build_trainer(settings: LlmSettings, model: Llama) -> Trainer:
+def build_trainer(settings: LlmSettings, model: Llama, task: Task) -> Trainer:
     """The compiled step for these settings; it serves every learning rate and seed."""
     optimizer = functools.partial(make_optimizer, settings.optimizer, pairs=adapter_pairs(settings))
     wrt = trainable(settings.method, HEAD if settings.method == "head" else None)
-    return Trainer(model, next_token_loss, optimizer, wrt)
+    return Trainer(model, task.loss, optimizer, wrt, task.outputs)
 
 
 def megabytes(model: Llama) -> float:
@@ -108,14 +94,14 @@ def megabytes(model: Llama) -> float:
 
 
 def measure(
-    run: Run, trainer: Trainer, state: TrainState, examples: np.ndarray, batch_size: int
+    run: Run, trainer: Trainer, state: TrainState, task: Task, batch_size: int
 ) -> dict[str, float]:
-    """Logs the held-out loss and perplexity of the present parameters, and returns the loss."""
-    loss = float(trainer.evaluate(state.params, examples, batch_size).mean())
-    step, perplexity = int(state.step), float(np.exp(loss))
-    run.log({"step": step, "eval_loss": loss, "eval_perplexity": perplexity})
-    say(f"step {step}: held-out loss {loss:.4f}, perplexity {perplexity:.2f}")
-    return {"eval_loss": loss}
+    """Logs what the present parameters do on the held-out data, and returns the loss."""
+    step = int(state.step)
+    metrics = task.metrics(trainer.evaluate(state.params, task.held_out, batch_size))
+    run.log({"step": step} | metrics)
+    say(f"step {step}: {task.sentence(metrics)}")
+    return {"eval_loss": metrics["eval_loss"]}
 
 
 def sample(
@@ -129,20 +115,27 @@ def sample(
         run.log({"step": step, "sample": generated})
 
 
-def report(run: Run, settings: LlmSettings, name: str) -> None:
+def report(run: Run, settings: LlmSettings, task: Task, name: str) -> None:
     """Prints the outcome and draws the curve, from what the run has logged."""
     records = run.records()
-    perplexities = [r["eval_perplexity"] for r in records if "eval_perplexity" in r]
+    measured = [record for record in records if "eval_loss" in record]
     samples = [record["sample"] for record in records if "sample" in record]
     speed = np.median([r["tokens_per_second"] for r in records if "tokens_per_second" in r])
     heading = f"{name}, {title(settings.optimizer, settings.rank)}"
-    draw_curve(records, run.folder / "curve.png", heading)
+    task.draw(records, run.folder / "curve.png", heading)
     for when, generated in zip(("before", "after"), (samples[:1] + samples[-1:]), strict=False):
         print(f"\n--- sample {when} ---\n{generated}")
-    print(
-        f"\nheld-out perplexity: {perplexities[0]:.2f} before, {perplexities[-1]:.2f} after "
-        f"{settings.steps} steps ({speed:.0f} tokens/s)"
+    outcome = (
+        f"before: {task.sentence(measured[0])}\nafter {settings.steps} steps: "
+        f"{task.sentence(measured[-1])} ({speed:.0f} tokens/s)"
     )
+    if task.what == "text":
+        perplexities = [record["eval_perplexity"] for record in measured]
+        outcome = (
+            f"held-out perplexity: {perplexities[0]:.2f} before, {perplexities[-1]:.2f} after "
+            f"{settings.steps} steps ({speed:.0f} tokens/s)"
+        )
+    print(f"\n{outcome}")
     peft = "peft/, " if exchangeable(settings) else ""
     print(f"written to {run.folder}: curve.png, metrics.jsonl, adapter/, {peft}checkpoints/")
 
@@ -158,41 +151,41 @@ def finetune(
 ) -> None:
     """The whole run, on one device or on a mesh."""
     pretrained = weights.load(settings.model)
-    train_windows, eval_windows = prepare_text(settings, pretrained)
+    task = make_task(settings, pretrained.tokenizer)
     model = build_model(settings, pretrained)
     if mesh is not None:
         if settings.quantize is not None:
             raise UserError("--quantize is for one device so far: leave it out, or --mesh.")
         batch_sharding(mesh, settings.batch_size)  # complains before the work begins
         place_model(model, mesh, adapter_pairs(settings))
-    trainer = build_trainer(settings, model)
+    trainer = build_trainer(settings, model, task)
     state = trainer.start(model)
     trained = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     total = sum(tensor.size for tensor in pretrained.tensors.values())
     say(
         f"{pretrained.name}: {settings.method} trains {trained / 1e6:.2f} M parameters beside "
-        f"{total / 1e6:.1f} M in {megabytes(model):.0f} MB; {len(train_windows)} windows of "
-        f"{settings.seq_len} tokens to train on, {len(eval_windows)} held out"
+        f"{total / 1e6:.1f} M in {megabytes(model):.0f} MB; {task.description}"
     )
     source = settings.model or weights.SMOLLM2_HUB_ID
 
     def evaluate(state: TrainState) -> dict[str, float]:
-        metrics = measure(run, trainer, state, eval_windows, settings.batch_size)
-        if int(state.step) == 0:
+        metrics = measure(run, trainer, state, task, settings.batch_size)
+        if int(state.step) == 0 and task.what == "text":
             sample(run, settings, model, pretrained, step=0)
         return metrics
 
     def batches_of(steps: range):
-        return batches.batches(train_windows, settings.batch_size, settings.seed, steps)
+        return batches.batches(task.train, settings.batch_size, settings.seed, steps)
 
     base = base_reference(source, trainer.frozen)
-    data = {"what": "text", "examples": train_windows}
+    data = {"what": task.what, "examples": task.train}
     with open_run(settings, output, resume, base=base, **data) as run:
         tokens = settings.batch_size * settings.seq_len
         options: Any = {"resume": resume, "unit": "tokens", "units": tokens}
         state = fit(settings, run, trainer, state, batches_of, evaluate, **options)
         adapter = trainer.whole(state.params)
-        sample(run, settings, trainer.model(adapter), pretrained, step=settings.steps)
+        if task.what == "text":
+            sample(run, settings, trainer.model(adapter), pretrained, step=settings.steps)
         run.save_adapter(adapter)
         if jax.process_index() == 0:
             if exchangeable(settings):
@@ -205,7 +198,7 @@ def finetune(
                     task_type="CAUSAL_LM",
                     use_rslora=METHODS[settings.method].rslora,
                 )
-            report(run, settings, pretrained.name)
+            report(run, settings, task, pretrained.name)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -18,12 +18,14 @@ _SECOND_MOMENTS = {"calibrated": "loft", "factored": "factored", "diagonal": "si
 class LlmSettings(settings.Settings):
     """What a run computes; kept in its folder, and fixed for its lifetime."""
 
+    task: Literal["text", "multiple-choice"] | None = None
     second_moment: Literal["calibrated", "factored", "diagonal"] = "calibrated"
     targets: tuple[str, ...] = ("q", "k", "v", "up", "down")
     quantize: Literal["nf4", "int4", "int8"] | None = None
     tile_size: int = 64
     seq_len: int = 128
     eval_windows: int = 48
+    eval_questions: int = 32
     prompt: str = "The history of the city"
 
     @property
@@ -45,12 +47,22 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[LlmSettings, Path | Non
         help=f"of --method loft; default {defaults.second_moment}",
     )
     add("--model", help="folder of LLaMA-family safetensors, or hub id; default SmolLM2-135M")
-    add("--data", help="text file (.gz too), or hub dataset id; default Wikipedia articles")
-    add("--eval-data", help="text file to evaluate on; default one tenth of --data")
+    add(
+        "--task",
+        choices=("text", "multiple-choice"),
+        help="default multiple-choice where --data is a .json file, else text",
+    )
+    add(
+        "--data",
+        help="text file (.gz too), hub dataset id, or .json file of questions; default Wikipedia "
+        "articles",
+    )
+    add("--eval-data", help="the same, to evaluate on; default one tenth of --data")
     add("--quantize", choices=("nf4", "int4", "int8"), help="the frozen weights; default not")
     add("--tile-size", type=positive_int, help="quantized numbers that share a scale; default 64")
     add_number(parser, defaults, "seq_len", "tokens of a window")
-    add_number(parser, defaults, "eval_windows")
+    add_number(parser, defaults, "eval_windows", "of text")
+    add_number(parser, defaults, "eval_questions", "of multiple choice")
     add("--prompt", help=f"to generate from; default {defaults.prompt!r}")
     chosen, output, resume = settings.parse(parser, LlmSettings, argv)
     if chosen.quantize is not None and METHODS[chosen.method].trains == "all":

@@ -5,11 +5,14 @@ import re
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import downloads
 import numpy as np
 from errors import UserError
 from tokenizers import Tokenizer
+
+T = TypeVar("T")
 
 HELD_OUT_EVERY = 10
 """One document in so many is held out: training never sees it."""
@@ -40,16 +43,16 @@ def split_documents(text: str) -> list[str]:
     return [part.strip() for part in parts if part.strip()]
 
 
-def hold_out(documents: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Documents to train on, and every tenth, held out: no document is in both.
+def hold_out(documents: Sequence[T]) -> tuple[list[T], list[T]]:
+    """Documents (or questions) to train on, and every tenth, held out: no document is in both.
 
     Every tenth rather than the last tenth, because collections are often sorted: the end of the
     Wikipedia articles consists of stubs, which are easier to predict than the rest.
     """
     if len(documents) < 2:
         raise UserError(
-            "The text is a single document, so none can be held out: pass --eval-data, or "
-            "separate its documents by empty lines."
+            "The data are a single document, so none can be held out: pass --eval-data, or "
+            "separate the documents of a text by empty lines."
         )
     # Counted from the end of the first ten, so that few documents give a held-out one as well.
     offset = min(HELD_OUT_EVERY, len(documents)) - 1

@@ -1,0 +1,122 @@
+"""Multiple choice: the loss sees the answer alone, and the likeliest answer is the model's."""
+
+import json
+
+import choices
+import finetune_llm
+import numpy as np
+import pytest
+from errors import UserError
+from tiny_llama import byte_tokenizer
+
+SMALL = "--steps 4 --eval-every 2 --batch-size 2 --seq-len 48 --rank 2 --targets q,up"
+
+
+def row(answer: str, question: str = "Which?") -> dict[str, str]:
+    instruction = f"Choose: {question}\n\nAnswer format: answer1/answer2/answer3"
+    output = f"the correct answer is {answer}"
+    return {"instruction": instruction, "input": "", "output": output, "answer": answer}
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes a file of questions and gives its path."""
+
+    def write(rows):
+        (tmp_path / "questions.json").write_text(json.dumps(rows))
+        return str(tmp_path / "questions.json")
+
+    return write
+
+
+def test_choices_are_those_of_the_format_and_the_answer(write):
+    first, second = choices.load_questions(write([row("answer2"), row("answer4")]))
+    assert first.choices == tuple(f"the correct answer is answer{n}" for n in (1, 2, 3))
+    assert first.right == 1
+    assert len(second.choices) == 4 and second.right == 3
+
+
+@pytest.mark.parametrize("length", [40, 200])
+def test_the_answer_is_marked_whether_the_prompt_is_cut_or_filled_up(write, length):
+    tokenizer = byte_tokenizer()
+    questions = choices.load_questions(write([row("answer2")]))
+    rows = choices.encode(tokenizer, questions, length, every=True)
+    assert rows["tokens"].shape == (3, length + 1) and rows["right"].tolist() == [
+        False,
+        True,
+        False,
+    ]
+    for tokens, answer, said in zip(
+        rows["tokens"], rows["answer"], questions[0].choices, strict=True
+    ):
+        assert tokenizer.decode(tokens[1:][answer].tolist()) == said
+    assert len(choices.encode(tokenizer, questions, length, every=False)["tokens"]) == 1
+
+
+def test_the_loss_sees_the_answer_alone():
+    logits = np.random.default_rng(0).normal(size=(1, 4, 7)).astype(np.float32)
+    batch = {
+        "tokens": np.array([[1, 2, 3, 4, 5]]),
+        "answer": np.array([[False, False, True, True]]),
+    }
+    losses = np.log(np.exp(logits).sum(-1))[0] - logits[0, range(4), [2, 3, 4, 5]]
+    loss = choices.answer_loss(lambda ids: logits, batch)
+    np.testing.assert_allclose(loss, [losses[2:].mean()], rtol=1e-5)
+    nats = choices.answer_nats(lambda ids: logits, batch)["nats"]
+    np.testing.assert_allclose(nats, [losses[2:].sum()], rtol=1e-5)
+
+
+def test_the_score_compares_the_choices_of_each_question():
+    rows = {
+        "question": np.array([0, 0, 1, 1, 1]),
+        "right": np.array([True, False, False, False, True]),
+    }
+    nats = -np.log([0.3, 0.1, 0.2, 0.1, 0.1])
+    accuracy, likelihood = choices.score(rows, nats)
+    assert accuracy == 0.5
+    np.testing.assert_allclose(likelihood, (0.75 + 0.25) / 2)
+
+
+def test_the_script_learns_multiple_choice(write, model_folder, tmp_path, capsys):
+    data = write([row(f"answer{1 + n % 3}", f"Number {n}?") for n in range(20)])
+    flags = [*SMALL.split(), "--model", str(model_folder), "--data", data]
+    assert finetune_llm.main([*flags, "--output", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert "18 questions to train on, 2 held out" in printed and "after 4 steps" in printed
+    records = [json.loads(x) for x in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    measured = [record for record in records if "eval_accuracy" in record]
+    assert [record["step"] for record in measured] == [0, 2, 4]
+    assert all(0 < record["eval_answer_likelihood"] < 1 for record in measured)
+    assert (tmp_path / "out" / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "holds no list of questions"),
+        ({}, "holds no list of questions"),
+        ([row("answer1"), {"output": 3}], "question 1: an object with the texts instruction"),
+        ([row("answer1") | {"instruction": "Choose!"}], 'does not end with "Answer format'),
+        ([row("answer1") | {"output": "yes"}], "does not contain its answer 'answer1'"),
+    ],
+)
+def test_unfit_questions_are_named(write, rows, message):
+    path = write(rows)
+    with pytest.raises(UserError, match=f"{path}.*{message}"):
+        choices.load_questions(path)
+
+
+def test_a_missing_or_damaged_file_is_named(tmp_path):
+    with pytest.raises(UserError, match="--data missing.json: there is no such file"):
+        choices.load_questions("missing.json")
+    (tmp_path / "half.json").write_text('[{"instruction": ')
+    with pytest.raises(UserError, match="Cannot read .*half.json"):
+        choices.load_questions(str(tmp_path / "half.json"))
+    with pytest.raises(UserError, match="--task multiple-choice needs --data"):
+        choices.load_questions(None)
+
+
+def test_an_answer_longer_than_a_row_is_refused(write):
+    questions = choices.load_questions(write([row("answer1")]))
+    with pytest.raises(UserError, match="more than --seq-len 5"):
+        choices.encode(byte_tokenizer(), questions, 5, every=False)
