@@ -106,7 +106,7 @@ def draw_accuracy(records: Sequence[Mapping[str, Any]], path: Path, title: str) 
         right.annotate(
             f"{100 * accuracy:.1f}",
             (step, 100 * accuracy),
-            xytext=(0, -16 if accuracy > 0.5 else 9),
+            xytext=(0, -16) if accuracy > 0.5 else (9, -4),
             textcoords="offset points",
             ha="left" if step == measured[0, 0] else "right",
             color=HELD_OUT,

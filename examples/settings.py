@@ -20,7 +20,7 @@ class Settings:
     full_rate: ClassVar[float] = 1e-4
     """Full fine-tuning's peak learning rate on the task, from which those of all methods follow."""
     rates: ClassVar[Mapping[str, float]] = {}
-    """Peaks of some methods, where they were measured on the task."""
+    """Peaks of the methods for which the task wants others than follow from `full_rate`."""
 
     method: str = "loft"
     model: str | None = None

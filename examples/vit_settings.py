@@ -14,6 +14,9 @@ from vit import TARGETS
 class VitSettings(settings.Settings):
     """What a run computes; kept in its folder, and fixed for its lifetime."""
 
+    # Best of those tried in 40 steps on the digits, one seed, held-out accuracy of 300: full 3e-5
+    # (0.89; 1e-5 0.85, 1e-4 0.25), LoRA 5e-4 (0.89; 1.5e-3 0.89), LoFT 5e-5 (0.87; 1.5e-4 0.82, and
+    # with the head at 1e-3 3e-5 0.86, 1e-4 0.83). LoFT's relatives have its rate, untried.
     full_rate: ClassVar[float] = 3e-5
     rates: ClassVar[Mapping[str, float]] = {
         "loft": 6e-5,
