@@ -97,8 +97,9 @@ def on_devices(name: str, devices: int, pair_set: PairSet = PAIR_SETS["llama-7b"
         int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
         for x in jax.tree.leaves(state)
     )
-    temporary = compiled.memory_analysis().temp_size_in_bytes
-    return {"state_mb": round(of_one / 1e6, 2), "temporary_mb": round(temporary / 1e6, 2)}
+    analysis = compiled.memory_analysis()
+    temporary = round(analysis.temp_size_in_bytes / 1e6, 2) if analysis else None
+    return {"state_mb": round(of_one / 1e6, 2), "temporary_mb": temporary}
 
 
 def exponent(rows: Sequence[dict[str, Any]], of: str) -> float | None:
@@ -128,7 +129,7 @@ def table(rows: list[dict[str, Any]]) -> str:
                 shown(exponent(of_one, "step_ms")),
                 ", ".join(f"{row['state_mb']:.3g}" for row in of_one),
                 shown(exponent(of_one, "state_mb")),
-                ", ".join(f"{row['temporary_mb']:.3g}" for row in of_one),
+                ", ".join(f"{row['temporary_mb']:.3g}" for row in of_one if row["temporary_mb"]),
             ]
             lines.append(f"| {axis} | {name} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -1,6 +1,8 @@
 """The benchmarks of cost measure what they say: their peers are right, and their floors are."""
 
+import compile_time
 import floor
+import growth
 import jax
 import jax.numpy as jnp
 import method_costs
@@ -15,6 +17,7 @@ from pair_sets import PairSet, abstract_adapters, adapters, like
 from loft_jax import loft_adamw
 
 TINY = PairSet(2, {"q": (12, 9), "down": (7, 12)})
+STACKED_TINY = PairSet(8, {"q": (2048, 1024)})
 
 
 def test_the_equations_typed_in_pytorch_are_loft(x64):
@@ -80,3 +83,28 @@ def test_emulated_digits_are_those_of_the_formats():
     errors = [np.abs(product(x, x) - exact).max() for product in precision.PRODUCTS.values()]
     in_float32, bfloat16, tf32, bfloat16_x3, _ = errors
     assert in_float32 < bfloat16_x3 < tf32 < bfloat16
+
+
+def test_growth_is_measured_along_every_axis_and_its_exponent_is_the_slope():
+    for axis, values in growth.GROWTH.items():
+        if axis != "devices":
+            pair_set, rank = growth.one_size(axis, values[1])
+            pairs, width = pair_set.pairs, pair_set.shapes["q"][0]
+            assert {"rank": rank, "size": width, "pairs": pairs}[axis] == values[1]
+    rows = growth.measure("rank", 2, 1)
+    assert [row["optimizer"] for row in rows] == list(growth.CHOSEN)
+    assert len(growth.table(rows).splitlines()) == 2 + len(rows)
+    squares = [{"value": x, "state_mb": 3.0 * x * x} for x in (1, 2, 8)]
+    assert growth.exponent(squares, "state_mb") == pytest.approx(2)
+
+
+def test_state_of_one_device_is_its_share():
+    one, four = (growth.on_devices("factored", count, STACKED_TINY) for count in (1, 4))
+    assert four["state_mb"] == pytest.approx(one["state_mb"] / 4, rel=0.02)
+
+
+def test_compile_time_takes_both_layouts():
+    for apart in (False, True):
+        (row,) = compile_time.measure("cpu", "tiny", apart, 2, 1, ("calibrated",))
+        assert row["instructions"] > 1000
+        assert row["ratio"] == 1
