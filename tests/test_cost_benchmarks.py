@@ -103,8 +103,9 @@ def test_state_of_one_device_is_its_share():
     assert four["state_mb"] == pytest.approx(one["state_mb"] / 4, rel=0.02)
 
 
-def test_compile_time_takes_both_layouts():
-    for apart in (False, True):
-        (row,) = compile_time.measure("cpu", "tiny", apart, 2, 1, ("calibrated",))
-        assert row["instructions"] > 1000
-        assert row["ratio"] == 1
+def test_compile_time_of_layers_apart():
+    """Stacked layers are compiled by tests/test_scaling.py."""
+    (row,) = compile_time.measure("cpu", "tiny", True, 2, 1, ("calibrated",))
+    assert row["instructions"] > 1000
+    assert row["trace_s"] > 0
+    assert row["compile_s"] > 0
