@@ -22,6 +22,7 @@ from pair_sets import PAIR_SETS, STACKED, PairSet, adapters
 from timing import append, in_alternation
 
 from loft_jax import LoraPairs
+from loft_jax._moments import TWO_PRODUCTS_FROM
 
 WORD = 4
 
@@ -72,9 +73,10 @@ def parts(pair_set: PairSet, rank: int, second_moment: str = "calibrated") -> li
         # h^T h, the column sums q S, Q^T diag Q of the moving side and mu times it.
         return [*shared, Part("second moment, update", 4 * square, 4 * thin)]
     t = r * (r + 1) // 2
+    carry = 2.0 * t * t if r < TWO_PRODUCTS_FROM else 4.0 * r**3
     return [
         *shared,
-        Part("cross terms", (2.0 * t * t + 3 * t) * rows, 2.0 * WORD * t * rows),
+        Part("cross terms", (carry + 3 * t) * rows, 2.0 * WORD * t * rows),
         Part(
             "reconstruction, projection",
             2.0 * (t + 2 * r) * entries,

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from loft_jax._moments import AdamStep, packed_size
+from loft_jax._moments import AdamStep, packed_size, unpacking
 from loft_jax._rows import WHOLE, Rows
 
 
@@ -59,10 +59,7 @@ def unpack_factored(state: Float[Array, "m width"], r: int, rows: Rows = WHOLE) 
     width = state.shape[1] - 1
     used = -(-packed_size(r) // width)
     packed = rows.head(state[:, 1:], used).reshape(-1)[: packed_size(r)]
-    row, col = np.triu_indices(r)
-    place = np.zeros((r, r), np.int32)
-    place[row, col] = place[col, row] = np.arange(packed_size(r))
-    return RowColumnSums(state[:, 0], packed[place])
+    return RowColumnSums(state[:, 0], packed[unpacking(r)])
 
 
 def transport_factored(

@@ -37,7 +37,7 @@ def test_the_equations_typed_in_pytorch_are_loft(x64):
             np.testing.assert_allclose(got.numpy(), factor.numpy(), rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("rank", [4, 16])
+@pytest.mark.parametrize("rank", [4, 16, 32])
 def test_the_floor_of_the_update_is_what_its_program_multiplies(rank):
     pair_set = PairSet(1, {"q": (2048, 2048)})
     _, multiplied = method_costs.costs(loft_adamw(1e-3), 2048, 2048, rank)

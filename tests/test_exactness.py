@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -16,6 +17,8 @@ from oracles import (
     simple_loft,
 )
 from trajectories import follow, run
+
+from loft_jax._moments import TWO_PRODUCTS_FROM, packed_outer, transport_cross_terms
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -56,6 +59,16 @@ def test_loft_is_the_dense_method(shape, hyper, factored, assert_close):
     got, expected = run([problem], hyper, STEPS), dense_loft([problem], hyper, STEPS)
     name = f"dense method, {'factored' if factored else 'calibrated'}, cond {problem.condition:.0e}"
     assert_close(got, expected, 1e-10 if problem.condition == 1 else 1e-9, name)
+
+
+@pytest.mark.parametrize("r", [1, 3, TWO_PRODUCTS_FROM - 1, TWO_PRODUCTS_FROM])
+def test_cross_terms_are_transported_at_any_rank(r, assert_close):
+    rng = np.random.default_rng(r)
+    h, transport = rng.normal(size=(4, r)), rng.normal(size=(r, r)) / r**0.5
+    dense = np.einsum("mi,mj,ik,jl->mkl", h, h, transport, transport)
+    packed = transport_cross_terms(packed_outer(jnp.asarray(h)), jnp.asarray(transport))
+    row, col = np.triu_indices(r)
+    assert_close(packed, dense[:, row, col], 1e-12, "transport of cross terms")
 
 
 @pytest.mark.parametrize("calibrate", [True, False], ids=["calibrated", "uncalibrated"])
