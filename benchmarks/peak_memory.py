@@ -9,7 +9,6 @@ read counts too; it is the same for all methods.
 """
 
 import argparse
-import functools
 import json
 import resource
 import subprocess
@@ -18,38 +17,33 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flax import nnx
 from timing import append
-from training_step import METHODS, TARGETS, Step, batch_shape
+from training_step import METHODS, batch_shape, make_steps
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 import weights
-from llama import lora_rule
-from training import Trainer, next_token_loss
-
-from loft_jax.adapters import add_lora, lora_pairs
 
 CHOSEN = ("LoRA", "calibrated", "factored", "simple", "optax.contrib.muon")
 
 
-def one(method: str, rank: int, shape: tuple[int, int]) -> None:
-    """Trains four steps in this process and prints its peak in bytes, and the state's."""
-    rule = lora_rule(TARGETS, rank, rank)
-    model = add_lora(weights.load(None).build(), rule, rngs=nnx.Rngs(0))
-    batch = np.random.default_rng(0).integers(0, 49000, (shape[0], shape[1] + 1), dtype=np.int32)
-    make = functools.partial(METHODS[method], lora_pairs(rule))
-    step = Step(Trainer(model, next_token_loss, make), model, batch)
+def one(model: str | None, method: str, rank: int, shape: tuple[int, int]) -> dict[str, float]:
+    """Trains four steps in this process; its peak and the optimizer's state, megabytes."""
+    step = make_steps(weights.load(model), rank, shape, [method])[method]
     for _ in range(2):
         step()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux
-    print(json.dumps({"peak_mb": round(peak / 1e6), "state_mb": step.state_mb}))
+    return {"peak_mb": round(peak / 1e6), "state_mb": step.state_mb}
 
 
-def measure(method: str, rank: int, shape: tuple[int, int], runs: int) -> dict[str, Any]:
+def measure(
+    model: str | None, method: str, rank: int, shape: tuple[int, int], runs: int
+) -> dict[str, Any]:
     """The median peak of as many processes, and their range."""
     batch = "x".join(map(str, shape))
     command = [sys.executable, __file__, "--one", method, "--ranks", str(rank), "--batch", batch]
+    if model is not None:
+        command += ["--model", model]
     found = [
         json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         for _ in range(runs)
@@ -80,6 +74,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--model", help="a folder with config.json, safetensors and tokenizer")
     parser.add_argument("--ranks", nargs="+", type=int, default=[4, 16])
     parser.add_argument("--batch", type=batch_shape, default=(4, 128))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(CHOSEN))
@@ -88,10 +83,10 @@ def main() -> None:
     parser.add_argument("--one", choices=METHODS, help="train in this process, print its peak")
     options = parser.parse_args()
     if options.one:
-        one(options.one, options.ranks[0], options.batch)
+        print(json.dumps(one(options.model, options.one, options.ranks[0], options.batch)))
         return
     rows = [
-        measure(method, rank, options.batch, options.runs)
+        measure(options.model, method, rank, options.batch, options.runs)
         for rank in options.ranks
         for method in options.methods
     ]

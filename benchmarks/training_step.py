@@ -74,19 +74,27 @@ class Step:
             raise FloatingPointError("the loss is not finite: this run measures nothing")
 
 
+def make_steps(
+    pretrained: weights.Pretrained, rank: int, shape: tuple[int, int], chosen: list[str]
+) -> dict[str, Step]:
+    """The chosen methods' steps on one model, with adapters of a rank and random tokens."""
+    rule = lora_rule(TARGETS, rank, rank)
+    model = add_lora(pretrained.build(), rule, rngs=nnx.Rngs(0))
+    tokens = np.random.default_rng(0).integers(
+        0, pretrained.config.vocab_size, (shape[0], shape[1] + 1), dtype=np.int32
+    )
+
+    def step(name: str) -> Step:
+        make = functools.partial(METHODS[name], lora_pairs(rule))
+        return Step(Trainer(model, next_token_loss, make), model, tokens)
+
+    return {name: step(name) for name in chosen}
+
+
 def measure(
     pretrained: weights.Pretrained, rank: int, shape: tuple[int, int], chosen: list[str], runs: int
 ) -> list[dict[str, Any]]:
-    rule = lora_rule(TARGETS, rank, rank)
-    model = add_lora(pretrained.build(), rule, rngs=nnx.Rngs(0))
-    pairs = lora_pairs(rule)
-    batch = np.random.default_rng(0).integers(0, 49000, (shape[0], shape[1] + 1), dtype=np.int32)
-    steps = {
-        name: Step(
-            Trainer(model, next_token_loss, functools.partial(METHODS[name], pairs)), model, batch
-        )
-        for name in chosen
-    }
+    steps = make_steps(pretrained, rank, shape, chosen)
     times = in_alternation(steps, runs)
     rows = [
         {

@@ -12,10 +12,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from loft_jax._jointly import jointly
+from loft_jax._platform import platform
 from loft_jax._rows import WHOLE, Rows
+
+_PANEL = 16
 
 
 class Basis(NamedTuple):
@@ -121,7 +125,40 @@ def _inverse_cholesky(gram: Float[Array, "r r"]) -> Float[Array, "r r"]:
     eye = jnp.eye(r, dtype=gram.dtype)
     trace = jnp.trace(gram)
     shift = jnp.where(trace > 0, 4 * jnp.finfo(gram.dtype).eps * trace, 1)
-    lower = jnp.linalg.cholesky(gram + shift * eye)
+    if platform() == "cpu":
+        return _eliminated(gram + shift * eye)
     # Inverting the small L and multiplying keeps a sharded tall matrix where it is; a triangular
     # solve with the tall matrix as right-hand side would gather it.
+    lower = jnp.linalg.cholesky(gram + shift * eye)
     return jax.scipy.linalg.solve_triangular(lower, eye, lower=True)
+
+
+def _eliminated(gram: Float[Array, "r r"]) -> Float[Array, "r r"]:
+    """Returns ``inv(L)`` for ``L L^T = gram`` by eliminating ``[gram, I]`` to ``[L^T, inv(L)]``.
+
+    In place of LAPACK's two calls for CPUs. Those start as soon as the parameters are there, beside
+    the forward pass of the model, and XLA lets them hold one of its threads until that pass is
+    through: training steps took a third longer.
+
+    Example:
+      >>> print(_eliminated(jnp.array([[4.0, 2.0], [2.0, 2.0]])))
+      [[ 0.5  0. ]
+       [-0.5  1. ]]
+    """
+    r = gram.shape[-1]
+    rest, done = jnp.concatenate([gram, jnp.eye(r, dtype=gram.dtype)], axis=1), []
+    # A few rows at a time, each from those above it; what lies below follows by one product.
+    for begin in range(0, r, _PANEL):
+        left = r - begin
+        height = min(_PANEL, left)
+        at = np.arange(height)
+
+        def eliminate(j: jax.Array, panel: jax.Array, at: np.ndarray = at) -> jax.Array:
+            row = panel[j] / jnp.sqrt(panel[j, j])
+            below = jnp.where(at > j, row[: len(at)], 0)
+            return jnp.where((at == j)[:, None], row, panel - below[:, None] * row)
+
+        panel = jax.lax.fori_loop(0, height, eliminate, rest[:height])
+        done.append(panel[:, left:])
+        rest = rest[height:, height:] - panel[:, height:left].T @ panel[:, height:]
+    return jnp.concatenate(done)

@@ -1,0 +1,28 @@
+"""The benchmarks of whole training steps, on the tiny model: everything is measured and named."""
+
+import sys
+from pathlib import Path
+
+import weights
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+
+import peak_memory
+import training_step
+
+
+def test_every_method_makes_its_step(model_folder):
+    chosen = list(training_step.METHODS)
+    rows = training_step.measure(weights.load(str(model_folder)), 2, (2, 8), chosen, 1)
+    assert [row["method"] for row in rows] == chosen
+    assert all(row["step_ms"][1] > 0 for row in rows)
+    state = {row["method"]: row["state_mb"] for row in rows}
+    assert state["calibrated"] >= state["factored"] >= state["LoRA"] > 0
+    assert len(training_step.table(rows).splitlines()) == 2 + len(chosen)
+
+
+def test_the_peak_is_that_of_a_process_of_its_own(model_folder):
+    row = peak_memory.measure(str(model_folder), "factored", 2, (2, 8), 1)
+    low, median, high = row["peak_mb"]
+    assert low == median == high > 50
+    assert "+0.0%" in peak_memory.table([row])
