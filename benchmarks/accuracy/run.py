@@ -27,9 +27,8 @@ from typing import Any
 
 import jax
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-sys.path.insert(0, str(HERE.parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
 from accuracy import config, store, training_runs, workloads
 from accuracy.config import Cell, Experiment, Task
