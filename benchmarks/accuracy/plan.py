@@ -88,7 +88,7 @@ def cells(
     experiment: Experiment,
     methods: Iterable[str] | None = None,
     tasks: Iterable[str] | None = None,
-    ranks: Iterable[int] | None = None,
+    ranks: Iterable[int | None] | None = None,
 ) -> list[tuple[Runs, Cell]]:
     """The cells of an experiment, or those of some methods, tasks and ranks."""
     return [

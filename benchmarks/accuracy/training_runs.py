@@ -49,7 +49,7 @@ def open_cell(task: Task, workload: Workload, cell: Cell) -> MakeRun:
         if variant.from_gradient:
             batch = batches.batch_at(workload.train, task.batch_size, seed, 0)
             model = lora_ga(model, workload.loss, batch, rule)
-            trainer.frozen = nnx.as_pure(nnx.split(model, wrt, ...)[2])
+            trainer.frozen = nnx.as_pure(nnx.state(model, nnx.Not(wrt)))
         if rate is None:
             params = nnx.as_pure(nnx.state(model, wrt))
             found = {

@@ -43,7 +43,7 @@ def _like(method: str, **changes: Any) -> Variant:
     return Variant(method=method, **(defaults | changes))
 
 
-def _loft_without(**parts: bool) -> Optimizer:
+def _loft_without(**parts: Any) -> Optimizer:
     return lambda rate, pairs: loft_adamw(rate, weight_decay=0.0, pairs=pairs, **parts)
 
 
