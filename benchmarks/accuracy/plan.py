@@ -19,8 +19,9 @@ class Choice(NamedTuple):
 
     rate: float | None
     """None where nothing is trained."""
-    at_edge: bool
-    """Whether it is the lowest or the highest that was tried."""
+    remark: str = ""
+    """Why a better one may exist: "unfinished" while the search has not ended, "edge" where the
+    best is the lowest or the highest that was tried."""
 
 
 class Plan(NamedTuple):
@@ -54,16 +55,20 @@ def searched(results: Results, cell: Cell, task: Task, seed: int) -> Search:
 def chosen(results: Results, cell: Cell, runs: Runs, task: Task) -> Choice | None:
     """The best rate of a cell, by the first seed's validation loss; None if it is not known yet."""
     if not VARIANTS[cell.method].trained:
-        return Choice(None, False)
+        return Choice(None)
     if runs.rates is None:
         found = searched(results, cell, task, runs.seeds[0])
-        return None if found.best is None else Choice(rate_at(found.best), found.at_edge)
+        if found.best is None:
+            return None
+        remark = "edge" if found.at_edge else ""
+        return Choice(rate_at(found.best), "unfinished" if found.wanted is not None else remark)
     losses = first_losses(results, cell, runs.seeds[0])
     tried = [rate for rate in runs.rates if place_of(rate) in losses]
     if not tried:
         return None
     best = min(tried, key=lambda rate: (losses[place_of(rate)], rate))
-    return Choice(best, best in (min(tried), max(tried)))
+    remark = "edge" if best in (min(tried), max(tried)) else ""
+    return Choice(best, "unfinished" if len(tried) < len(runs.rates) else remark)
 
 
 def plan(results: Results, cell: Cell, runs: Runs, task: Task) -> Plan:

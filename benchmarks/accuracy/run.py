@@ -93,10 +93,6 @@ def make_missing(
             store.write(root, key, results[key])
             made += 1
             print(told(key, results[key]), flush=True)
-        if make is not None:
-            del make
-            jax.clear_caches()
-            gc.collect()
     return made
 
 
@@ -134,6 +130,9 @@ def opener(data: Path) -> OpenCell:
     kept: dict[str, workloads.Workload] = {}
 
     def open_cell(task: Task, cell: Cell) -> training_runs.MakeRun:
+        # The last cell's programs and arrays go first.
+        jax.clear_caches()
+        gc.collect()
         if task.name not in kept:
             kept.clear()
             kept[task.name] = workloads.load(task, data)

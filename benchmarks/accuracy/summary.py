@@ -22,8 +22,8 @@ class Row:
 
     cell: Cell
     rate: float | None
-    at_edge: bool
-    """Whether the rate is the lowest or the highest that was tried: the best may lie beyond."""
+    remark: str
+    """Why a better rate may exist: "unfinished", "edge", or nothing (see `Choice`)."""
     by_seed: Mapping[int, Mapping[str, Any]]
     """The results, by seed."""
 
@@ -65,7 +65,7 @@ def _row(results: Results, cell: Cell, runs: Runs, task: Task) -> Row | None:
     }
     if not by_seed:
         return None
-    return Row(cell=cell, rate=choice.rate, at_edge=choice.at_edge, by_seed=by_seed)
+    return Row(cell=cell, rate=choice.rate, remark=choice.remark, by_seed=by_seed)
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:

@@ -54,7 +54,7 @@ def best_rates(results: Results, experiment: Experiment, task: Task) -> str:
                 *([_perplexity(row)] if perplexity else []),
                 *(difference(row, base_of(found, row, x), task.measure) for x in BASES),
                 str(len(row.by_seed)),
-                NONE if row.rate is None else f"{row.rate:g}" + (" (edge)" if row.at_edge else ""),
+                rate(row),
                 number(row.median("step_seconds"), 2),
                 number(row.median("trained_parameters"), 2, 1e-6),
                 number(row.median("optimizer_state_bytes"), 1, 1e-6),
@@ -73,7 +73,7 @@ def by_rate(results: Results, experiment: Experiment, task: Task) -> str:
             lines += _rate_lines(results, runs, task.measure)
     if not lines:
         return "No results yet."
-    return markdown(["method", *(f"{rate:g}" for rate in rates)], lines)
+    return markdown(["method", *(f"{x:g}" for x in rates)], lines)
 
 
 def _rate_lines(results: Results, runs: Runs, measure: str) -> list[list[str]]:
@@ -118,6 +118,13 @@ def difference(row: Row, base: Row | None, metric: str) -> str:
         return NONE
     mean, p = found
     return shown(mean, metric, "+") + ("" if p is None else f" (p = {p:.2g})")
+
+
+def rate(row: Row) -> str:
+    """'0.001', or with what is to be said of the search: '0.001 (edge)'."""
+    if row.rate is None:
+        return NONE
+    return f"{row.rate:g}" + (f" ({row.remark})" if row.remark else "")
 
 
 def number(value: float | None, digits: int, unit: float = 1) -> str:
