@@ -12,6 +12,9 @@ from accuracy.summary import Row, mean_and_error, rows
 from accuracy.variants import VARIANTS
 
 COLORS = {
+    "zero-shot": "#999999",
+    "zero-shot-nf4": "#cccccc",
+    "head": "#999999",
     "full": "#222222",
     "lora": "#d1495b",
     "dora": "#8d5a97",
