@@ -202,6 +202,14 @@ def test_report_of_a_partial_study(tmp_path, monkeypatch):
     assert drawn == {"accuracy_transfer.png", "accuracy_vision.png"}
 
 
+def test_figures_of_a_single_run(tmp_path):
+    key = Key(Cell("wikitext2", "lora", 4), 1e-2, 0)
+    store.write(tmp_path, key, outcome(3.0))
+    drawn = report.draw_all(report.read_all(tmp_path), tmp_path)
+    expected = ["quantized", "ranks", "transfer"]
+    assert [path.name for path in drawn] == [f"accuracy_{name}.png" for name in expected]
+
+
 def test_report_of_nothing(tmp_path):
     parts = report.make_parts(report.read_all(tmp_path))
     assert set(parts.values()) == {"No results yet."}

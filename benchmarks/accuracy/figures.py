@@ -109,7 +109,8 @@ def _draw_rates(axes: Any, lines: Mapping[str, tuple[Line, float]], task: Task) 
         xs, ys = [rate for rate, _ in drawn], [loss for _, loss in drawn]
         axes.plot(xs, ys, "o-", ms=4, color=color, label=VARIANTS[method].label)
         gone = [rate for rate, loss in line if not inside(loss)]
-        axes.plot(gone, [top] * len(gone), "x", color=color, clip_on=False)
+        if gone:
+            axes.plot(gone, [top] * len(gone), "x", color=color, clip_on=False)
     axes.set(xscale="log", xlabel="peak learning rate", ylabel=AXES["loss"])
     axes.set_ylim(top=top)
     axes.set_title(f"{task.model}, {NAMES.get(task.name, task.name)}, rank 4", fontsize=9)
@@ -136,10 +137,14 @@ def _draw_ranks(axes: Any, found: Sequence[Row], task: Task, metric: str) -> Non
         if points and points[0][0] is None:
             axes.axhline(points[0][1], color=color, linestyle="--", linewidth=1, label=label)
         elif points:
-            ranks, means, errors = zip(*points, strict=True)
+            at, means, errors = zip(*points, strict=True)
             axes.errorbar(
-                ranks, means, yerr=errors, fmt="o-", ms=4, capsize=3, color=color, label=label
+                at, means, yerr=errors, fmt="o-", ms=4, capsize=3, color=color, label=label
             )
+    ranks = sorted({row.cell.rank for row in found if row.cell.rank is not None})
     axes.set_xscale("log", base=2)
+    axes.set_xticks(ranks, [str(rank) for rank in ranks])
+    if ranks:
+        axes.set_xlim(ranks[0] / 1.3, ranks[-1] * 1.3)
     axes.set(xlabel="rank", ylabel=AXES[metric])
     axes.set_title(f"{task.model}, {NAMES.get(task.name, task.name)}", fontsize=9)

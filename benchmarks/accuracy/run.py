@@ -30,7 +30,7 @@ import jax
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
-from accuracy import config, store, training_runs, workloads
+from accuracy import config, provenance, store, training_runs, workloads
 from accuracy.config import Cell, Experiment, Task
 from accuracy.plan import Results, cells, plan
 from accuracy.variants import VARIANTS
@@ -154,6 +154,7 @@ def work(options: argparse.Namespace) -> None:
         return
     if options.data is None:
         raise UserError("--data is missing: the folder with the data files (see --help).")
+    provenance.commit()  # of the code that is running, whatever becomes of the folder meanwhile
     made = make_missing(
         options.results,
         chosen,
