@@ -11,7 +11,13 @@ from pathlib import Path
 import timing
 
 ROOT = Path(__file__).parents[2]
-CODE = ("loft_jax", "examples", "benchmarks", ":!benchmarks/**/results")
+CODE = (
+    "loft_jax",
+    "examples",
+    "benchmarks",
+    ":!benchmarks/results",
+    ":!benchmarks/accuracy/results",
+)
 """What a result depends on, as git's paths."""
 
 
