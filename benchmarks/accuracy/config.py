@@ -1,0 +1,149 @@
+"""The study's settings: tasks/*.toml say how a run is made, experiments/*.toml which ones."""
+
+import dataclasses
+import tomllib
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from accuracy.variants import VARIANTS
+from errors import UserError
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+
+BUDGET = 5
+"""Learning rates that a search tries, of every method at every rank."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+    """How a run on one task is made, but for method, rank, learning rate and seed."""
+
+    name: str
+    kind: Literal["text", "images", "questions"]
+    model: str
+    measure: Literal["loss", "accuracy", "likelihood"]
+    """What methods are compared by on the test split."""
+    full_rate: float
+    """Where the search starts for full fine-tuning, and in proportion for the others."""
+    targets: tuple[str, ...]
+    """The layers with an adapter, by the examples' short names."""
+    steps: int
+    batch_size: int
+    length: int
+    """Tokens of a window or of a question, or pixels along an image's edge."""
+    max_norm: float
+    train: str
+    """A file in the folder of data; so are the next two."""
+    test: str
+    validation: str | None = None
+    """None: a tenth of the training examples."""
+    validation_examples: int
+    test_examples: int
+    head_rate: float | None = None
+    """The peak learning rate of a new head, for all methods; None: the model has its head."""
+
+    def settings(self) -> dict[str, Any]:
+        """What a result must have been made with, as JSON has it."""
+        values = dataclasses.asdict(self)
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
+
+
+class Cell(NamedTuple):
+    """All runs that share a compiled training step."""
+
+    task: str
+    method: str
+    rank: int | None
+    """None where nothing has a rank."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Runs:
+    """Some runs of an experiment, all on one task."""
+
+    task: str
+    methods: tuple[str, ...]
+    ranks: tuple[int, ...]
+    seeds: tuple[int, ...]
+    rates: tuple[float, ...] | None = None
+    """None: searched with the first seed; the best rate then gets the others."""
+
+    def cells(self) -> list[Cell]:
+        """By method, then by rank."""
+        found = [
+            Cell(self.task, method, rank if VARIANTS[method].ranked else None)
+            for method in self.methods
+            for rank in self.ranks
+        ]
+        return list(dict.fromkeys(found))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """Runs, and what is made of their results."""
+
+    name: str
+    title: str
+    runs: tuple[Runs, ...]
+    figure: Literal["rates", "ranks"] | None = None
+    paper_column: str | None = None
+    paper: dict[tuple[str, int | None], str] = dataclasses.field(default_factory=dict)
+    """The paper's own figures, by method and rank."""
+
+    def tasks(self) -> list[str]:
+        """Their names, in order."""
+        return list(dict.fromkeys(runs.task for runs in self.runs))
+
+
+def task_names() -> list[str]:
+    return sorted(path.stem for path in (HERE / "tasks").glob("*.toml"))
+
+
+def experiment_names() -> list[str]:
+    return sorted(path.stem for path in (HERE / "experiments").glob("*.toml"))
+
+
+def read_task(name: str) -> Task:
+    """The task of tasks/NAME.toml."""
+    values = _tuples(_read("tasks", name, task_names()))
+    try:
+        return Task(name=name, **values)
+    except TypeError as error:
+        raise UserError(f"tasks/{name}.toml: {error}") from error
+
+
+def read_experiment(name: str) -> Experiment:
+    """The experiment of experiments/NAME.toml."""
+    values = _read("experiments", name, experiment_names())
+    paper = values.pop("paper", {"column": None, "values": []})
+    try:
+        runs = tuple(Runs(**_tuples(table)) for table in values.pop("runs"))
+        experiment = Experiment(
+            name=name,
+            runs=runs,
+            paper_column=paper["column"],
+            paper={(v[0], v[1] if len(v) == 3 else None): v[-1] for v in paper["values"]},
+            **values,
+        )
+    except (TypeError, KeyError) as error:
+        raise UserError(f"experiments/{name}.toml: {error}") from error
+    methods = [*(m for runs in experiment.runs for m in runs.methods)]
+    methods += [method for method, _ in experiment.paper]
+    _check_known(f"experiments/{name}.toml", methods, list(VARIANTS))
+    _check_known(f"experiments/{name}.toml", experiment.tasks(), task_names())
+    return experiment
+
+
+def _read(folder: str, name: str, known: list[str]) -> dict[str, Any]:
+    _check_known(folder, [name], known)
+    return tomllib.loads((HERE / folder / f"{name}.toml").read_text())
+
+
+def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+
+
+def _check_known(where: str, names: list[str], known: list[str]) -> None:
+    if unknown := [name for name in names if name not in known]:
+        raise UserError(f"{where}: {unknown[0]!r} is none of {', '.join(known)}")

@@ -1,0 +1,48 @@
+"""LoRA-GA on a whole model: the factors start along the gradient of the weights they adapt."""
+
+import functools
+from typing import Any
+
+import jax
+from flax import nnx
+from training import Loss
+
+from loft_jax.adapters import LoraRule
+from loft_jax.baselines import lora_ga_init
+
+ITERATIONS = 4
+"""Of the randomised singular value decomposition; an exact one of every weight takes minutes."""
+
+
+def lora_ga(model: Any, loss: Loss, batch: Any, rule: LoraRule) -> Any:
+    """The model with LoRA-GA's factors, and residuals in place of the frozen weights.
+
+    It is the same function as before. The model given, with adapters of `add_lora` that add nothing
+    yet, is left as it is.
+
+    Args:
+        model: its adapters are on kernels `(in, out)`, or `(layers, in, out)` of stacked layers.
+        loss: what will be minimised, a loss for each example.
+        batch: examples whose mean gradient is taken.
+        rule: the one by which the adapters were made.
+    """
+    is_adapted = lambda path, _: tuple(path[-2:]) == ("base", "kernel")
+    graphdef, kernels, factors, rest = nnx.split(model, is_adapted, nnx.LoRAParam, ...)
+
+    @jax.jit
+    def gradient(kernels: nnx.State, factors: nnx.State, rest: nnx.State) -> nnx.State:
+        of = lambda kernels: loss(nnx.merge(graphdef, kernels, factors, rest), batch).mean()
+        return jax.grad(of)(kernels)
+
+    gradients = dict(nnx.to_flat_state(gradient(kernels, factors, rest)))
+    flat_kernels, flat_factors = (dict(nnx.to_flat_state(x)) for x in (kernels, factors))
+    init = functools.partial(lora_ga_init, rank=rule.rank, scale=rule.scale, iterations=ITERATIONS)
+    for path, kernel in flat_kernels.items():
+        one = jax.jit(jax.vmap(init) if kernel[...].ndim == 3 else init)
+        started = one(kernel[...], gradients[path][...])
+        flat_kernels[path] = kernel.replace(started.residual)
+        for name, value in (("lora_a", started.a), ("lora_b", started.b)):
+            place = (*path[:-2], name)
+            flat_factors[place] = flat_factors[place].replace(value)
+    states = (nnx.from_flat_state(flat) for flat in (flat_kernels, flat_factors))
+    return nnx.merge(graphdef, *states, rest)

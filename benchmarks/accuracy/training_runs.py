@@ -1,0 +1,122 @@
+"""One training run, and the compiled step that all runs of a cell share."""
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import batches
+import jax
+import jax.numpy as jnp
+import optax
+from accuracy import provenance
+from accuracy.config import Cell, Task
+from accuracy.gradient_init import lora_ga
+from accuracy.store import rounded
+from accuracy.variants import VARIANTS, adapted, make_optimizer, quantized, rule_of, trained_by
+from accuracy.workloads import Split, Workload
+from flax import nnx
+from stacks import STACKED
+from training import Trainer, TrainState, learning_rate_at
+
+MakeRun = Callable[[float | None, int], dict[str, Any]]
+"""(learning rate, seed) -> what the result file holds of the run."""
+
+
+def open_cell(task: Task, workload: Workload, cell: Cell) -> MakeRun:
+    """Makes the compiled step of a cell; the function returned makes its runs."""
+    variant, rank = VARIANTS[cell.method], cell.rank or 1
+    rule = rule_of(variant, workload.rule, rank)
+    base = quantized(variant, workload.base(0), STACKED)
+    wrt = trained_by(variant, workload.head)
+
+    def optimizer(learning_rate: Any) -> optax.GradientTransformation:
+        head = (workload.head, head_schedule(task))
+        return make_optimizer(variant, learning_rate, rule, task.max_norm, *head)
+
+    def model_of(seed: int) -> Any:
+        # Only a head that the seed draws makes another base; it is not quantized.
+        of_seed = base if workload.head is None else workload.base(seed)
+        return adapted(variant, of_seed, rule, seed)
+
+    trainer = Trainer(model_of(0), workload.loss, optimizer, wrt, workload.outputs)
+
+    def make(rate: float | None, seed: int) -> dict[str, Any]:
+        provenance.reset_peak_memory()
+        began = time.perf_counter()
+        model = model_of(seed)
+        if variant.from_gradient:
+            batch = batches.batch_at(workload.train, task.batch_size, seed, 0)
+            model = lora_ga(model, workload.loss, batch, rule)
+            trainer.frozen = nnx.as_pure(nnx.state(model, nnx.Not(wrt)))
+        if rate is None:
+            params = nnx.as_pure(nnx.state(model, wrt))
+            found = {
+                "steps_made": 0,
+                "train_losses": [],
+                **measured(task, workload, trainer, params),
+            }
+        else:
+            found = train(task, workload, trainer, trainer.start(model), rate, seed)
+        return {
+            "label": variant.label,
+            "settings": task.settings(),
+            **found,
+            "seconds": round(time.perf_counter() - began, 1),
+            "peak_memory_bytes": provenance.peak_memory(),
+            **provenance.origin(),
+        }
+
+    return make
+
+
+def head_schedule(task: Task) -> optax.Schedule | None:
+    """The learning rate of the new head by the step: the same for every method and rate."""
+    if task.head_rate is None:
+        return None
+    rates = [learning_rate_at(step, task.steps, task.head_rate) for step in range(task.steps)]
+    return lambda step: jnp.array(rates, jnp.float32)[step]
+
+
+def train(
+    task: Task, workload: Workload, trainer: Trainer, state: TrainState, rate: float, seed: int
+) -> dict[str, Any]:
+    """Trains and measures; a run whose loss is no longer finite ends there."""
+    trained = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    optimizer_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state))
+    losses, seconds = [], []
+    for step, batch in enumerate(
+        batches.batches(workload.train, task.batch_size, seed, range(task.steps))
+    ):
+        began = time.perf_counter()
+        state, loss = trainer.step(state, batch, learning_rate_at(step, task.steps, rate))
+        losses.append(float(loss))
+        seconds.append(time.perf_counter() - began)
+        if not math.isfinite(losses[-1]):
+            break
+    return {
+        "steps_made": len(losses),
+        "train_losses": [rounded(loss, 4) for loss in losses],
+        **measured(task, workload, trainer, state.params, finite=math.isfinite(losses[-1])),
+        "step_seconds": round(statistics.median(seconds), 4),
+        "trained_parameters": trained,
+        "optimizer_state_bytes": optimizer_bytes,
+    }
+
+
+def measured(
+    task: Task, workload: Workload, trainer: Trainer, params: Any, finite: bool = True
+) -> dict[str, Any]:
+    """Loss and other metrics on both splits; None each for a run that has diverged."""
+
+    def of(split: Split) -> dict[str, Any] | None:
+        outputs = trainer.evaluate(params, split.examples, task.batch_size)
+        metrics = workload.metrics(split, outputs)
+        if not math.isfinite(metrics["loss"]):
+            return None
+        return {name: rounded(x) for name, x in metrics.items()} | {"examples": split.count}
+
+    splits = {"validation": workload.validation, "test": workload.test}
+    found = {name: of(split) if finite else None for name, split in splits.items()}
+    return {"finite": None not in found.values(), **found}
