@@ -12,7 +12,10 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 
 BUDGET = 5
-"""Learning rates that a search tries, of every method at every rank."""
+"""Learning rates that a search tries, of every method at rank 4."""
+
+BUDGET_NEARBY = 3
+"""The same at other ranks, where the search starts from the best rate of rank 4."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

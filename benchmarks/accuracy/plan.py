@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from accuracy.config import BUDGET, Cell, Experiment, Runs, Task
+from accuracy.config import BUDGET, BUDGET_NEARBY, Cell, Experiment, Runs, Task
 from accuracy.search import Search, place_of, rate_at, search
 from accuracy.store import Key, Record, loss_of
 from accuracy.variants import VARIANTS
@@ -42,6 +42,11 @@ def first_losses(results: Results, cell: Cell, seed: int) -> dict[int, float]:
     }
 
 
+def budget(cell: Cell) -> int:
+    """How many learning rates a cell's search may try."""
+    return BUDGET if cell.rank in (None, BASE_RANK) else BUDGET_NEARBY
+
+
 def searched(results: Results, cell: Cell, task: Task, seed: int) -> Search:
     """The search for the cell's learning rate, as far as it has come."""
     start = place_of(VARIANTS[cell.method].rate * task.full_rate)
@@ -49,7 +54,7 @@ def searched(results: Results, cell: Cell, task: Task, seed: int) -> Search:
         at_base = searched(results, cell._replace(rank=BASE_RANK), task, seed)
         if at_base.wanted is None and at_base.best is not None:
             start = at_base.best
-    return search(first_losses(results, cell, seed), start, BUDGET)
+    return search(first_losses(results, cell, seed), start, budget(cell))
 
 
 def chosen(results: Results, cell: Cell, runs: Runs, task: Task) -> Choice | None:
@@ -79,7 +84,7 @@ def plan(results: Results, cell: Cell, runs: Runs, task: Task) -> Plan:
         return _missing(results, [Key(cell, r, s) for s in runs.seeds for r in runs.rates])
     found = searched(results, cell, task, runs.seeds[0])
     if found.wanted is not None:
-        later = BUDGET - len(found.tried) - 1 + len(runs.seeds) - 1
+        later = budget(cell) - len(found.tried) - 1 + len(runs.seeds) - 1
         return Plan([Key(cell, rate_at(found.wanted), runs.seeds[0])], later)
     assert found.best is not None
     return _missing(results, [Key(cell, rate_at(found.best), seed) for seed in runs.seeds])
