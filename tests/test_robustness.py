@@ -10,6 +10,7 @@ from oracles import Hyper, Problem, conditioned, projector
 from trajectories import follow, run
 
 import loft_jax
+from loft_jax import _basis
 from loft_jax._basis import orthonormal_basis
 from loft_jax._frame import orthonormal_frame, raw_frame, transport
 from loft_jax._moments import accumulate_cross_terms, adam_step, packed_quadratic, packed_size
@@ -174,11 +175,23 @@ def degenerate(kind: str) -> Problem:
     return problem
 
 
-@pytest.mark.parametrize("condition", [1.0, 1e2, 1e4])
-def test_the_basis_is_orthonormal_in_float32(condition):
-    v = conditioned(np.random.default_rng(0), 300, 8, condition).astype(np.float32)
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+@pytest.mark.parametrize("r", [1, 5, 16, 17, 40])
+def test_gram_matrices_are_factorized_on_every_platform(r, platform, monkeypatch, x64):
+    """By elimination on CPUs, by the Cholesky factorization of the platform elsewhere."""
+    monkeypatch.setattr(_basis, "platform", lambda: platform)
+    v = conditioned(np.random.default_rng(r), 50, r, 1e2)
+    step = _basis._inverse_cholesky(jnp.asarray(v.T @ v))
+    np.testing.assert_allclose(step, np.linalg.inv(np.linalg.cholesky(v.T @ v)), atol=1e-8)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+@pytest.mark.parametrize(("r", "condition"), [(8, 1.0), (8, 1e2), (8, 1e4), (40, 1e4)])
+def test_the_basis_is_orthonormal_in_float32(r, condition, platform, monkeypatch):
+    monkeypatch.setattr(_basis, "platform", lambda: platform)
+    v = conditioned(np.random.default_rng(0), 300, r, condition).astype(np.float32)
     q, l_inv = orthonormal_basis(jnp.asarray(v))
-    np.testing.assert_allclose(q.T @ q, np.eye(8), atol=2e-6)
+    np.testing.assert_allclose(q.T @ q, np.eye(r), atol=2e-6)
     np.testing.assert_allclose(
         q @ q.T, projector(v.astype(np.float64)), atol=3e-8 * condition + 1e-6
     )
