@@ -136,9 +136,9 @@ def _inverse_cholesky(gram: Float[Array, "r r"]) -> Float[Array, "r r"]:
 def _eliminated(gram: Float[Array, "r r"]) -> Float[Array, "r r"]:
     """Returns ``inv(L)`` for ``L L^T = gram`` by eliminating ``[gram, I]`` to ``[L^T, inv(L)]``.
 
-    In place of LAPACK's two calls for CPUs. Those start as soon as the parameters are there, beside
-    the forward pass of the model, and XLA lets them hold one of its threads until that pass is
-    through: training steps took a third longer.
+    In place of LAPACK's two calls on CPUs. Those need nothing but the parameters, so they start
+    beside the forward pass of the model, and in profiles of a training step held one of XLA's
+    threads for most of it (docs/cost.md).
 
     Example:
       >>> print(_eliminated(jnp.array([[4.0, 2.0], [2.0, 2.0]])))
@@ -153,7 +153,7 @@ def _eliminated(gram: Float[Array, "r r"]) -> Float[Array, "r r"]:
         height = min(_PANEL, left)
         at = np.arange(height)
 
-        def eliminate(j: jax.Array, panel: jax.Array, at: np.ndarray = at) -> jax.Array:
+        def eliminate(j: int | jax.Array, panel: jax.Array, at: np.ndarray = at) -> jax.Array:
             row = panel[j] / jnp.sqrt(panel[j, j])
             below = jnp.where(at > j, row[: len(at)], 0)
             return jnp.where((at == j)[:, None], row, panel - below[:, None] * row)
