@@ -64,7 +64,7 @@ class Step:
         self.trainer, self.batch = trainer, batch
         self.state = trainer.start(model)
         state = jax.tree.leaves(self.state.opt_state)
-        self.state_mb = round(sum(x.nbytes for x in state) / 1e6, 1)
+        self.state_mb = round(sum(x.nbytes for x in state) / 1e6, 3)
 
     def __call__(self) -> None:
         for _ in range(2):
