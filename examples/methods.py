@@ -144,12 +144,12 @@ def make_optimizer(
     if head is not None and chosen.trains != "head":
         of_head = _adamw(head_ratio * learning_rate, None)
         optimizer = optax.partition(
-            {"head": of_head, "body": optimizer}, functools.partial(_labels, head)
+            {"head": of_head, "body": optimizer}, functools.partial(head_labels, head)
         )
     return optax.chain(clip, optimizer)
 
 
-def _labels(head: str, params: Any) -> Any:
+def head_labels(head: str, params: Any) -> Any:
     """'head' for the leaves below that attribute, 'body' for all others."""
     within = jax.tree_util.DictKey(head)
     return jax.tree.map_with_path(lambda path, _: "head" if within in path else "body", params)

@@ -19,6 +19,8 @@ from loft_jax._jointly import jointly
 from loft_jax._platform import platform
 from loft_jax._rows import WHOLE, Rows
 
+# Rows that are eliminated one by one before the rest follows by a product: as many as keep the loop
+# short at small ranks, and the program at large ones.
 _PANEL = 16
 
 

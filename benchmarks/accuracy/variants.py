@@ -1,13 +1,13 @@
 """What is compared: the methods of the examples, and variants of them that only a study needs."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import optax
 from flax import nnx
-from methods import METHODS, Optimizer, adapt, adapter_rule, trainable
+from methods import METHODS, Optimizer, adapt, adapter_rule, head_labels, trainable
 
 from loft_jax import LoraPairs, clip_by_projected_global_norm, loft_adamw
 from loft_jax.adapters import LoraRule, lora_pairs, quantize
@@ -118,7 +118,7 @@ def make_optimizer(
     optimizer = variant.optimizer(learning_rate, pairs)
     if head is not None and head_schedule is not None and METHODS[variant.method].trains != "head":
         of_head = optax.adamw(head_schedule, weight_decay=0.0)
-        is_head = lambda path, _: "head" if jax.tree_util.DictKey(head) in path else "body"
-        labels = lambda params: jax.tree.map_with_path(is_head, params)
-        optimizer = optax.partition({"head": of_head, "body": optimizer}, labels)
+        optimizer = optax.partition(
+            {"head": of_head, "body": optimizer}, functools.partial(head_labels, head)
+        )
     return optax.chain(clip, optimizer)
