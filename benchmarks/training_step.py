@@ -36,6 +36,8 @@ TARGETS = ("q", "k", "v", "up", "down")
 Make = Callable[[LoraPairs, Any], optax.GradientTransformation]
 METHODS: dict[str, Make] = {
     "LoRA": lambda pairs, rate: optax.adamw(rate),
+    # The control: what its ratio is off from 1, no other ratio can be trusted to.
+    "LoRA again": lambda pairs, rate: optax.adamw(rate),
     "calibrated": lambda pairs, rate: loft_adamw(rate, pairs=pairs),
     "factored": lambda pairs, rate: loft_adamw(rate, pairs=pairs, second_moment="factored"),
     "simple": lambda pairs, rate: loft_adamw(rate, pairs=pairs, second_moment="diagonal"),
