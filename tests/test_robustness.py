@@ -15,7 +15,7 @@ from loft_jax._basis import orthonormal_basis
 from loft_jax._frame import orthonormal_frame, raw_frame, transport
 from loft_jax._moments import accumulate_cross_terms, adam_step, packed_quadratic, packed_size
 from loft_jax._projection import project_adam_direction
-from loft_jax.baselines._matrices import inverse_gram
+from loft_jax.baselines._matrices import gram_spectra, inverse_gram
 
 # Relative error of the path of W that float32 may show after 200 steps, by condition number of both
 # factors. Measured: 2e-6 to 5e-4, which of them depends on the machine's order of summation: in the
@@ -162,7 +162,7 @@ def test_gradients_whose_squares_overflow_stop_the_step(second_moment):
 def test_the_peers_inverse_keeps_every_direction_that_float32_has(condition, tolerance):
     v = conditioned(np.random.default_rng(5), 512, 16, condition).astype(np.float32)
     expected = np.linalg.inv(v.T.astype(np.float64) @ v + 1e-6 * np.eye(16))
-    got = inverse_gram(jnp.asarray(v), 1e-6)
+    got = inverse_gram(*gram_spectra([jnp.asarray(v)]), 1e-6)
     assert np.abs(got - expected).max() < tolerance * np.abs(expected).max()
 
 

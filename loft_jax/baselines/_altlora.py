@@ -13,7 +13,7 @@ from loft_jax._mesh import in_auto_axes
 from loft_jax._moments import as_scalar
 from loft_jax._pairs import LoraPairs, PairedTree, find_pairs
 from loft_jax.baselines._checked import checked
-from loft_jax.baselines._matrices import inverse_gram
+from loft_jax.baselines._matrices import Spectrum, gram_spectra, inverse_gram
 from loft_jax.transforms import _alternation
 from loft_jax.transforms._descent import descend
 from loft_jax.transforms._factors import group_pairs, leaves_like, read_arguments
@@ -235,12 +235,16 @@ def _step(
 ) -> tuple[list[jax.Array], list[list[Any]]]:
     directions, (seen, *moments) = list(gradients), fields
     new_seen, *new_moments = [list(field) for field in fields]
-    for group in group_pairs(tree):
+    groups = group_pairs(tree)
+    grams = iter(gram_spectra([p.tall(params) for group in groups for _, p in group.sides]))
+    for group in groups:
         for (factor, partner), turn in zip(group.sides, moves, strict=True):
             side = functools.partial(_side, hyperparams, group.scale)
             old = tuple(factor.tall(moment) for moment in moments)
             point, point_seen = partner.tall(params), partner.tall(seen)
-            new, direction = group.over_batch(side)(old, factor.tall(gradients), point, point_seen)
+            new, direction = group.over_batch(side)(
+                old, factor.tall(gradients), point, point_seen, next(grams)
+            )
             factor.put(jnp.where(turn, direction, 0), directions, like=gradients)
             for target, after, before in zip(new_moments, new, old, strict=True):
                 factor.put(jnp.where(turn, after, before), target, like=target)
@@ -255,11 +259,12 @@ def _side(
     gradient: Float[Array, "m r"],
     partner: Float[Array, "n r"],
     partner_seen: Float[Array, "n r"],
+    gram: Spectrum,
 ) -> tuple[tuple[Float[Array, "m r"], ...], Float[Array, "m r"]]:
     """The moments of a factor and its direction, at its turn."""
     b1, b2, eps, damping = hyperparams
     b1, eps, damping = (as_scalar(x, gradient.dtype) for x in (b1, eps, damping))
-    inverse = inverse_gram(partner, damping)
+    inverse = inverse_gram(gram, damping)
     g = gradient @ inverse / scale / scale
     mu = b1 * (moments[0] @ (partner_seen.T @ partner @ inverse)) + (1 - b1) * g
     if b2 is None:

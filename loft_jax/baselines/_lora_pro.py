@@ -13,7 +13,7 @@ from loft_jax._mesh import in_auto_axes
 from loft_jax._moments import AdamStep, adam_step, as_scalar
 from loft_jax._pairs import LoraPairs, PairedTree, find_pairs
 from loft_jax.baselines._checked import checked
-from loft_jax.baselines._matrices import inverse_gram
+from loft_jax.baselines._matrices import Spectrum, gram_spectra, inverse_gram
 from loft_jax.transforms._factors import (
     compute_dtype,
     group_pairs,
@@ -184,13 +184,15 @@ def _step(
 ) -> tuple[list[jax.Array], list[Any], list[Any]]:
     b1, b2, eps, damping = hyperparams
     directions, new_mu, new_nu = list(gradients), list(mu), list(nu)
-    for group in group_pairs(tree):
+    groups = group_pairs(tree)
+    grams = iter(gram_spectra([f.tall(params) for group in groups for f in (group.a, group.b)]))
+    for group in groups:
         a, b = group.a, group.b
         u, v, dense = a.tall(params), b.tall(params), b.tall(mu)
         step = adam_step(count, b1, b2, eps, dense.dtype)
         of_pair = functools.partial(_pair, group.scale, b1, b2, damping, step)
         d_u, d_v, *moments = group.over_batch(of_pair)(
-            u, v, a.tall(gradients), b.tall(gradients), dense, b.tall(nu)
+            u, v, next(grams), next(grams), a.tall(gradients), b.tall(gradients), dense, b.tall(nu)
         )
         a.put(d_u, directions, like=gradients)
         b.put(d_v, directions, like=gradients)
@@ -207,6 +209,8 @@ def _pair(
     step: AdamStep,
     u: Float[Array, "m r"],
     v: Float[Array, "n r"],
+    gram_u: Spectrum,
+    gram_v: Spectrum,
     g_u: Float[Array, "m r"],
     g_v: Float[Array, "n r"],
     mu: Float[Array, "n m"],
@@ -214,7 +218,7 @@ def _pair(
 ) -> tuple[Float[Array, "m r"], Float[Array, "n r"], Float[Array, "n m"], Float[Array, "n m"]]:
     """The step of both factors, and the dense moments (transposed, as ``V`` is in ``lora_b``)."""
     b1, b2, damping = (as_scalar(x, u.dtype) for x in (b1, b2, damping))
-    inverse_u, inverse_v = inverse_gram(u, damping), inverse_gram(v, damping)
+    inverse_u, inverse_v = inverse_gram(gram_u, damping), inverse_gram(gram_v, damping)
 
     def nearest(g_u, g_v, x):
         """The step nearest to a full gradient ``G``, from ``g_u = s G V`` and ``g_v = s G^T U``."""
@@ -227,25 +231,21 @@ def _pair(
     nu = b2 * nu + (1 - b2) * equivalent * equivalent
     direction = entrywise_direction(mu, nu, step)
     h_u, h_v = s * direction.T @ v, s * direction @ u
-    x = solve_sylvester(v.T @ v, u.T @ u, -inverse_v @ (h_u.T @ u) / s / s)
+    x = solve_sylvester(gram_v, gram_u, -inverse_v @ (h_u.T @ u) / s / s)
     return *nearest(h_u, h_v, x), mu, nu
 
 
-def solve_sylvester(
-    a: Float[Array, "r r"], b: Float[Array, "r r"], c: Float[Array, "r r"]
-) -> Float[Array, "r r"]:
+def solve_sylvester(a: Spectrum, b: Spectrum, c: Float[Array, "r r"]) -> Float[Array, "r r"]:
     """Returns the ``X`` with ``A X + X B = C`` for positive semidefinite ``A`` and ``B``.
 
     Directions that both send to zero are left zero.
 
     Example:
-      >>> a, b = jnp.diag(jnp.array([1.0, 2.0])), jnp.diag(jnp.array([1.0, 0.0]))
-      >>> solve_sylvester(a, b, jnp.ones((2, 2))).round(3)
-      Array([[0.5  , 1.   ],
-             [0.333, 0.5  ]], dtype=float32)
+      >>> a, b = gram_spectra([jnp.diag(jnp.array([1.0, 2.0])), jnp.diag(jnp.array([1.0, 0.0]))])
+      >>> solve_sylvester(a, b, jnp.ones((2, 2))).round(3)  # A is diag(1, 4), B diag(1, 0)
+      Array([[0.5 , 1.  ],
+             [0.2 , 0.25]], dtype=float32)
     """
-    of_a, q_a = jnp.linalg.eigh(a)
-    of_b, q_b = jnp.linalg.eigh(b)
-    total = of_a[:, None] + of_b[None, :]
-    inside = (q_a.T @ c @ q_b) / jnp.where(total > 0, total, 1)
-    return q_a @ jnp.where(total > 0, inside, 0) @ q_b.T
+    total = a.values[:, None] + b.values[None, :]
+    inside = (a.vectors.T @ c @ b.vectors) / jnp.where(total > 0, total, 1)
+    return a.vectors @ jnp.where(total > 0, inside, 0) @ b.vectors.T

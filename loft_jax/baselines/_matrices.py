@@ -1,13 +1,14 @@
-"""What the peers share: a damped inverse Gram matrix, and a map over the pairs."""
+"""What the peers share: damped inverse Gram matrices, and a map over the pairs."""
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from loft_jax._jointly import jointly
 from loft_jax._pairs import PairedTree
 from loft_jax.transforms._factors import compute_dtype, group_pairs
 
@@ -17,19 +18,48 @@ def widen(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return x.astype(compute_dtype(x))
 
 
-def inverse_gram(v: Float[Array, "n r"], damping: float | jax.Array) -> Float[Array, "r r"]:
+class Spectrum(NamedTuple):
+    """Eigenvalues, ``(r,)``, and eigenvectors in columns, ``(r, r)``, of a Gram matrix."""
+
+    values: Float[Array, " r"]
+    vectors: Float[Array, "r r"]
+
+
+def gram_spectra(factors: Sequence[Array]) -> list[Spectrum]:
+    """Returns the spectra of ``V^T V`` of stacks of factors, all in one call.
+
+    One call is more than economy. On CPUs a call of LAPACK waits, on a thread of XLA's pool, for
+    work that it puts into the same pool: as many calls at once as there are threads never end.
+
+    Args:
+      factors: each ``(*batch, n, r)``, floating point.
+
+    Returns:
+      For each its spectra, with the batch axes, in its dtype.
+
+    Example:
+      >>> (spectrum,) = gram_spectra([jnp.array([[1.0, 0.0], [0.0, 3.0]])])
+      >>> spectrum.values
+      Array([1., 9.], dtype=float32)
+    """
+    grams = [jnp.swapaxes(v, -1, -2) @ v for v in factors]
+    return jointly(lambda gram: Spectrum(*jnp.linalg.eigh(gram)), grams)
+
+
+def inverse_gram(gram: Spectrum, damping: float | jax.Array) -> Float[Array, "r r"]:
     """Returns ``inv(V^T V + damping I)``, the pseudo-inverse where rounding makes that singular.
 
     The damping is absolute, as in the peers' papers. A zero matrix without damping gives zero.
 
     Example:
-      >>> inverse_gram(jnp.array([[1.0, 0.0], [0.0, 3.0]]), 1.0)
+      >>> (gram,) = gram_spectra([jnp.array([[1.0, 0.0], [0.0, 3.0]])])
+      >>> inverse_gram(gram, 1.0)
       Array([[0.5, 0. ],
              [0. , 0.1]], dtype=float32)
     """
-    values, vectors = jnp.linalg.eigh(v.T @ v)
-    rounding = v.shape[1] * jnp.finfo(v.dtype).eps * jnp.max(values)
-    damped = jnp.maximum(values, 0) + jnp.asarray(damping, v.dtype)
+    values, vectors = gram
+    rounding = len(values) * jnp.finfo(values.dtype).eps * jnp.max(values)
+    damped = jnp.maximum(values, 0) + jnp.asarray(damping, values.dtype)
     inverse = jnp.where(damped > rounding, 1 / jnp.where(damped > rounding, damped, 1), 0)
     return (vectors * inverse) @ vectors.T
 
@@ -41,18 +71,22 @@ def over_factors(
     fn: Callable[..., jax.Array],
     of: str = "ab",
 ) -> list[Any]:
-    """Returns the gradients with those of factors replaced by ``fn(gradient, partner, scale=s)``.
+    """Returns the gradients with those of factors replaced by ``fn(gradient, gram, scale=s)``.
 
     Args:
       tree, params, gradients: the parameters, and flat lists of their leaves.
-      fn: a function of tall matrices, ``(m, r)`` and ``(n, r)``.
+      fn: a function of the tall gradient, ``(m, r)``, and its partner's `Spectrum`.
       of: the factors to replace, of "a" and "b".
     """
     directions = list(gradients)
-    for group in group_pairs(tree):
-        for name, (factor, partner) in zip("ab", group.sides, strict=True):
-            if name in of:
-                mapped = group.over_batch(functools.partial(fn, scale=group.scale))
-                direction = mapped(factor.tall(gradients), partner.tall(params))
-                factor.put(direction, directions, like=gradients)
+    sides = [
+        (group, factor, partner)
+        for group in group_pairs(tree)
+        for name, (factor, partner) in zip("ab", group.sides, strict=True)
+        if name in of
+    ]
+    grams = gram_spectra([partner.tall(params) for _, _, partner in sides])
+    for (group, factor, _), gram in zip(sides, grams, strict=True):
+        mapped = group.over_batch(functools.partial(fn, scale=group.scale))
+        factor.put(mapped(factor.tall(gradients), gram), directions, like=gradients)
     return directions

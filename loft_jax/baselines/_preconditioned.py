@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from loft_jax._mesh import in_auto_axes
 from loft_jax._pairs import LoraPairs, find_pairs
 from loft_jax.baselines._checked import checked
-from loft_jax.baselines._matrices import inverse_gram, over_factors
+from loft_jax.baselines._matrices import Spectrum, inverse_gram, over_factors
 from loft_jax.transforms._alternation import FactorName, check_factor_name
 from loft_jax.transforms._factors import read_arguments
 
@@ -201,7 +201,7 @@ def _preconditioner(
     damping: float | jax.Array, factors: str, unscale: bool, pairs: LoraPairs | None
 ) -> optax.GradientTransformationExtraArgs:
     def precondition(
-        gradient: Float[Array, "m r"], partner: Float[Array, "n r"], damping: Any, scale: float
+        gradient: Float[Array, "m r"], partner: Spectrum, damping: Any, scale: float
     ) -> Float[Array, "m r"]:
         direction = gradient @ inverse_gram(partner, damping)
         return direction / scale / scale if unscale else direction

@@ -5,6 +5,7 @@ paper prints it, with the gradients ``s G V`` and ``s G^T U`` that a framework w
 """
 
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -262,3 +263,13 @@ def test_the_state_of_lora_pro_is_dense_and_of_the_others_thin():
     for name, size in sizes.items():
         state = getattr(baselines, name)(LR).init(params)
         assert sum(x.size for x in jax.tree.leaves(state) if x.ndim) == size, name
+
+
+# Of two calls at once, each would wait on one of two CPU threads for work that none is left to do.
+@pytest.mark.parametrize("name", ["scaled_adamw", "altlora", "altlora_plus", "lora_pro"])
+def test_a_step_calls_the_eigensolver_once(name):
+    layer = lambda n: {"lora_a": jnp.zeros((30, 2)), "lora_b": jnp.zeros((2, n))}
+    params = {"q": layer(20), "k": layer(10), "v": {"0": layer(30), "1": layer(30)}}
+    tx = getattr(baselines, name)(LR)
+    program = jax.jit(tx.update).lower(params, tx.init(params), params).as_text()
+    assert len(re.findall(r"@lapack_[sd]syevd", program)) == 1
