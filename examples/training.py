@@ -73,7 +73,7 @@ class Trainer:
         self._graphdef, trained, frozen = nnx.split(model, wrt, ...)
         self.frozen = nnx.as_pure(frozen)
         self._wrt = wrt
-        self._mesh = meshes.mesh_of(trained)
+        self._mesh = meshes.mesh_of((trained, frozen))  # what is trained may be nothing
 
         def evaluate(params: Any, frozen: Any, batch: Any) -> Any:
             return (outputs or loss)(nnx.merge(self._graphdef, params, frozen), batch)
