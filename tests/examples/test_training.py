@@ -119,6 +119,17 @@ def test_evaluation_does_not_depend_on_the_batch_size(model_folder):
     np.testing.assert_allclose(trainer.evaluate(params, WINDOWS, 4), one_by_one, rtol=1e-5)
 
 
+def test_a_model_that_is_not_trained_is_evaluated(model_folder):
+    model = adapted_model(model_folder)
+    find = lambda wrt: training.Trainer(
+        model,
+        training.next_token_loss,
+        lambda rate: methods.METHODS["lora"].optimizer(rate, None),
+        wrt,
+    ).evaluate(nnx.as_pure(nnx.state(model, wrt)), WINDOWS, 4)
+    np.testing.assert_allclose(find(nnx.Nothing()), find(nnx.LoRAParam), rtol=1e-6)
+
+
 def test_a_model_that_knows_nothing_pays_the_entropy_of_the_vocabulary():
     losses = training.next_token_loss(lambda ids: np.zeros((*ids.shape, 7)), WINDOWS % 7)
     np.testing.assert_allclose(losses, np.full(6, np.log(7)), rtol=1e-6)
