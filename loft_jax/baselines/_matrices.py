@@ -29,7 +29,7 @@ def gram_spectra(factors: Sequence[Array]) -> list[Spectrum]:
     """Returns the spectra of ``V^T V`` of stacks of factors, all in one call.
 
     One call is more than economy. On CPUs a call of LAPACK waits, on a thread of XLA's pool, for
-    work that it puts into the same pool: as many calls at once as there are threads never end.
+    work that it puts into the same pool: as many at once as it has threads can wait for ever.
 
     Args:
       factors: each ``(*batch, n, r)``, floating point.
