@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,9 @@ import numpy as np
 import optax
 from errors import UserError
 from tokenizers import Tokenizer
+
+Answers = Literal["labels", "words"]
+"""What a model answers with: "the correct answer is answer2", or the words of answer 2."""
 
 KEYS = ("instruction", "input", "output", "answer")
 
@@ -35,12 +38,15 @@ def is_multiple_choice(source: str | None) -> bool:
     return source is not None and Path(source).suffix == ".json"
 
 
-def load_questions(source: str | None, flag: str = "--data") -> list[Question]:
+def load_questions(
+    source: str | None, flag: str = "--data", *, answers: Answers = "labels"
+) -> list[Question]:
     """Questions of a JSON file: a list of objects with instruction, input, output and answer.
 
     The choices are read off the instruction's "Answer format: answer1/answer2/...", as in the
-    commonsense data of LLM-Adapters; the output with another choice in the answer's place is what
-    would follow if that were right.
+    commonsense data of LLM-Adapters. With labels the prompt is the instruction, and what may follow
+    is the output with each choice in the answer's place. With words the prompt is the bare
+    question, and what may follow is what the instruction says after each "Answer1: ".
     """
     if source is None:
         raise UserError(f"--task multiple-choice needs {flag} with a JSON file of questions.")
@@ -53,10 +59,10 @@ def load_questions(source: str | None, flag: str = "--data") -> list[Question]:
         raise UserError(f"Cannot read {path} ({error}): a JSON list is expected.") from error
     if not isinstance(rows, list) or not rows:
         raise UserError(f"{path} holds no list of questions.")
-    return [_question(path, number, row) for number, row in enumerate(rows)]
+    return [_question(path, number, row, answers) for number, row in enumerate(rows)]
 
 
-def _question(path: Path, number: int, row: Any) -> Question:
+def _question(path: Path, number: int, row: Any, answers: Answers) -> Question:
     where = f"{path}, question {number}"
     if not isinstance(row, dict) or any(not isinstance(row.get(key), str) for key in KEYS):
         raise UserError(f"{where}: an object with the texts {', '.join(KEYS)} is expected.")
@@ -66,15 +72,35 @@ def _question(path: Path, number: int, row: Any) -> Question:
             f'{where}: its instruction does not end with "Answer format: ...", the choices '
             "divided by /."
         )
-    answers = tuple(dict.fromkeys(found[1].split("/")))
+    labels = tuple(dict.fromkeys(found[1].split("/")))
     # Some questions have one more choice than their format says.
-    answers += () if row["answer"] in answers else (row["answer"],)
+    labels += () if row["answer"] in labels else (row["answer"],)
+    right = labels.index(row["answer"])
+    if answers == "words":
+        words = _words(row["instruction"][: found.start()], labels)
+        if words is None:
+            raise UserError(
+                f"{where}: its instruction does not say what its answers are, as in "
+                f'"{labels[0].capitalize()}: the first". Leave out --answers words to choose among '
+                "their labels."
+            )
+        asked, said = words
+        return Question(f"Question: {asked}\nAnswer:", tuple(f" {one}" for one in said), right)
     if row["answer"] not in row["output"]:
         raise UserError(f"{where}: its output does not contain its answer {row['answer']!r}.")
     parts = (row["instruction"], row["input"])
     prompt = "\n".join(part for part in parts if part) + "\n\n"
-    choices = tuple(row["output"].replace(row["answer"], answer) for answer in answers)
-    return Question(prompt, choices, answers.index(row["answer"]))
+    choices = tuple(row["output"].replace(row["answer"], label) for label in labels)
+    return Question(prompt, choices, right)
+
+
+def _words(text: str, labels: Sequence[str]) -> tuple[str, list[str]] | None:
+    """The question, and what stands after each label, in order; None if one is missing."""
+    asked, *said = re.split("|".join(rf"\b{label.capitalize()}: " for label in labels), text)
+    said = [one.strip() for one in said]
+    # "Please choose the correct answer to the question: ..."
+    asked = re.sub(r"^Please choose [^:]*: ", "", asked).strip()
+    return (asked, said) if len(said) == len(labels) and all(said) and asked else None
 
 
 def encode(

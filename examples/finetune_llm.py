@@ -15,7 +15,8 @@ Score: perplexity on held-out articles falls from 34.40 to 26.14.
 `--method full`, `--method lora` and others are the baselines; `--quantize nf4` keeps the frozen
 weights in 4 bits (it needs qwix); `--model` and `--data` take your own. With a JSON file of
 multiple-choice questions as `--data` (`choices.py` says how it looks), the loss is on the answers
-alone, and accuracy is that of the likeliest answer. See `settings.py`, `llm_settings.py` for flags.
+alone, and accuracy is that of the likeliest answer (`--answers words`: of its words, not of its
+label). See `settings.py`, `llm_settings.py` for flags.
 To stop and go on: Ctrl-C, then `--resume --output runs/loft-1`.
 """
 

@@ -19,6 +19,7 @@ class LlmSettings(settings.Settings):
     """What a run computes; kept in its folder, and fixed for its lifetime."""
 
     task: Literal["text", "multiple-choice"] | None = None
+    answers: Literal["labels", "words"] = "labels"
     second_moment: Literal["calibrated", "factored", "diagonal"] = "calibrated"
     targets: tuple[str, ...] = ("q", "k", "v", "up", "down")
     quantize: Literal["nf4", "int4", "int8"] | None = None
@@ -51,6 +52,11 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[LlmSettings, Path | Non
         "--task",
         choices=("text", "multiple-choice"),
         help="default multiple-choice where --data is a .json file, else text",
+    )
+    add(
+        "--answers",
+        choices=("labels", "words"),
+        help=f"of multiple choice: their labels, or what they say; default {defaults.answers}",
     )
     add(
         "--data",

@@ -1,6 +1,7 @@
 """What a language model is trained for: the next token of a text, or the answers to questions."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -69,11 +70,12 @@ def language_modelling(settings: LlmSettings, tokenizer: Tokenizer) -> Task:
 
 def multiple_choice(settings: LlmSettings, tokenizer: Tokenizer) -> Task:
     """Answers to questions, of which each has a few to choose from."""
-    questions = choices.load_questions(settings.data)
+    load = functools.partial(choices.load_questions, answers=settings.answers)
+    questions = load(settings.data)
     if settings.eval_data is None:
         questions, held_out = text.hold_out(questions)
     else:
-        held_out = choices.load_questions(settings.eval_data, "--eval-data")
+        held_out = load(settings.eval_data, "--eval-data")
     places = batches.spread(np.arange(len(held_out)), settings.eval_questions)
     held_out = [held_out[place] for place in places]
     train = choices.encode(tokenizer, questions, settings.seq_len, every=False)

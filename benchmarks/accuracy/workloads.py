@@ -125,7 +125,7 @@ def _pictures(every: images.Images, most: int) -> Split:
 def _questions(task: Task, data: Path) -> Workload:
     files = [find(data, name) for name in (task.train, task.test)]
     pretrained = weights.load(None)
-    questions, test = map(choices.load_questions, files)
+    questions, test = (choices.load_questions(file, answers="words") for file in files)
     train, validation = text.hold_out(questions)
     encode = lambda these, every: choices.encode(
         pretrained.tokenizer, these, task.length, every=every

@@ -36,6 +36,37 @@ def test_choices_are_those_of_the_format_and_the_answer(write):
     assert len(second.choices) == 4 and second.right == 3
 
 
+def worded(answer: str, *said: str) -> dict[str, str]:
+    listed = " ".join(f"Answer{n}: {one}" for n, one in enumerate(said, 1))
+    labels = "/".join(f"answer{n}" for n, _ in enumerate(said, 1))
+    instruction = (
+        f"Please choose the correct answer to the question: Why 1: 2?\n\n{listed}\n\n"
+        f"Answer format: {labels}"
+    )
+    return row(answer) | {"instruction": instruction}
+
+
+def test_words_are_what_the_instruction_says_after_each_label(write):
+    questions = choices.load_questions(
+        write([worded("answer2", "a cat.", "an Answer: no", "2")]), answers="words"
+    )
+    assert questions == [
+        choices.Question(
+            "Question: Why 1: 2?\nAnswer:", (" a cat.", " an Answer: no", " 2"), right=1
+        )
+    ]
+
+
+@pytest.mark.parametrize(
+    "unfit", [row("answer1"), worded("answer3", "x", "y"), worded("answer1", "x", " ")]
+)
+def test_questions_without_words_are_named(write, unfit):
+    with pytest.raises(
+        UserError, match="question 0: its instruction does not say what its answers are"
+    ):
+        choices.load_questions(write([unfit]), answers="words")
+
+
 @pytest.mark.parametrize("length", [40, 200])
 def test_the_answer_is_marked_whether_the_prompt_is_cut_or_filled_up(write, length):
     tokenizer = byte_tokenizer()
@@ -77,9 +108,10 @@ def test_the_score_compares_the_choices_of_each_question():
     np.testing.assert_allclose(likelihood, (0.75 + 0.25) / 2)
 
 
-def test_the_script_learns_multiple_choice(write, model_folder, tmp_path, capsys):
-    data = write([row(f"answer{1 + n % 3}", f"Number {n}?") for n in range(20)])
-    flags = [*SMALL.split(), "--model", str(model_folder), "--data", data]
+@pytest.mark.parametrize("answers", ["labels", "words"])
+def test_the_script_learns_multiple_choice(write, model_folder, tmp_path, capsys, answers):
+    data = write([worded(f"answer{1 + n % 3}", "no", f"number {n}", "yes") for n in range(20)])
+    flags = [*SMALL.split(), "--model", str(model_folder), "--data", data, "--answers", answers]
     assert finetune_llm.main([*flags, "--output", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
     assert "18 questions to train on, 2 held out" in printed and "after 4 steps" in printed
