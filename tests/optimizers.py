@@ -88,14 +88,8 @@ def small_gradients(params: Any, steps: int = 4) -> list[Any]:
     return [random_like(params, seed) for seed in range(1, steps + 1)]
 
 
-@functools.cache
-def quick(make: functools.partial, **options: Any) -> optax.GradientTransformation:
-    """An optimizer of the table with its update compiled once for all tests.
-
-    It stays compiled under `jax.disable_jit`, so that wrappers can run operation by operation
-    around it: to compile every wrapper of every optimizer would take minutes.
-    """
-    tx = make(**options)
+def compiled(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """An optimizer whose update is compiled as a whole, even under `jax.disable_jit`."""
     jitted = jax.jit(tx.update)
 
     def update(*args):
@@ -103,6 +97,16 @@ def quick(make: functools.partial, **options: Any) -> optax.GradientTransformati
             return jitted(*args)
 
     return optax.GradientTransformation(tx.init, update)
+
+
+@functools.cache
+def quick(make: functools.partial, **options: Any) -> optax.GradientTransformation:
+    """An optimizer of the table with its update compiled once for all tests.
+
+    Wrappers can run operation by operation around it: to compile every wrapper of every optimizer
+    would take minutes.
+    """
+    return compiled(make(**options))
 
 
 def train(

@@ -8,7 +8,8 @@ import optax
 import pytest
 from jax.extend import core as jex
 from jax.sharding import AxisType
-from optimizers import assert_trees_close, random_like, small_gradients, train
+from optimizers import assert_trees_close, compiled, random_like, small_gradients, train
+from optimizers import hasty_compiler as hasty_compiler
 
 import loft_jax
 from loft_jax import _basis, baselines
@@ -169,7 +170,7 @@ def test_turns_divide_the_layers(layers, wanted, together, turns):
 @pytest.mark.usefixtures("no_small_loops")
 @pytest.mark.parametrize("second_moment", ["calibrated", "factored"])
 @pytest.mark.parametrize("devices", [1, 8])
-def test_taking_turns_changes_no_number(second_moment, devices, monkeypatch):
+def test_taking_turns_changes_no_number(second_moment, devices, monkeypatch, x64):
     """Layers stacked on either axis, one at a time; on a mesh eight."""
     pairs = loft_jax.LoraPairs(
         axes=(("second.*", loft_jax.LoraAxes(batch=(1,))), (".*", loft_jax.LoraAxes(batch=(0,))))
@@ -181,10 +182,12 @@ def test_taking_turns_changes_no_number(second_moment, devices, monkeypatch):
     params = random_like(jax.tree.map(jnp.zeros, shapes, is_leaf=lambda x: isinstance(x, tuple)), 0)
     tx = loft_jax.loft_adamw(0.1, second_moment=second_moment, pairs=pairs)
     gradients = small_gradients(params, 2)
-    expected = train(tx, params, gradients)
+    expected = train(compiled(tx), params, gradients)
     monkeypatch.setattr(_turns, "_TURN_ENTRIES", {"cpu": 1})
     with jax.set_mesh(jax.make_mesh((devices,), ("x",), axis_types=(AxisType.Auto,))):
         jaxpr = jax.make_jaxpr(tx.update)(params, tx.init(params), params).jaxpr
         turns = {e.params["length"] for e in equations(jaxpr) if e.primitive.name == "scan"}
         assert turns == {16 // devices}
-        assert_trees_close(train(tx, params, gradients), expected, rtol=1e-6, atol=1e-6)
+        in_turns = train(compiled(tx), params, gradients)
+    assert jax.tree.leaves(in_turns)[0].dtype == jnp.float64
+    assert_trees_close(in_turns, expected, rtol=1e-12, atol=1e-12)

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from optimizers import hasty_compiler as hasty_compiler
 
 from loft_jax import LoraAxes, LoraPairs
 from loft_jax.adapters import (

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from optimizers import hasty_compiler as hasty_compiler
 
 from loft_jax._pairs import find_pairs
 from loft_jax.adapters import (

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from llama import LlamaConfig
+from optimizers import hasty_compiler as hasty_compiler
 from safetensors.numpy import load_file
 from weights import build_model
 

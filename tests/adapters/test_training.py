@@ -17,6 +17,7 @@ import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
+from optimizers import hasty_compiler as hasty_compiler
 
 from loft_jax import LoraAxes, LoraPairs, clip_by_projected_global_norm, loft_adamw
 from loft_jax.adapters import (
@@ -216,12 +217,12 @@ def scanned(axis: int, rule: LoraRule) -> Row:
 
 @row
 def add_lora_on_layers_stacked_by_nnx_on_axis_0() -> Row:
-    return scanned(0, LoraRule(path="up|down|attention/.*", rank=2, alpha=4))
+    return scanned(0, LoraRule(path="up|attention/query", rank=2, alpha=4))
 
 
 @row
 def add_lora_on_layers_stacked_by_nnx_on_axis_1() -> Row:
-    return scanned(1, LoraRule(path="up|down|attention/.*", rank=2, alpha=4, batch=(1,)))
+    return scanned(1, LoraRule(path="down|attention/out", rank=2, alpha=4, batch=(1,)))
 
 
 # ----------------------------------------------------------------------------- linen
@@ -291,14 +292,14 @@ class LinenStack(nn.Module):
 
 @row
 def LoraModel_on_layers_scanned_by_linen_on_axis_0() -> Row:
-    rule = LoraRule(path="layers/.*(up|down|query|key|value|out)", rank=2, alpha=4)
+    rule = LoraRule(path="layers/.*(up|query)", rank=2, alpha=4)
     model = LoraModel(LinenStack(0), rule)
     return of_linen(model, inputs(4, 5, 6), rule, lambda t: stacked(t, 2, 0))
 
 
 @row
 def LoraModel_on_layers_scanned_by_linen_on_axis_1() -> Row:
-    rule = LoraRule(path="layers/.*(up|down|query|key|value|out)", rank=2, alpha=4, batch=(1,))
+    rule = LoraRule(path="layers/.*(down|out)", rank=2, alpha=4, batch=(1,))
     model = LoraModel(LinenStack(1), rule)
     return of_linen(model, inputs(4, 5, 6), rule, lambda t: stacked(t, 2, 1))
 

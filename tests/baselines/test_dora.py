@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from optimizers import hasty_compiler as hasty_compiler
 
 from loft_jax.baselines._dora import dora_init, dora_output, dora_weight
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from optimizers import hasty_compiler as hasty_compiler
 
 from loft_jax.baselines._initialization import lora_ga_init, pissa_init, rslora_scale
 

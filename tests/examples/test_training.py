@@ -10,6 +10,7 @@ import training
 import weights
 from flax import nnx
 from llama import lora_rule
+from optimizers import hasty_compiler as hasty_compiler
 
 from loft_jax.adapters import add_lora, lora_pairs
 
