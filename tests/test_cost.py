@@ -4,6 +4,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from jax.extend import core as jex
@@ -35,15 +36,31 @@ def program(params: dict, **options) -> jex.Jaxpr:
     return jax.make_jaxpr(tx.update)(params, state, params).jaxpr
 
 
-def equations(jaxpr: jex.Jaxpr):
-    """All equations of a program, those of inner programs included."""
+def equations(jaxpr: jex.Jaxpr, without: tuple[str, ...] = ()):
+    """All equations of a program, those of inner programs included, but for those named."""
     for equation in jaxpr.eqns:
         yield equation
+        if equation.primitive.name in without:
+            continue
         for inner in jax.tree.leaves(
             list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
         ):
             if hasattr(inner, "eqns"):
-                yield from equations(inner.jaxpr if hasattr(inner, "jaxpr") else inner)
+                yield from equations(inner.jaxpr if hasattr(inner, "jaxpr") else inner, without)
+
+
+def with_zeros(jaxpr: jex.Jaxpr, size: int) -> set[str]:
+    """The primitives that put zeros in the place of, or next to, arrays of ``size`` or more.
+
+    In branches and loops too an array of zeros may be made, but not the one that is there already.
+    """
+    is_zero = lambda x: isinstance(x, jex.Literal) and np.ndim(x.val) == 0 and x.val == 0
+    return {
+        equation.primitive.name
+        for equation in equations(jaxpr, without=("cond", "scan", "while"))
+        if any(math.prod(v.aval.shape) >= size for v in equation.outvars)
+        and any(map(is_zero, equation.invars))
+    }
 
 
 def largest(jaxpr: jex.Jaxpr) -> int:
@@ -168,10 +185,14 @@ def test_turns_divide_the_layers(layers, wanted, together, turns):
 
 
 @pytest.mark.usefixtures("no_small_loops")
+@pytest.mark.parametrize(
+    ("limit", "alternate"),
+    [("_TURN_ENTRIES", True), ("_FACTOR_ENTRIES", True), ("_FACTOR_ENTRIES", False)],
+)
 @pytest.mark.parametrize("second_moment", ["calibrated", "factored"])
 @pytest.mark.parametrize("devices", [1, 8])
-def test_taking_turns_changes_no_number(second_moment, devices, monkeypatch, x64):
-    """Layers stacked on either axis, one at a time; on a mesh eight."""
+def test_taking_turns_changes_no_number(devices, second_moment, limit, alternate, monkeypatch, x64):
+    """Layers on either axis, one at a time, with their frames or without; on a mesh eight."""
     pairs = loft_jax.LoraPairs(
         axes=(("second.*", loft_jax.LoraAxes(batch=(1,))), (".*", loft_jax.LoraAxes(batch=(0,))))
     )
@@ -180,14 +201,34 @@ def test_taking_turns_changes_no_number(second_moment, devices, monkeypatch, x64
         "second": {"lora_a": (6, 16, 2), "lora_b": (2, 16, 5)},
     }
     params = random_like(jax.tree.map(jnp.zeros, shapes, is_leaf=lambda x: isinstance(x, tuple)), 0)
-    tx = loft_jax.loft_adamw(0.1, second_moment=second_moment, pairs=pairs)
+    options = {"alternate": alternate, "pairs": pairs}
+    tx = optax.chain(
+        loft_jax.clip_by_projected_global_norm(1e-3, **options),
+        loft_jax.loft_adamw(0.1, second_moment=second_moment, **options),
+    )
     gradients = small_gradients(params, 2)
     expected = train(compiled(tx), params, gradients)
-    monkeypatch.setattr(_turns, "_TURN_ENTRIES", {"cpu": 1})
+    monkeypatch.setattr(_turns, limit, {"cpu": 1})
     with jax.set_mesh(jax.make_mesh((devices,), ("x",), axis_types=(AxisType.Auto,))):
         jaxpr = jax.make_jaxpr(tx.update)(params, tx.init(params), params).jaxpr
-        turns = {e.params["length"] for e in equations(jaxpr) if e.primitive.name == "scan"}
-        assert turns == {16 // devices}
+        lengths = [e.params["length"] for e in equations(jaxpr) if e.primitive.name == "scan"]
+        of_clipping = 2 if limit == "_FACTOR_ENTRIES" else 0
+        assert lengths == [16 // devices] * (2 + of_clipping)
         in_turns = train(compiled(tx), params, gradients)
     assert jax.tree.leaves(in_turns)[0].dtype == jnp.float64
     assert_trees_close(in_turns, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("second_moment", ["calibrated", "factored", "diagonal"])
+def test_no_zeros_are_kept_beside_the_gradients(second_moment):
+    """XLA makes zeros arrays: those that gradients are summed in, kept for whoever asks."""
+    tx = optax.chain(
+        loft_jax.clip_by_projected_global_norm(1.0),
+        loft_jax.loft_adamw(1e-3, second_moment=second_moment),
+    )
+    params = params_of()
+    state = jax.eval_shape(tx.init, params)
+    jaxpr = jax.make_jaxpr(tx.update)(params, state, params).jaxpr
+    assert with_zeros(jaxpr, N * R) == set()
+    with_one = lambda params: jnp.any(params["layer_0"]["lora_a"] != 0)
+    assert with_zeros(jax.make_jaxpr(with_one)(params).jaxpr, N * R) == {"ne"}

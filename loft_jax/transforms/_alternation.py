@@ -36,6 +36,9 @@ def next_turn(turn: jax.Array, tree: PairedTree, gradients: Sequence[jax.Array])
     if not tree.pairs:
         return turn
     factors = [k for pair in tree.pairs for k in (pair.a, pair.b)]
-    # As numbers: devices that have parts of the factors each have to know of the others'.
-    seen = [tree.parts(k).max(jnp.any(gradients[k] != 0).astype(turn.dtype)) for k in factors]
+    # The largest, and not whether any entry differs from zero: compilers would put zeros beside
+    # each gradient, the array in which it began to be summed. Not a number differs from zero.
+    # As integers: devices that have parts of the factors each have to know of the others'.
+    here = [(jnp.max(jnp.abs(gradients[k])) != 0).astype(turn.dtype) for k in factors]
+    seen = [tree.parts(k).max(x) for k, x in zip(factors, here, strict=True)]
     return jnp.where(jnp.stack(seen).any(), 1 - turn, turn)

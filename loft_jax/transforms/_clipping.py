@@ -11,12 +11,17 @@ from loft_jax._mesh import in_auto_axes
 from loft_jax._pairs import LoraPairs, PairedTree, find_pairs
 from loft_jax.transforms import _alternation
 from loft_jax.transforms._factors import (
+    Frames,
+    Group,
+    Sides,
     compute_dtype,
+    early_frames,
     factor_frames,
     group_pairs,
     leaves_outside,
     read_arguments,
 )
+from loft_jax.transforms._turns import in_turns, turn_count
 
 
 class ClipByProjectedGlobalNormState(NamedTuple):
@@ -112,22 +117,41 @@ def _squared_norm(
         for k in leaves_outside(tree)
     ]
     groups = group_pairs(tree)
-    for group, frames in zip(groups, factor_frames(groups, params), strict=True):
-        h_a, h_b = (
-            group.over_batch(coordinates)(factor.tall(gradients), frame)
-            for factor, frame in zip((group.a, group.b), reversed(frames), strict=True)
-        )
-        of_a, of_b = (
-            tree.parts(factor.leaves[0]).sum(_sum_of_squares(h))
-            for factor, h in ((group.a, h_a), (group.b, h_b))
-        )
+    stacks = [group.stacks(params) for group in groups]
+    for group, of_params, frames in zip(groups, stacks, early_frames(groups, stacks), strict=True):
+        parts = [tree.parts(factor.leaves[0]) for factor in (group.a, group.b)]
+        norms = _layer_norms(group, of_params, group.stacks(gradients), frames, moves_a is None)
+        of_a, of_b = (rows.sum(jnp.sum(x)) for rows, x in zip(parts, norms[:2], strict=True))
         if moves_a is not None:
             terms.append(jnp.where(moves_a, of_a, of_b))
         else:
-            # |G P_V + P_U G|^2: the inner product of the two is |P_U G P_V|^2.
-            shared = group.a.rows.sum(jnp.swapaxes(frames[0].span, -1, -2) @ h_a)
-            terms += [of_a, of_b, 2 * group.layers.sum(_sum_of_squares(shared))]
+            terms += [of_a, of_b, 2 * group.layers.sum(jnp.sum(norms[2]))]
     return jnp.stack(terms).sum() if terms else jnp.zeros([])
+
+
+def _layer_norms(
+    group: Group, params: Sides, gradients: Sides, frames: Frames | None, both: bool
+) -> tuple[jax.Array, ...]:
+    """Returns ``|G P_V|^2`` and ``|P_U G|^2`` of each layer, of the rows that are here.
+
+    With ``both`` also their inner product, ``|P_U G P_V|^2``. Without ``frames``: made here.
+    """
+
+    def of_pair(pair: Sides, frames: Frames) -> tuple[jax.Array, ...]:
+        h_a, h_b = map(coordinates, group.tall_matrices(pair), reversed(frames))
+        shared = [group.a.rows.sum(frames[0].span.T @ h_a)] if both else []
+        return tuple(map(_sum_of_squares, [h_a, h_b, *shared]))
+
+    def of_layers(
+        _: tuple[jax.Array, ...], params: Sides, gradients: Sides, frames: Frames | None
+    ) -> tuple[jax.Array, ...]:
+        if frames is None:
+            (frames,) = factor_frames([group], [params])
+        return group.over_batch(of_pair)(gradients, frames)
+
+    turns = turn_count(group.batch, group.longest)
+    nothing = tuple(jnp.zeros(group.batch, group.a.dtype) for _ in range(2 + both))
+    return in_turns(of_layers, group.batch, turns)(nothing, params, gradients, frames)
 
 
 def _sum_of_squares(x: jax.Array) -> jax.Array:

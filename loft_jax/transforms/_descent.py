@@ -36,23 +36,32 @@ def descend(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.OptState]:
         core_state, decay_state, rate_state = state
-        updates, after = core.update(updates, core_state, params)
-        updates, decay_state = decay.update(updates, decay_state, params)
+        directions, after = core.update(updates, core_state, params)
+        updates, decay_state = decay.update(directions, decay_state, params)
         if alternate:
-            updates = _rest(updates, find_pairs(params, pairs), core_state.turn, moves_first)
+            tree = find_pairs(params, pairs)
+            updates = _only_moving(updates, directions, tree, core_state.turn, moves_first)
         updates, rate_state = rate.update(updates, rate_state, params)
         return updates, (after, decay_state, rate_state)
 
     return optax.with_extra_args_support(optax.GradientTransformation(init, update))
 
 
-def _rest(
-    updates: optax.Updates, tree: PairedTree, turn: jax.Array, moves_first: str
+def _only_moving(
+    decayed: optax.Updates,
+    directions: optax.Updates,
+    tree: PairedTree,
+    turn: jax.Array,
+    moves_first: str,
 ) -> optax.Updates:
-    """Zeroes the updates of the factors that rest at this turn (their weight decay)."""
-    leaves = leaves_like(tree, updates, "updates")
+    """The decayed updates, but of factors that rest at this turn their directions, which are zero.
+
+    Zeros in their place would be an array to the compiler, the same as those in which gradients
+    begin to be summed, and kept from there to here.
+    """
+    leaves, resting = (leaves_like(tree, x, "updates") for x in (decayed, directions))
     moves_a = _alternation.a_moves(turn, moves_first)
     for pair in tree.pairs:
-        leaves[pair.a] = jnp.where(moves_a, leaves[pair.a], 0)
-        leaves[pair.b] = jnp.where(moves_a, 0, leaves[pair.b])
+        for k, moves in ((pair.a, moves_a), (pair.b, ~moves_a)):
+            leaves[k] = jnp.where(moves, leaves[k], resting[k])
     return tree.treedef.unflatten(leaves)

@@ -1,6 +1,7 @@
 """What the transformations share: the factors of a pair as tall matrices, checks of arguments."""
 
 import functools
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -13,6 +14,11 @@ from loft_jax._axes import FactorLayout
 from loft_jax._frame import Frame, orthonormal_frames
 from loft_jax._pairs import LoraPairs, Pair, PairedTree, find_pairs
 from loft_jax._rows import Rows
+from loft_jax.transforms._turns import turn_count
+
+Sides = tuple[Any, ...]
+"""Something of each factor of a pair: of ``a``, and of ``b``."""
+Frames = tuple[Frame, Frame]
 
 
 class Factor(NamedTuple):
@@ -108,6 +114,44 @@ class Group(NamedTuple):
         """
         return (self.a, self.b), (self.b, self.a)
 
+    @property
+    def shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """``(m, r)`` and ``(n, r)`` of the tall matrices."""
+        shape_a, shape_b = (
+            (math.prod(f.shape[axis] for axis in f.layout.rows), f.shape[f.layout.rank])
+            for f in (self.a, self.b)
+        )
+        return shape_a, shape_b
+
+    @property
+    def longest(self) -> int:
+        """Numbers of the larger factor of a layer."""
+        return max(map(math.prod, self.shapes))
+
+    def stacks(self, leaves: Sequence[Any]) -> Sides:
+        """The entries of both factors, stacks of them as they lie: `Factor.stack`."""
+        return self.a.stack(leaves), self.b.stack(leaves)
+
+    def unstack(self, stacks: Sides, leaves: list[Any], like: Sequence[Any]) -> None:
+        """Inverse of `stacks`: writes to ``leaves``, in the dtypes of ``like``."""
+        for factor, stack in zip((self.a, self.b), stacks, strict=True):
+            factor.unstack(stack, leaves, like)
+
+    def tall_matrices(self, pair: Sides) -> Sides:
+        """Of one of `stacks`' pairs the tall matrices, ``(m, width)`` and ``(n, width)``."""
+        return self.a.tall_matrix(pair[0]), self.b.tall_matrix(pair[1])
+
+    def untall_matrices(self, matrices: Sequence[jax.Array], like: Sides) -> Sides:
+        """Inverse of `tall_matrices`, in the dtypes of ``like``."""
+        return tuple(
+            factor.untall_matrix(x).astype(old.dtype)
+            for factor, x, old in zip((self.a, self.b), matrices, like, strict=True)
+        )
+
+    def tall(self, stacks: Sides) -> Sides:
+        """`tall_matrices` of all pairs: ``(*batch, m, width)`` and ``(*batch, n, width)``."""
+        return self.over_batch(lambda *pair: self.tall_matrices(pair))(*stacks)
+
     def over_batch(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """Maps a function of matrices over the batch axes of stacks."""
         for _ in self.batch:
@@ -117,17 +161,28 @@ class Group(NamedTuple):
 
 def factor_frames(
     groups: Sequence[Group],
-    params: Sequence[jax.Array],
+    stacks: Sequence[Sides],
     make: Callable[..., list[Frame]] = orthonormal_frames,
-) -> list[tuple[Frame, Frame]]:
+) -> list[Frames]:
     """Returns for each group the frames of its two factors, stacks of them, made all at once."""
-    factors = [factor for group in groups for factor in (group.a, group.b)]
     frames = make(
-        [factor.tall(params) for factor in factors],
+        [x for group, pair in zip(groups, stacks, strict=True) for x in group.tall(pair)],
         [group.scale for group in groups for _ in range(2)],
-        [factor.rows for factor in factors],
+        [factor.rows for group in groups for factor in (group.a, group.b)],
     )
     return list(zip(frames[::2], frames[1::2], strict=True))
+
+
+def early_frames(
+    groups: Sequence[Group],
+    stacks: Sequence[Sides],
+    make: Callable[..., list[Frame]] = orthonormal_frames,
+) -> list[Frames | None]:
+    """`factor_frames`, but None for groups whose factors are so long that they take turns."""
+    early = [k for k, group in enumerate(groups) if turn_count(group.batch, group.longest) == 1]
+    frames = factor_frames([groups[k] for k in early], [stacks[k] for k in early], make)
+    found = dict(zip(early, frames, strict=True))
+    return [found.get(k) for k in range(len(groups))]
 
 
 def group_pairs(tree: PairedTree) -> list[Group]:

@@ -4,6 +4,7 @@ The optimizers differ in what they remember of past gradients and in the directi
 Which factor moves, the frames, the projected gradient and the calibration are the same for all.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -18,9 +19,11 @@ from loft_jax._rows import Rows
 from loft_jax._side import Calibration
 from loft_jax.transforms import _alternation
 from loft_jax.transforms._factors import (
-    Factor,
+    Frames,
     Group,
+    Sides,
     compute_dtype,
+    early_frames,
     factor_frames,
     group_pairs,
     leaves_outside,
@@ -92,10 +95,6 @@ class Method(NamedTuple):
     )
 
 
-_Sides = tuple[Any, ...]
-"""Something of each factor: of ``a``, and of ``b``."""
-
-
 def zero_memory(
     tree: PairedTree,
     widths: Sequence[Callable[[int, int], int]],
@@ -141,6 +140,7 @@ def loft_step(
 ) -> tuple[list[jax.Array], jax.Array, Memory]:
     """One step on flat lists of leaves: the directions, the next turn and the new memory."""
     directions = list(gradients)
+    next_turn = _alternation.next_turn(turn, tree, gradients)
     after = Memory(list(before.basis), tuple(list(moment) for moment in before.moments))
 
     for k in leaves_outside(tree):
@@ -150,27 +150,35 @@ def loft_step(
             moment[k] = value
 
     groups = group_pairs(tree)
-    for group, frames in zip(groups, factor_frames(groups, params, blocks.frames), strict=True):
-        factors, spans = (group.a, group.b), (None, None)
-        if before.moments:
-            spans = tuple(factor.tall(before.basis) for factor in factors)
-            for factor, frame in zip(factors, frames, strict=True):
-                factor.put(frame.span, after.basis, like=before.basis)
-        moments, moved = _step_of_group(
-            group,
-            method,
-            blocks,
-            turn,
-            tuple(tuple(factor.stack(x) for x in before.moments) for factor in factors),
-            tuple(factor.stack(gradients) for factor in factors),
-            frames,
-            spans,
+    stacks = [group.stacks(params) for group in groups]
+    early = early_frames(groups, stacks, blocks.frames)
+    for group, of_params, frames in zip(groups, stacks, early, strict=True):
+        layers = _Layers(
+            moved=group.stacks(gradients),
+            spans=group.stacks(before.basis) if before.moments else None,
+            moments=tuple(group.stacks(moment) for moment in before.moments),
         )
-        for factor, new, direction in zip(factors, moments, moved, strict=True):
-            factor.unstack(direction, directions, like=gradients)
-            for moment, stack, old in zip(after.moments, new, before.moments, strict=True):
-                factor.unstack(stack, moment, like=old)
-    return directions, _alternation.next_turn(turn, tree, gradients), after
+        layers = _step_of_group(group, method, blocks, turn, layers, of_params, frames)
+        group.unstack(layers.moved, directions, like=gradients)
+        if layers.spans is not None:
+            group.unstack(layers.spans, after.basis, like=before.basis)
+        for new, moment, old in zip(layers.moments, after.moments, before.moments, strict=True):
+            group.unstack(new, moment, like=old)
+    return directions, next_turn, after
+
+
+class _Layers(NamedTuple):
+    """What a step makes anew of some layers: stacks of both factors, as they lie.
+
+    Attributes:
+      moved: gradients before the step, directions after it, which so need no room of their own.
+      spans: of the frames; None where there are no moments, which alone are written in them.
+      moments: of each kind.
+    """
+
+    moved: Sides
+    spans: Sides | None
+    moments: tuple[Sides, ...]
 
 
 def _step_of_group(
@@ -178,65 +186,102 @@ def _step_of_group(
     method: Method,
     blocks: Blocks,
     turn: jax.Array,
-    moments: _Sides,
-    gradients: _Sides,
-    frames: _Sides,
-    spans_before: _Sides,
-) -> tuple[_Sides, _Sides]:
-    """New moments and directions of a group's factors, ``a`` before ``b`` in all tuples.
+    layers: _Layers,
+    params: Sides,
+    frames: Frames | None,
+) -> _Layers:
+    """One step of a group's factors, in turns where it is long.
 
     A pair's moments and its direction are made in one go, while the moments are at hand: to go over
-    all of them twice costs more than the arithmetic does where memory is slow.
+    all of them twice costs more than the arithmetic does where memory is slow. Without ``frames``
+    each turn makes its own.
     """
-    factors, sides = (group.a, group.b), ((0, 1), (1, 0))
-    turned = [
-        None if span is None else _turned(group, factor, span, frame)
-        for factor, frame, span in zip(factors, frames, spans_before, strict=True)
-    ]
-    (m, r), (n, _) = (frame.span.shape[-2:] for frame in frames)
-    widest = [math.prod(x.shape[len(group.batch) :]) for x in jax.tree.leaves(moments)]
-    turns = turn_count(group.batch, max(method.work(m, n, r), method.work(n, m, r), *widest))
+    (m, r), (n, _) = group.shapes
+    widest = [math.prod(x.shape[len(group.batch) :]) for x in jax.tree.leaves(layers.moments)]
+    work = max(method.work(m, n, r), method.work(n, m, r), *widest)
+    turns = turn_count(group.batch, group.longest, work)
     copies = math.prod(group.batch) // turns
+    take_turns: Callable[..., Any] = lambda fn: in_turns(fn, group.batch, turns)
 
-    def of_pair(
-        moments: _Sides, gradients: _Sides, frames: _Sides, spans: _Sides
-    ) -> tuple[_Sides, _Sides]:
-        after, h = [], []
-        for own, other in sides:
-            frame, gradient = frames[other], factors[own].tall_matrix(gradients[own])
-            h.append(coordinates(gradient, frame) if blocks.scale_gradient else gradient)
-            calibration = None
-            if blocks.calibrate and spans[other] is not None:
-                calibration = Calibration(transport(spans[other], frame), turned[other])
-            before = tuple(map(factors[own].tall_matrix, moments[own]))
-            after.append(method.advance(before, h[own], calibration, factors[own].rows))
+    def of_layers(layers: _Layers, frames: Frames, turned: Sides) -> _Layers:
+        step = functools.partial(_step_of_pair, group, method, blocks, turn, copies, turned)
+        return group.over_batch(step)(layers, frames)
 
-        def directions(*moving: bool) -> list[jax.Array]:
-            return [
-                method.direction(after[own], h[own], frames[other], copies, factors[own].rows)
-                if moving[own]
-                else jnp.zeros_like(h[own])
-                for own, other in sides
-            ]
+    if frames is not None:
+        turned = _turned(group, layers.spans, frames)
+        return take_turns(lambda layers, frames: of_layers(layers, frames, turned))(layers, frames)
 
-        if blocks.alternate:  # The m x n work of the factor that rests does not run.
-            moved = jax.lax.cond(
-                _alternation.a_moves(turn, blocks.moves_first),
-                lambda: directions(True, False),
-                lambda: directions(False, True),
-            )
-        else:
-            moved = directions(True, True)
-        state = tuple(
-            tuple(map(factor.untall_matrix, method.narrow(new, [x.dtype for x in old])))
-            for factor, new, old in zip(factors, after, moments, strict=True)
+    def make_frames_too(layers: _Layers, params: Sides) -> _Layers:
+        (frames,) = factor_frames([group], [params], blocks.frames)
+        return of_layers(layers, frames, _turned(group, layers.spans, frames))
+
+    return take_turns(make_frames_too)(layers, params)
+
+
+def _step_of_pair(
+    group: Group,
+    method: Method,
+    blocks: Blocks,
+    turn: jax.Array,
+    copies: int,
+    turned: Sides,
+    pair: _Layers,
+    frames: Frames,
+) -> _Layers:
+    """One step of the factors of a pair, of which ``copies`` are computed at once."""
+    factors, sides = (group.a, group.b), ((0, 1), (1, 0))
+    gradients = group.tall_matrices(pair.moved)
+    spans = None if pair.spans is None else group.tall_matrices(pair.spans)
+    moments = [group.tall_matrices(moment) for moment in pair.moments]
+    after, h = [], []
+    for own, other in sides:
+        frame, gradient = frames[other], gradients[own]
+        h.append(coordinates(gradient, frame) if blocks.scale_gradient else gradient)
+        calibration = None
+        if blocks.calibrate and spans is not None:
+            calibration = Calibration(transport(spans[other], frame), turned[other])
+        before = tuple(moment[own] for moment in moments)
+        after.append(method.advance(before, h[own], calibration, factors[own].rows))
+
+    def directions(*moving: bool) -> list[jax.Array]:
+        return [
+            method.direction(after[own], h[own], frames[other], copies, factors[own].rows)
+            if moving[own]
+            else jnp.zeros_like(h[own])
+            for own, other in sides
+        ]
+
+    if blocks.alternate:  # The m x n work of the factor that rests does not run.
+        moved = jax.lax.cond(
+            _alternation.a_moves(turn, blocks.moves_first),
+            lambda: directions(True, False),
+            lambda: directions(False, True),
         )
-        return state, tuple(f.untall_matrix(x) for f, x in zip(factors, moved, strict=True))
+    else:
+        moved = directions(True, True)
+    kept = [
+        method.narrow(new, [moment[own].dtype for moment in pair.moments])
+        for own, new in enumerate(after)
+    ]
+    spans_after = [frame.span for frame in frames]
+    return _Layers(
+        moved=group.untall_matrices(moved, like=pair.moved),
+        spans=pair.spans and group.untall_matrices(spans_after, like=pair.spans),
+        moments=tuple(
+            group.untall_matrices(new, like=old)
+            for new, old in zip(zip(*kept, strict=True), pair.moments, strict=True)
+        ),
+    )
 
-    return in_turns(of_pair, group.batch, turns)(moments, gradients, frames, spans_before)
 
-
-def _turned(group: Group, factor: Factor, span_before: jax.Array, frame: Frame) -> jax.Array:
-    """Whether the frame of a factor is another than at the last step, in any layer, anywhere."""
-    everywhere = Rows((*factor.rows.axes, *group.layers.axes))
-    return everywhere.max(jnp.any(span_before != frame.span))
+def _turned(group: Group, spans_before: Sides | None, frames: Frames) -> Sides:
+    """Whether a factor's frame is another than at the last step, in any layer, anywhere."""
+    if spans_before is None:
+        return (None, None)
+    found = []
+    for factor, span, frame in zip(
+        (group.a, group.b), group.tall(spans_before), frames, strict=True
+    ):
+        everywhere = Rows((*factor.rows.axes, *group.layers.axes))
+        found.append(everywhere.max(jnp.any(span != frame.span)))
+    return tuple(found)

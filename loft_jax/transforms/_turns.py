@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from loft_jax._platform import Platform, platform
 
@@ -13,20 +12,32 @@ from loft_jax._platform import Platform, platform
 # go through memory between any two operations. On accelerators enough to keep a kernel busy for
 # longer than it takes to launch it, and few beside a model that needs turns.
 _TURN_ENTRIES: dict[Platform, int] = {"cpu": 2**20, "gpu": 2**26, "tpu": 2**26}
+# Numbers of a factor in a turn: of that size a turn has some ten arrays at once.
+_FACTOR_ENTRIES: dict[Platform, int] = {"cpu": 2**20, "gpu": 2**24, "tpu": 2**24}
 # On a mesh the layers may be split over devices, which nothing in a traced array says.
 _LAYERS_A_TURN_ON_A_MESH = 8
 
 
-def turn_count(batch: Sequence[int], entries: int) -> int:
-    """Returns in how many turns to take a stack whose matrices each make so many numbers."""
+def turn_count(batch: Sequence[int], factor: int, work: int = 0) -> int:
+    """Returns in how many turns to take a stack of layers.
+
+    Args:
+      batch: the sizes of its batch axes.
+      factor: how many numbers the larger factor of a layer has.
+      work: how many a layer makes at once, of whatever kind.
+    """
     if not batch:
         return 1
-    wanted = -(-entries * math.prod(batch) // _TURN_ENTRIES[platform()])
+    layers, here = math.prod(batch), platform()
+    wanted = max(
+        -(-entries * layers // at_once[here])
+        for entries, at_once in ((factor, _FACTOR_ENTRIES), (work, _TURN_ENTRIES))
+    )
     return _turn_count(batch[_long_axis(batch)], wanted, _layers_together())
 
 
 def in_turns(fn: Callable[..., Any], batch: Sequence[int], turns: int) -> Callable[..., Any]:
-    """Maps ``fn(state, *args) -> (state, out)`` over the batch axes of stacks, in so many turns.
+    """Maps ``fn(state, *args) -> state`` of a few layers over those of stacks, in so many turns.
 
     The state goes round in place: each turn writes its layers' new state over the old, so that
     there is one copy of it, and what a turn makes on its way is gone after it.
@@ -35,14 +46,16 @@ def in_turns(fn: Callable[..., Any], batch: Sequence[int], turns: int) -> Callab
     turn has layers, each device then works on its own in every turn. Elsewhere a turn takes
     neighbours, which lie together.
 
+    Args:
+      fn: takes and returns stacks, with all batch axes, of some of the layers.
+      batch: the sizes of the batch axes, which come first in all arrays.
+      turns: a `turn_count`; with one, ``fn`` has all layers at once.
+
     Example:
-      >>> add = in_turns(lambda total, x: (total + x, 2 * x), (4,), 2)
-      >>> total, doubled = add(jnp.ones(4), jnp.arange(4.0))
-      >>> print(total, doubled)
-      [1. 2. 3. 4.] [0. 2. 4. 6.]
+      >>> add = in_turns(lambda total, x: total + x, (4,), 2)
+      >>> print(add(jnp.ones(4), jnp.arange(4.0)))
+      [1. 2. 3. 4.]
     """
-    for _ in batch:
-        fn = jax.vmap(fn)
     if turns == 1:
         return fn
     axis = _long_axis(batch)
@@ -62,18 +75,12 @@ def in_turns(fn: Callable[..., Any], batch: Sequence[int], turns: int) -> Callab
         # Not through another shape: even a reshape keeps the compiler from working in place.
         return jax.lax.dynamic_update_slice_in_dim(x, new, k * layers, axis)
 
-    def join(x: jax.Array) -> jax.Array:
-        x = jnp.moveaxis(x, 0, axis + 1 if strided else axis)
-        return x.reshape(*x.shape[:axis], batch[axis], *x.shape[axis + 2 :])
-
-    def taking_turns(state: Any, *args: Any) -> tuple[Any, Any]:
-        def turn(state: Any, k: jax.Array) -> tuple[Any, Any]:
+    def taking_turns(state: Any, *args: Any) -> Any:
+        def turn(k: jax.Array, state: Any) -> Any:
             here, of_args = jax.tree.map(lambda x: take(x, k), (state, args))
-            new, out = fn(here, *of_args)
-            return jax.tree.map(lambda x, y: write(x, y, k), state, new), out
+            return jax.tree.map(lambda x, y: write(x, y, k), state, fn(here, *of_args))
 
-        state, out = jax.lax.scan(turn, state, jnp.arange(turns))
-        return state, jax.tree.map(join, out)
+        return jax.lax.fori_loop(0, turns, turn, state)
 
     return taking_turns
 
