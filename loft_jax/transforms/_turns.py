@@ -52,6 +52,7 @@ def in_turns(fn: Callable[..., Any], batch: Sequence[int], turns: int) -> Callab
       turns: a `turn_count`; with one, ``fn`` has all layers at once.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> add = in_turns(lambda total, x: total + x, (4,), 2)
       >>> print(add(jnp.ones(4), jnp.arange(4.0)))
       [1. 2. 3. 4.]
