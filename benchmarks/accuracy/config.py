@@ -90,6 +90,8 @@ class Experiment:
     title: str
     runs: tuple[Runs, ...]
     figure: Literal["rates", "ranks"] | None = None
+    against: tuple[str, ...] = ("lora", "full")
+    """The methods that the others are compared with."""
     paper_column: str | None = None
     paper: dict[tuple[str, int | None], str] = dataclasses.field(default_factory=dict)
     """The paper's own figures, by method and rank."""
@@ -127,12 +129,12 @@ def read_experiment(name: str) -> Experiment:
             runs=runs,
             paper_column=paper["column"],
             paper={(v[0], v[1] if len(v) == 3 else None): v[-1] for v in paper["values"]},
-            **values,
+            **_tuples(values),
         )
     except (TypeError, KeyError) as error:
         raise UserError(f"experiments/{name}.toml: {error}") from error
     methods = [*(m for runs in experiment.runs for m in runs.methods)]
-    methods += [method for method, _ in experiment.paper]
+    methods += [*experiment.against, *(method for method, _ in experiment.paper)]
     _check_known(f"experiments/{name}.toml", methods, list(VARIANTS))
     _check_known(f"experiments/{name}.toml", experiment.tasks(), task_names())
     return experiment

@@ -20,7 +20,8 @@ COLUMNS = {
     },
 }
 """The metrics to show, by what the task compares by; that one comes first."""
-BASES = {"lora": "LoRA", "full": "full"}
+SHORT = {"lora": "LoRA", "full": "full", "loft": "LoFT", "lora-nf4": "QLoRA"}
+"""What the heads of columns call methods that others are compared with."""
 
 
 def best_rates(results: Results, experiment: Experiment, task: Task) -> str:
@@ -35,10 +36,9 @@ def best_rates(results: Results, experiment: Experiment, task: Task) -> str:
         "rank",
         *metrics.values(),
         *(["perplexity"] if perplexity else []),
-        *(f"minus {name}'s" for name in BASES.values()),
+        *(f"minus {SHORT.get(base, base)}'s" for base in experiment.against),
         "seeds",
         "learning rate",
-        "step, s",
         "trained, M",
         "state, MB",
         *([experiment.paper_column] if experiment.paper_column else []),
@@ -52,10 +52,12 @@ def best_rates(results: Results, experiment: Experiment, task: Task) -> str:
                 str(row.cell.rank or NONE),
                 *(with_error(row, metric) for metric in metrics),
                 *([_perplexity(row)] if perplexity else []),
-                *(difference(row, base_of(found, row, x), task.measure) for x in BASES),
+                *(
+                    difference(row, base_of(found, row, x), task.measure)
+                    for x in experiment.against
+                ),
                 str(len(row.by_seed)),
                 rate(row),
-                number(row.median("step_seconds"), 2),
                 number(row.median("trained_parameters"), 2, 1e-6),
                 number(row.median("optimizer_state_bytes"), 1, 1e-6),
                 *([experiment.paper.get(key, NONE)] if experiment.paper_column else []),
