@@ -152,6 +152,12 @@ class Group(NamedTuple):
         """`tall_matrices` of all pairs: ``(*batch, m, width)`` and ``(*batch, n, width)``."""
         return self.over_batch(lambda *pair: self.tall_matrices(pair))(*stacks)
 
+    def untall(self, matrices: Sequence[jax.Array], like: Sides) -> Sides:
+        """Inverse of `tall`, in the dtypes of ``like``."""
+        return self.over_batch(lambda a, b, *like: self.untall_matrices((a, b), like))(
+            *matrices, *like
+        )
+
     def over_batch(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """Maps a function of matrices over the batch axes of stacks."""
         for _ in self.batch:

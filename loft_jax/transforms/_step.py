@@ -155,13 +155,15 @@ def loft_step(
     for group, of_params, frames in zip(groups, stacks, early, strict=True):
         layers = _Layers(
             moved=group.stacks(gradients),
-            spans=group.stacks(before.basis) if before.moments else None,
             moments=tuple(group.stacks(moment) for moment in before.moments),
         )
-        layers = _step_of_group(group, method, blocks, turn, layers, of_params, frames)
+        spans = group.stacks(before.basis) if before.moments else None
+        layers, spans = _step_of_group(
+            group, method, blocks, turn, layers, spans, of_params, frames
+        )
         group.unstack(layers.moved, directions, like=gradients)
-        if layers.spans is not None:
-            group.unstack(layers.spans, after.basis, like=before.basis)
+        if spans is not None:
+            group.unstack(spans, after.basis, like=before.basis)
         for new, moment, old in zip(layers.moments, after.moments, before.moments, strict=True):
             group.unstack(new, moment, like=old)
     return directions, next_turn, after
@@ -172,12 +174,10 @@ class _Layers(NamedTuple):
 
     Attributes:
       moved: gradients before the step, directions after it, which so need no room of their own.
-      spans: of the frames; None where there are no moments, which alone are written in them.
       moments: of each kind.
     """
 
     moved: Sides
-    spans: Sides | None
     moments: tuple[Sides, ...]
 
 
@@ -187,9 +187,10 @@ def _step_of_group(
     blocks: Blocks,
     turn: jax.Array,
     layers: _Layers,
+    spans: Sides | None,
     params: Sides,
     frames: Frames | None,
-) -> _Layers:
+) -> tuple[_Layers, Sides | None]:
     """One step of a group's factors, in turns where it is long.
 
     A pair's moments and its direction are made in one go, while the moments are at hand: to go over
@@ -203,19 +204,25 @@ def _step_of_group(
     copies = math.prod(group.batch) // turns
     take_turns: Callable[..., Any] = lambda fn: in_turns(fn, group.batch, turns)
 
-    def of_layers(layers: _Layers, frames: Frames, turned: Sides) -> _Layers:
+    def of_layers(layers: _Layers, spans: Sides | None, frames: Frames, turned: Sides) -> _Layers:
         step = functools.partial(_step_of_pair, group, method, blocks, turn, copies, turned)
-        return group.over_batch(step)(layers, frames)
+        return group.over_batch(step)(layers, spans, frames)
 
-    if frames is not None:
-        turned = _turned(group, layers.spans, frames)
-        return take_turns(lambda layers, frames: of_layers(layers, frames, turned))(layers, frames)
+    def spans_of(frames: Frames, like: Sides | None) -> Sides | None:
+        return like and group.untall([frame.span for frame in frames], like)
 
-    def make_frames_too(layers: _Layers, params: Sides) -> _Layers:
+    if frames is not None:  # What is not made in the turns need not go round with their state.
+        turned = _turned(group, spans, frames)
+        step = lambda layers, spans, frames: of_layers(layers, spans, frames, turned)
+        return take_turns(step)(layers, spans, frames), spans_of(frames, spans)
+
+    def make_frames_too(state: tuple[_Layers, Sides | None], params: Sides) -> Any:
+        layers, spans = state
         (frames,) = factor_frames([group], [params], blocks.frames)
-        return of_layers(layers, frames, _turned(group, layers.spans, frames))
+        turned = _turned(group, spans, frames)
+        return of_layers(layers, spans, frames, turned), spans_of(frames, spans)
 
-    return take_turns(make_frames_too)(layers, params)
+    return take_turns(make_frames_too)((layers, spans), params)
 
 
 def _step_of_pair(
@@ -226,12 +233,13 @@ def _step_of_pair(
     copies: int,
     turned: Sides,
     pair: _Layers,
+    spans_before: Sides | None,
     frames: Frames,
 ) -> _Layers:
     """One step of the factors of a pair, of which ``copies`` are computed at once."""
     factors, sides = (group.a, group.b), ((0, 1), (1, 0))
     gradients = group.tall_matrices(pair.moved)
-    spans = None if pair.spans is None else group.tall_matrices(pair.spans)
+    spans = None if spans_before is None else group.tall_matrices(spans_before)
     moments = [group.tall_matrices(moment) for moment in pair.moments]
     after, h = [], []
     for own, other in sides:
@@ -263,10 +271,8 @@ def _step_of_pair(
         method.narrow(new, [moment[own].dtype for moment in pair.moments])
         for own, new in enumerate(after)
     ]
-    spans_after = [frame.span for frame in frames]
     return _Layers(
         moved=group.untall_matrices(moved, like=pair.moved),
-        spans=pair.spans and group.untall_matrices(spans_after, like=pair.spans),
         moments=tuple(
             group.untall_matrices(new, like=old)
             for new, old in zip(zip(*kept, strict=True), pair.moments, strict=True)
