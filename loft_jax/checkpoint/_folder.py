@@ -1,6 +1,7 @@
 """The folder of a run's checkpoints, as process 0 sees it."""
 
 import os
+import shutil
 from pathlib import Path
 
 
@@ -36,6 +37,13 @@ def make(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK | os.X_OK):
         raise PermissionError(13, "no permission to write", str(folder))
+
+
+def clear_half_written(folder: Path) -> None:
+    """Deletes what killed saves left, under the name that Orbax gives a step until it is whole."""
+    for path in folder.glob("*.orbax-checkpoint-tmp*"):
+        if path.is_dir():
+            shutil.rmtree(path)
 
 
 def move_to_damaged(folder: Path, step: int) -> str:

@@ -25,9 +25,12 @@ def open_manager(
     """
     try:
         _processes.on_first_process(lambda: _folder.make(folder))
+        _processes.on_first_process(lambda: _folder.clear_half_written(folder))
         options = ocp.CheckpointManagerOptions(
             create=False,
-            cleanup_tmp_directories=True,
+            # Orbax would clear them in the background, after this returns, and with them what a
+            # run that took this one's place had begun to save.
+            cleanup_tmp_directories=False,
             # Metrics are in our own record; Orbax need not read any, which might be damaged.
             lightweight_initialize=True,
             preservation_policy=kept,

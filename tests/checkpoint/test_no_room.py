@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import threading
+import time
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -169,7 +170,15 @@ def test_a_reader_needs_no_folder(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-def test_what_killed_saves_left_is_cleared_away(tmp_path):
+def test_what_killed_saves_left_is_cleared_away(tmp_path, monkeypatch):
+    """At once, not in the background: that might delete what another run saves by then."""
+    rmtree = shutil.rmtree
+
+    def slow_rmtree(*args, **options):
+        time.sleep(0.2)
+        rmtree(*args, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", slow_rmtree)
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, **state_of(1))
     left = tmp_path / "9.orbax-checkpoint-tmp"
@@ -179,5 +188,6 @@ def test_what_killed_saves_left_is_cleared_away(tmp_path):
         assert checkpoints.steps() == (1,)
     assert left.exists()
     with Checkpoints(tmp_path) as checkpoints:
+        assert not left.exists()
         checkpoints.save(2, **state_of(2))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
