@@ -67,7 +67,7 @@ def project_adam_direction(
     def add_block(total, q_block):
         moment = product(mu_hat, q_block.T)
         # Cancellation can leave a second moment slightly negative, or far too small.
-        second = jnp.maximum(product(cross_hat, packed_quadratic(q_block).T), 0)
+        second = jnp.maximum(product(cross_hat, packed_quadratic(q_block)), 0)
         denominator = jnp.sqrt(second) + step.eps
         ratio = moment / jnp.where(denominator > 0, denominator, 1)
         return total + product(jnp.clip(ratio, -step.bound, step.bound), q_block), None

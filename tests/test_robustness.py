@@ -242,7 +242,7 @@ def test_the_adam_ratio_stays_within_its_bound(steps):
     direction = project_adam_direction(mu, cross, q, step) @ q.T  # q is square: D itself
     assert np.abs(direction).max() <= float(step.bound) * (1 + 1e-5)
     # Unbounded, the first step's ratio goes far beyond it: the bound is not idle.
-    second = jnp.maximum(cross @ packed_quadratic(q).T, 0) / step.correction2
+    second = jnp.maximum(cross @ packed_quadratic(q), 0) / step.correction2
     raw = np.abs(mu @ q.T / step.correction1) / np.sqrt(np.maximum(second, 1e-30))
     if steps == 1:
         assert raw.max() > 2 * float(step.bound)
