@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from loft_jax._platform import platform
+
 # From this rank on cross terms are transported by two products with T for each row, 4 r^3 FLOPs on
 # full matrices. Below, one with the packed T (x) T, 2 t^2, is about as fast and needs less memory.
 TWO_PRODUCTS_FROM = 32
@@ -44,8 +46,8 @@ def packed_outer(h: Float[Array, "m r"]) -> Float[Array, "m t"]:
       >>> packed_outer(jnp.array([[2.0, 3.0]]))
       Array([[4., 6., 9.]], dtype=float32)
     """
-    of_row, of_col = (h @ picks for picks in _picks(h))
-    return of_row * of_col
+    row, col = np.triu_indices(h.shape[1])
+    return _pick_columns(h, row) * _pick_columns(h, col)
 
 
 def packed_quadratic(q: Float[Array, "n r"]) -> Float[Array, "t n"]:
@@ -60,20 +62,26 @@ def packed_quadratic(q: Float[Array, "n r"]) -> Float[Array, "t n"]:
              [12.],
              [ 9.]], dtype=float32)
     """
-    row, col = np.triu_indices(q.shape[-1])
-    of_row, of_col = (picks.T @ q.T for picks in _picks(q))
-    return of_row * of_col * jnp.asarray(np.where(row == col, 1.0, 2.0), q.dtype)[:, None]
+    row, col = np.triu_indices(q.shape[1])
+    times = jnp.asarray(np.where(row == col, 1.0, 2.0), q.dtype)
+    return _pick_rows(q.T, row) * _pick_rows(q.T, col) * times[:, None]
 
 
-def _picks(h: Float[Array, "m r"]) -> tuple[Float[Array, "r t"], Float[Array, "r t"]]:
-    """Returns what picks from ``h`` the first and the second factor of each packed product.
+def _pick_columns(x: Float[Array, "i r"], places: np.ndarray) -> Float[Array, "i t"]:
+    """Returns the columns of ``x`` at these places.
 
-    Picked by products with zeros and ones: exact, and on every back end faster than a gather along
-    the short axis, which also leaves the rows transposed.
+    TPUs gather slowly along their lanes: there by an exact product with zeros and ones.
     """
-    eye = np.eye(h.shape[-1])
-    row, col = (jnp.asarray(eye[:, k], h.dtype) for k in np.triu_indices(h.shape[-1]))
-    return row, col
+    if platform() == "tpu":
+        return x @ jnp.asarray(np.eye(x.shape[1])[:, places], x.dtype)
+    return x.at[:, places].get(mode="promise_in_bounds")
+
+
+def _pick_rows(x: Float[Array, "r j"], places: np.ndarray) -> Float[Array, "t j"]:
+    """The same for rows."""
+    if platform() == "tpu":
+        return jnp.asarray(np.eye(x.shape[0])[places], x.dtype) @ x
+    return x.at[places].get(mode="promise_in_bounds")
 
 
 def packed_congruence(transport: Float[Array, "r r"]) -> Float[Array, "t t"]:

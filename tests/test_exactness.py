@@ -18,7 +18,13 @@ from oracles import (
 )
 from trajectories import follow, run
 
-from loft_jax._moments import TWO_PRODUCTS_FROM, packed_outer, transport_cross_terms
+from loft_jax import _moments
+from loft_jax._moments import (
+    TWO_PRODUCTS_FROM,
+    packed_outer,
+    packed_quadratic,
+    transport_cross_terms,
+)
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -69,6 +75,17 @@ def test_cross_terms_are_transported_at_any_rank(r, assert_close):
     packed = transport_cross_terms(packed_outer(jnp.asarray(h)), jnp.asarray(transport))
     row, col = np.triu_indices(r)
     assert_close(packed, dense[:, row, col], 1e-12, "transport of cross terms")
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+@pytest.mark.parametrize("r", [1, 2, 5])
+def test_quadratic_forms_of_cross_terms_on_any_platform(r, platform, assert_close, monkeypatch):
+    """A TPU picks entries by products where others gather."""
+    monkeypatch.setattr(_moments, "platform", lambda: platform)
+    rng = np.random.default_rng(r)
+    h, q = rng.normal(size=(6, r)), rng.normal(size=(4, r))
+    squares = packed_outer(jnp.asarray(h)) @ packed_quadratic(jnp.asarray(q))
+    assert_close(squares, (h @ q.T) ** 2, 1e-12, "squares from cross terms")
 
 
 @pytest.mark.parametrize("calibrate", [True, False], ids=["calibrated", "uncalibrated"])
