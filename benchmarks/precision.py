@@ -144,7 +144,7 @@ def errors(moved: dict[int, np.ndarray], exact: dict[int, np.ndarray]) -> list[f
 def to_nearest() -> Iterator[None]:
     """Keeps second moments rounded to nearest, as a plain cast would."""
     own = _adam_step.round_at_random
-    _adam_step.round_at_random = lambda x, dtype: x.astype(dtype)
+    _adam_step.round_at_random = lambda x, dtype, step: x.astype(dtype)
     try:
         yield
     finally:

@@ -8,13 +8,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from loft_jax._splits import varying
+
 
 def jointly(fn: Callable[..., Any], *arguments: Sequence[Array]) -> list[Any]:
     """Maps a function of small matrices over those of several stacks, all that fit at once.
 
     A program then has the function once, however many stacks there are: it is compiled once, and
     on an accelerator launched once, where these matrices take less time than a launch. On a mesh
-    of several devices each stack is taken by itself: to put them together would move them.
+    of several devices each stack is taken by itself: to put them together would move them. In a
+    `jax.shard_map` on one device only those are put together that differ along the same axes.
 
     Args:
       fn: of matrices ``(i, j)``, returns a pytree of arrays.
@@ -31,7 +34,7 @@ def jointly(fn: Callable[..., Any], *arguments: Sequence[Array]) -> list[Any]:
     """
     together: dict[Any, list[int]] = {}
     for k, stacks in enumerate(zip(*arguments, strict=True)):
-        kind = tuple((x.shape[-2:], x.dtype) for x in stacks)
+        kind = tuple((x.shape[-2:], x.dtype, varying(x)) for x in stacks)
         together.setdefault(k if _devices() > 1 else kind, []).append(k)
     results: list[Any] = [None] * len(arguments[0])
     for members in together.values():

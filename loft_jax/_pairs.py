@@ -313,7 +313,9 @@ def _read_pair(
     if r > max(m, n) or r == 0:
         raise ValueError(
             f"{where}: rank {r} must be at least 1 and at most {max(m, n)}, the larger side of the "
-            f"{m} x {n} weight; a higher one adds nothing, so lower it"
+            f"{m} x {n} weight; a higher one adds nothing, so lower it. If these are not the axes "
+            "of the rank, as in PyTorch's layout, name them: LoraPairs(axes=LoraAxes(rank_a=0, "
+            "rank_b=-1))"
         )
     scale = pairs.scale_of(paths[a])
     return Pair(a, b, layout_a, layout_b, m, n, r, batch, scale, rows_a, rows_b)

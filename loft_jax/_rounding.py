@@ -5,23 +5,27 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
-def round_at_random(x: Float[Array, "..."], dtype: jax.typing.DTypeLike) -> Float[Array, "..."]:
+def round_at_random(
+    x: Float[Array, "..."], dtype: jax.typing.DTypeLike, step: jax.typing.ArrayLike
+) -> Float[Array, "..."]:
     """Returns ``x`` in ``dtype``; in bfloat16 rounded up or down by chance, right on average.
 
     A second moment that decays by 0.999 changes by a thousandth a step, and neighbours in bfloat16
     are further apart than that: rounded to nearest, it would stand still for ever. Rounded up with
     the probability of the part that is cut off, it moves as it should, with some noise.
 
-    The chance comes from a hash of the number itself, so that the same numbers round the same way
-    on any mesh and after any restart, and no random key is needed.
+    The chance comes from a hash of the number and of the step, so that the same numbers round the
+    same way on any mesh and after any restart, and no random key is needed. Without the step, a
+    moment that no gradient changes would meet the same chance again and again, and stand still.
 
     Args:
       x: any floating-point array.
       dtype: where it is to be kept. In any other than bfloat16 it is rounded to nearest.
+      step: ``()`` integer, another one at each step.
 
     Example:
       >>> x = jnp.full(1000, 1.001) * (1 + jnp.arange(1000) * 1e-6)  # between 1 and 1.0078125
-      >>> kept = round_at_random(x, jnp.bfloat16)
+      >>> kept = round_at_random(x, jnp.bfloat16, step=1)
       >>> sorted(set(kept.tolist()))
       [1.0, 1.0078125]
       >>> bool(jnp.abs(kept.astype(jnp.float32).mean() - x.mean()) < 3e-4)
@@ -31,7 +35,7 @@ def round_at_random(x: Float[Array, "..."], dtype: jax.typing.DTypeLike) -> Floa
         return x.astype(dtype)
     x = x.astype(jnp.float32)
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    chance = _hash(bits) >> 16
+    chance = _hash(bits ^ _hash(jnp.asarray(step).astype(jnp.uint32))) >> 16
     rounded = jax.lax.bitcast_convert_type((bits + chance) & jnp.uint32(0xFFFF0000), jnp.float32)
     return jnp.where(jnp.isfinite(x), rounded, x).astype(dtype)
 

@@ -111,13 +111,15 @@ class Moments(NamedTuple):
 
 
 def advance_momentum(
-    before: Float[Array, "m r"],
-    h: Float[Array, "m r"],
+    before: Float[Array, "..."],
+    h: Float[Array, "..."],
     transport: Float[Array, "r r"] | None,
     decay: float | jax.Array,
     weight: float | jax.Array = 1.0,
-) -> Float[Array, "m r"]:
+) -> Float[Array, "..."]:
     """Returns ``decay * before @ transport + weight * h`` (block 3); no transport: left as it is.
+
+    ``before`` and ``h`` are ``(m, r)``; without a transport of any one shape.
 
     Example:
       >>> import jax.numpy as jnp

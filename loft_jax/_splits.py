@@ -51,9 +51,9 @@ def find_splits(
         if len(entries) > dims:
             raise ValueError(f"{path}: {spec} is for more axes than the {dims} that it has")
         entries += [()] * (dims - len(entries))
-        if varying := sorted(_varying(leaf) - {name for names in entries for name in names}):
+        if differing := sorted(varying(leaf) - {name for names in entries for name in names}):
             raise ValueError(
-                f"{path} differs between the devices of the shard_map along {varying}, and "
+                f"{path} differs between the devices of the shard_map along {differing}, and "
                 "LoraPairs(specs=...) does not say how it is split; "
                 "loft_jax.sharding.shard_map_pairs takes it from the in_specs"
             )
@@ -73,6 +73,6 @@ def axis_names(entry: Any) -> tuple[str, ...]:
     return entry if isinstance(entry, tuple) else (entry,)
 
 
-def _varying(leaf: Any) -> frozenset[str]:
+def varying(leaf: Any) -> frozenset[str]:
     """The manual axes along which a value is known to differ (``check_vma`` of the shard_map)."""
     return jax.typeof(leaf).manual_axis_type.varying if isinstance(leaf, jax.Array) else frozenset()

@@ -66,6 +66,15 @@ def test_only_the_factor_that_moves_decays():
     assert not updates["lora_a"].any()
 
 
+def test_clipping_to_nothing_costs_no_turn_of_either():
+    """A norm that overflows clips finite gradients to zero, and the optimizer sees none."""
+    tx = optax.chain(loft_jax.clip_by_projected_global_norm(0.1), loft_jax.loft_adamw(0.1))
+    params = {"lora_a": jnp.eye(6, 2, dtype="float32"), "lora_b": jnp.eye(2, 5, dtype="float32")}
+    spike = jax.tree.map(lambda x: jnp.full_like(x, 1e25), params)
+    _, (clip, (core, *_)) = tx.update(spike, tx.init(params), params)
+    assert int(clip.turn) == int(core.turn) == 0
+
+
 def test_clipping_counts_the_same_turns():
     tx = optax.chain(loft_jax.clip_by_projected_global_norm(0.1), loft_jax.loft_adamw(0.1))
     params, state = PARAMS, tx.init(PARAMS)

@@ -316,6 +316,15 @@ def test_bfloat16_parameters_have_float32_state(make):
     assert_trees_close(updates, expected, rtol=2**-6)  # of the updates' dtype
 
 
+@every_loft_kind
+def test_numbers_of_python_are_leaves_as_in_optax(make):
+    params, gradient = ({**small_params(), "temperature": x} for x in (0.5, 0.25))
+    updates, _ = make().update(gradient, make().init(params), params)
+    as_array = lambda tree: {**tree, "temperature": jnp.float32(tree["temperature"])}
+    got, _ = make().update(as_array(gradient), make().init(as_array(params)), as_array(params))
+    assert_trees_close(updates, got)
+
+
 def every_one_with(option):
     """The optimizers that take an option."""
     takes = lambda make: option in inspect.signature(make.func).parameters

@@ -143,6 +143,7 @@ REFUSED = {
     "layers_or_rank": ({"lora_a": (2, 6, 2), "lora_b": (2, 2, 4)}, {}, "lora_b (2, 2, 4): ambig"),
     "layers_inside": ({"lora_a": (6, 3, 2), "lora_b": (2, 3, 4)}, {}, "lora_b (2, 3, 4): ambig"),
     "rank_above_both": ({"lora_a": (2, 5), "lora_b": (5, 3)}, {}, "rank 5 must be at least 1 and"),
+    "torch_layout": ({"lora_a": (8, 64), "lora_b": (64, 8)}, {}, "LoraAxes(rank_a=0, rank_b=-1"),
     "rank_zero": ({"lora_a": (6, 0), "lora_b": (0, 4)}, {}, "rank 0 must be at least 1 and"),
     "only_batch": (
         {"lora_a": (6, 2), "lora_b": (2, 4)},

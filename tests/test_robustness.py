@@ -15,6 +15,7 @@ from loft_jax._basis import orthonormal_basis
 from loft_jax._frame import orthonormal_frame, raw_frame, transport
 from loft_jax._moments import accumulate_cross_terms, adam_step, packed_quadratic, packed_size
 from loft_jax._projection import project_adam_direction
+from loft_jax._rounding import round_at_random
 from loft_jax.baselines._matrices import gram_spectra, inverse_gram
 
 # Relative error of the path of W that float32 may show after 200 steps, by condition number of both
@@ -315,3 +316,28 @@ def test_bfloat16_parameters_train_with_float32_state():
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(state[0][2:]))
     assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves((params, updates)))
     assert float(step(params)[0]) < 1e-2 * float(first)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 1.0], ids=["no", "rare", "steady"])
+def test_rounding_by_chance_is_right_on_average_where_little_moves(share):
+    """Entries whose gradient is zero, or mostly, or ever the same: only steps stir the chance.
+
+    Of 64 runs, since without gradients the entries of one that meet stay together.
+    """
+    runs, steps, entries = 64, 2000, 32
+    seen = jax.random.uniform(jax.random.key(0), (steps, runs, entries)) < share
+    start = jnp.broadcast_to(jnp.linspace(1.0, 2.0, entries), (runs, entries))
+    first_steps = 10_000 * jnp.arange(runs)
+
+    def decay(kept, at):
+        step, seen = at
+        exact, rounded = kept
+        advance = lambda nu: 0.999 * nu + 0.001 * seen
+        new = advance(rounded.astype(jnp.float32))
+        round_run = lambda x, first: round_at_random(x, jnp.bfloat16, first + step)
+        return (advance(exact), jax.vmap(round_run)(new, first_steps)), None
+
+    first = (start, start.astype(jnp.bfloat16))
+    (exact, rounded), _ = jax.lax.scan(decay, first, (jnp.arange(steps), seen))
+    ratio = rounded.astype(jnp.float32).mean() / exact.mean()
+    assert abs(ratio - 1) < 0.05

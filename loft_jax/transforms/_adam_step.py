@@ -72,7 +72,7 @@ def loft_adam_step(
         return factor_direction(moments, frame, step, second, blocks.reconstruct, copies, rows)
 
     def narrow(moments: Moments, dtypes: Sequence[jnp.dtype]) -> Moments:
-        return Moments(moments.mu.astype(dtypes[0]), round_at_random(moments.nu, dtypes[1]))
+        return Moments(moments.mu.astype(dtypes[0]), round_at_random(moments.nu, dtypes[1], count))
 
     outside = functools.partial(_adam, b1, b2, steps)
     directions, turn, memory = loft_step(

@@ -95,7 +95,8 @@ def clip_by_projected_global_norm(
             # A norm that is not a number must not pass for a small one.
             factor = jnp.where(jnp.isnan(norm), norm, factor)
             clipped = [(g * factor).astype(g.dtype) for g in gradients]
-            return clipped, _alternation.next_turn(turn, tree, gradients)
+            # As the optimizer behind it sees them: an infinite norm clips all gradients to zero.
+            return clipped, _alternation.next_turn(turn, tree, clipped)
 
         clipped, turn = in_auto_axes(
             clip, tree.leaves, gradients, state.turn, max_norm, out_like=(gradients, state.turn)
@@ -150,7 +151,10 @@ def _layer_norms(
         return group.over_batch(of_pair)(gradients, frames)
 
     turns = turn_count(group.batch, group.longest)
-    nothing = tuple(jnp.zeros(group.batch, group.a.dtype) for _ in range(2 + both))
+    # Inside a shard_map zeros must be as different between devices as what takes their place.
+    one = lambda x: jnp.zeros_like(x[(..., *[0] * (x.ndim - len(group.batch)))], group.a.dtype)
+    of_a, of_b = (one(p) + one(g) for p, g in zip(params, gradients, strict=True))
+    nothing = (of_a, of_b, group.a.rows.sum(of_a)) if both else (of_a, of_b)
     return in_turns(of_layers, group.batch, turns)(nothing, params, gradients, frames)
 
 

@@ -284,7 +284,9 @@ def read_arguments(
             raise ValueError(
                 f"The gradient of {path} {found}, its parameter has shape {jnp.shape(leaf)}"
             )
-    return tree, gradients
+    # Numbers of Python's may be parameters outside pairs, as in Optax.
+    as_array = lambda x: jnp.asarray(x) if isinstance(x, float) else x
+    return tree._replace(leaves=list(map(as_array, tree.leaves))), list(map(as_array, gradients))
 
 
 def check_state(

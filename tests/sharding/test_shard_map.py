@@ -17,6 +17,7 @@ from optimizers import hasty_compiler as hasty_compiler
 from loft_jax import LoraPairs, loft_adamw
 from loft_jax._rows import Rows, beside
 from loft_jax.sharding import shard_map_pairs, state_shardings
+from loft_jax.transforms import _turns
 
 SHAPES = {
     "both": {"lora_a": (16, 2), "lora_b": (2, 24)},  # one mesh axis splits either factor
@@ -53,8 +54,12 @@ def in_shard_map(make, params, **options):
 
 
 @every_loft_kind
-def test_parts_of_the_factors_do_what_whole_ones_do(make, x64, assert_close):
+@pytest.mark.parametrize("in_turns", [False, True], ids=["at once", "in turns"])
+def test_parts_of_the_factors_do_what_whole_ones_do(make, in_turns, x64, assert_close, monkeypatch):
     """In float64, and without Optax's state of another layout: parameters and state are equal."""
+    if in_turns:
+        for entries in ("_FACTOR_ENTRIES", "_TURN_ENTRIES"):
+            monkeypatch.setattr(_turns, entries, {"cpu": 1})
     params = parameters()
     whole = jax.jit(make().update)
     split = in_shard_map(make, params)
@@ -69,6 +74,27 @@ def test_parts_of_the_factors_do_what_whole_ones_do(make, x64, assert_close):
     )
     for expected, got in leaves:
         assert_close(got, expected, name="shard_map")
+
+
+@every_loft_kind
+def test_a_mesh_of_one_device_takes_the_same_program(make):
+    """There too, what is split along an axis and what is not are not put together."""
+    shapes = {"split": {"lora_a": (8, 6, 2), "lora_b": (8, 2, 5)}}
+    shapes["whole"] = {"lora_a": (6, 2), "lora_b": (2, 5)}
+    params = jax.tree.map(jnp.ones, shapes, is_leaf=lambda x: isinstance(x, tuple))
+    specs = {name: dict.fromkeys(("lora_a", "lora_b"), P("x")) for name in ("split",)}
+    specs["whole"] = dict.fromkeys(("lora_a", "lora_b"), P())
+    alone = jax.make_mesh((1,), ("x",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
+    tx = make(pairs=shard_map_pairs(params, specs))
+    shardings = jax.tree.map(lambda spec: NamedSharding(alone, spec), specs)
+    of_state = jax.tree.map(lambda s: s.spec, state_shardings(tx, params, shardings))
+    update = jax.shard_map(
+        tx.update, mesh=alone, in_specs=(specs, of_state, specs), out_specs=(specs, of_state)
+    )
+    got, _ = jax.jit(update)(params, tx.init(params), params)
+    expected, _ = jax.jit(make().update)(params, make().init(params), params)
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
 
 
 def test_unchecked_replication_is_as_good(x64, assert_close):
