@@ -16,6 +16,7 @@ import jax
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from loft_jax._axes import FactorLayout
 from loft_jax._pairs import LoraPairs, Pair, find_pairs, path_string
 from loft_jax._splits import axis_names
 from loft_jax._weights import weight_paths
@@ -259,7 +260,18 @@ def _for_shape(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding
 
 def _specs_of_pair(pair: Pair, weight: PartitionSpec) -> tuple[PartitionSpec, PartitionSpec]:
     inputs, outputs = len(pair.layout_a.rows), len(pair.layout_b.rows)
-    return factor_specs(weight, batch=pair.layout_a.batch, inputs=inputs, outputs=outputs)
+    of_a, of_b = factor_specs(weight, batch=pair.layout_a.batch, inputs=inputs, outputs=outputs)
+    return _with_rank_at(pair.layout_a, of_a, -1), _with_rank_at(pair.layout_b, of_b, 0)
+
+
+def _with_rank_at(layout: FactorLayout, spec: PartitionSpec, rank: int) -> PartitionSpec:
+    """The spec with the rank, of the axes that are no batch axes the ``rank``-th, in its place."""
+    entries = _padded(spec, len(layout.batch) + len(layout.rows) + 1)
+    rows = [entry for axis, entry in enumerate(entries) if axis not in layout.batch]
+    del rows[rank]
+    for axis, entry in zip((*layout.rows, layout.rank), (*rows, None), strict=True):
+        entries[axis] = entry
+    return PartitionSpec(*entries)
 
 
 def _sharding_of(leaf: Any) -> NamedSharding | None:

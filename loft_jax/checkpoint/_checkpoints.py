@@ -1,11 +1,12 @@
 """A folder of checkpoints: saves, keeps the last and the best, restores the newest good one."""
 
 import contextlib
+import operator
 import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, SupportsIndex
 
 import jax
 import numpy as np
@@ -100,7 +101,7 @@ class Checkpoints:
 
     def save(
         self,
-        step: int,
+        step: SupportsIndex,
         *,
         adapter: Any,
         opt_state: Any,
@@ -135,6 +136,7 @@ class Checkpoints:
         """
         if self._read_only:
             raise CheckpointError(f"{self.folder} was opened with read_only=True: nothing is saved")
+        step = operator.index(step)  # NumPy's too, which JSON does not know
         if step < 0:
             raise ValueError(f"step must not be negative, got {step}")
         if step % self._save_every and not force:
@@ -194,7 +196,7 @@ class Checkpoints:
 
         Raises:
           CheckpointMismatch: it is of another setup; the message names the paths that differ.
-          CheckpointDamaged: there are or were checkpoints, but none is whole.
+          CheckpointDamaged: there are or were checkpoints, but none is whole; or not this ``step``.
           CheckpointError: there is no such ``step``; or it cannot be read (no permission, a failing
             disk) or put where the target says, which says nothing of what is in it: it stays where
             it is.
@@ -229,10 +231,14 @@ class Checkpoints:
         if not reasons and not aside:
             return None
         lines = [f"step {step}: {reason}" for step, reason in reasons.items()]
+        headline = (
+            "no checkpoint is whole. Look for copies of the folder, or start again in another one."
+            if step is None
+            else f"step {step} is not whole. Leave it out to restore the newest that is."
+        )
         raise CheckpointDamaged(
             listing(
-                f"{self.folder}: no checkpoint is whole. Look for copies of the folder, or start "
-                "again in another one.",
+                f"{self.folder}: {headline}",
                 lines or [f"damaged/{name}: moved there before" for name in aside],
             )
         )

@@ -1,6 +1,7 @@
 """What a checkpoint says of itself: one JSON object, committed together with the arrays."""
 
 import base64
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -102,16 +103,16 @@ def encode_data(data: Any) -> dict[str, Any]:
     """
     if isinstance(data, bytes):
         return {"bytes": base64.b64encode(data).decode()}
-    try:
-        same = json.loads(json.dumps(data, allow_nan=False)) == data
-    except (TypeError, ValueError):
-        same = False
+    copy, same = None, False
+    with contextlib.suppress(TypeError, ValueError):
+        copy = json.loads(json.dumps(data, allow_nan=False))
+        same = copy == data
     if not same:
         raise TypeError(
             f"data must be bytes, or numbers, strings, lists and dicts with string keys (no "
             f"tuples, arrays or NaN), got {data!r}"
         )
-    return {"json": data}
+    return {"json": copy}  # The caller's may have moved on before the background has written it.
 
 
 def decode_data(value: Mapping[str, Any]) -> Any:

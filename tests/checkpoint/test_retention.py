@@ -1,13 +1,22 @@
 """Which checkpoints are kept, which is the best, and that none is overwritten."""
 
+import json
 import math
 import shutil
+import threading
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from optimizers import assert_trees_identical
 
-from loft_jax.checkpoint import CheckpointError, Checkpoints, DamagedCheckpointWarning, _folder
+from loft_jax.checkpoint import (
+    CheckpointDamaged,
+    CheckpointError,
+    Checkpoints,
+    DamagedCheckpointWarning,
+    _folder,
+)
 
 
 def state_of(step: int) -> dict:
@@ -203,3 +212,40 @@ def test_a_step_that_another_run_has_saved_is_not_overwritten(tmp_path):
         with pytest.raises(CheckpointError, match="step 2 is saved already, with other values"):
             hung.save(2, **state_of(7))
         assert_trees_identical(successor.restore(**state_of(0)).adapter, state_of(2)["adapter"])
+
+
+def test_a_position_that_moves_on_at_once_is_saved_as_it_was(tmp_path, monkeypatch):
+    """It is written in the background, here as late as can be."""
+    written, dumps = threading.Event(), json.dumps
+
+    def late_dumps(*args, **options):
+        if threading.current_thread() is not threading.main_thread():
+            written.wait(10)
+        return dumps(*args, **options)
+
+    monkeypatch.setattr(json, "dumps", late_dumps)
+    position = {"batch": 1, "order": [3, 4]}
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, **state_of(1), data=position)
+        position["batch"] = 2
+        position["order"].append(5)
+        written.set()
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.restore(**state_of(0)).data == {"batch": 1, "order": [3, 4]}
+
+
+def test_a_step_may_be_an_integer_of_numpy(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.save(np.int64(3), **state_of(3))
+        assert checkpoints.steps() == (3,)
+
+
+def test_of_a_damaged_step_that_was_asked_for_others_are_not_given_up(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        save_all(checkpoints, {1: None, 2: None})
+        checkpoints.wait()
+        (tmp_path / "2" / "meta" / "metadata").write_text("{}")
+        whole = pytest.raises(CheckpointDamaged, match="step 2 is not whole. Leave it out")
+        with pytest.warns(DamagedCheckpointWarning), whole:
+            checkpoints.restore(**state_of(0), step=2)
+        assert checkpoints.restore(**state_of(0)).step == 1

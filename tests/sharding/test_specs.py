@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from layouts import LAYOUTS, abstract, parameters, shardings
 from optimizers import OPTIMIZERS, every_optimizer
 
-from loft_jax import loft_adamw
+from loft_jax import LoraAxes, LoraPairs, loft_adamw
 from loft_jax._pairs import path_string
 from loft_jax.adapters import LoraModel, LoraRule, add_lora, lora_pairs
 from loft_jax.sharding import adapter_shardings, factor_specs, state_shardings
@@ -67,6 +67,28 @@ def test_the_adapter_of_a_model_lies_as_its_weights_do():
         "head": {"kernel": P("tensor", "fsdp")},
         "other": P(),
     }
+
+
+@pytest.mark.parametrize(
+    ("axes", "a", "b", "spec", "spec_a", "spec_b"),
+    [
+        (LoraAxes(rank_a=0, rank_b=-1), (2, 16), (8, 2), P("f", "t"), P(None, "f"), P("t", None)),
+        (
+            LoraAxes(batch=(0,), rank_a=1, rank_b=-1),
+            (3, 2, 16),
+            (3, 4, 8, 2),
+            P("l", "f", None, "t"),
+            P("l", None, "f"),
+            P("l", None, "t", None),
+        ),
+    ],
+)
+def test_the_rank_is_whole_wherever_it_lies(axes, a, b, spec, spec_a, spec_b):
+    mesh = jax.make_mesh((2, 2, 1), ("f", "t", "l"), devices=jax.devices()[:4])
+    adapter = {"q": {"lora_a": jnp.ones(a), "lora_b": jnp.ones(b)}}
+    weights = {"q": {"kernel": NamedSharding(mesh, spec)}}
+    found = adapter_shardings(adapter, weights, LoraPairs(axes=axes))["q"]
+    assert (found["lora_a"].spec, found["lora_b"].spec) == (spec_a, spec_b)
 
 
 def test_a_weight_that_is_not_there_is_named():
