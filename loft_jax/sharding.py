@@ -16,10 +16,11 @@ import jax
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from loft_jax._axes import FactorLayout
-from loft_jax._pairs import LoraPairs, Pair, find_pairs, path_string
-from loft_jax._splits import axis_names
-from loft_jax._weights import weight_paths
+from loft_jax.pairs.axes import FactorLayout
+from loft_jax.pairs.find import Pair, find_pairs, path_string
+from loft_jax.pairs.names import weight_paths
+from loft_jax.pairs.shard_map import axis_names
+from loft_jax.pairs.spec import LoraPairs, as_pairs
 
 
 def factor_specs(
@@ -64,7 +65,7 @@ def factor_specs(
     return specs[0], specs[1]
 
 
-def adapter_shardings(adapter: Any, weights: Any, pairs: LoraPairs | None = None) -> Any:
+def adapter_shardings(adapter: Any, weights: Any, pairs: Any = None) -> Any:
     """Returns the shardings of an adapter's factors, from those of the weights that they adapt.
 
     Args:
@@ -94,7 +95,8 @@ def adapter_shardings(adapter: Any, weights: Any, pairs: LoraPairs | None = None
       >>> found["q"]["lora_b"].spec == P(None, "tensor")
       True
     """
-    tree = find_pairs(adapter, pairs)
+    # The tree may hold the weights too.
+    tree = find_pairs(adapter, dataclasses.replace(as_pairs(pairs), train_weights=True))
     is_sharding = lambda x: isinstance(x, jax.sharding.Sharding)
     flat = jax.tree_util.tree_leaves_with_path(weights, is_leaf=is_sharding)
     known = {path_string(path): _sharding_of(leaf) for path, leaf in flat}
@@ -191,7 +193,7 @@ def state_shardings(
     )
 
 
-def shard_map_pairs(params: Any, specs: Any, pairs: LoraPairs | None = None) -> LoraPairs:
+def shard_map_pairs(params: Any, specs: Any, pairs: Any = None) -> LoraPairs:
     """Returns ``pairs`` that also say how a `jax.shard_map` splits the parameters.
 
     For an optimizer whose ``update`` runs inside the shard_map: there it sees each device's part
@@ -241,7 +243,7 @@ def shard_map_pairs(params: Any, specs: Any, pairs: LoraPairs | None = None) -> 
         (re.escape(path_string(path)), spec)
         for (path, _), spec in zip(with_paths, told, strict=True)
     )
-    return dataclasses.replace(LoraPairs() if pairs is None else pairs, specs=entries)
+    return dataclasses.replace(as_pairs(pairs), specs=entries)
 
 
 def _for_shape(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:

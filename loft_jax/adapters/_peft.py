@@ -16,14 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from loft_jax._axes import FactorLayout
-from loft_jax._pairs import LoraPairs, Pair, PairedTree, find_pairs
 from loft_jax.adapters._families import Family, as_family, each_layer
 from loft_jax.adapters._peft_config import TASK_TYPES, make_config, write_config
 from loft_jax.adapters._peft_load import CONFIG, PREFIX, WEIGHTS, PeftAdapter, few
 from loft_jax.adapters._peft_load import PeftFactors as PeftFactors
 from loft_jax.adapters._peft_load import load_peft as load_peft
 from loft_jax.adapters._safetensors import replacing, write_tensors
+from loft_jax.pairs.axes import FactorLayout
+from loft_jax.pairs.find import Pair, PairedTree, find_pairs
 
 # PEFT adds these modules to modules_to_save by the task, and then wants their weights in the file.
 _HEADS = {
@@ -38,7 +38,7 @@ def save_peft(
     adapter: Any,
     *,
     family: Family | str,
-    pairs: LoraPairs | None = None,
+    pairs: Any = None,
     base_model: str | None = None,
     task_type: str | None = None,
     use_rslora: bool = False,
@@ -121,7 +121,7 @@ def fill(
     peft: PeftAdapter,
     *,
     family: Family | str,
-    pairs: LoraPairs | None = None,
+    pairs: Any = None,
 ) -> Any:
     """The tree of an adapter with the values that PEFT has saved.
 
@@ -206,8 +206,8 @@ def _to_peft(
     """lora_A and lora_B of each layer of a pair; `module` is one of them."""
     a, b = jnp.asarray(tree.leaves[pair.a]), jnp.asarray(tree.leaves[pair.b])
     shape = a.shape
-    a = np.asarray(pair.layout_a.tall(a)).reshape(-1, pair.m, pair.r)
-    b = np.asarray(pair.layout_b.tall(b)).reshape(-1, pair.n, pair.r)
+    a = np.asarray(pair.layout_a.matricize(a)).reshape(-1, pair.m, pair.r)
+    b = np.asarray(pair.layout_b.matricize(b)).reshape(-1, pair.n, pair.r)
     kind = family.kind(module)
     if kind == "embedding":
         raise ValueError(f"{tree.paths[pair.a]}: adapters of an embedding are not supported")
@@ -286,7 +286,7 @@ def _like(
     """The value in the leaf's layout, dtype and place."""
     x = jnp.asarray(value)
     if layout is not None:
-        x = layout.untall(x.reshape(*batch, *x.shape[1:]), jnp.shape(leaf))
+        x = layout.unmatricize(x.reshape(*batch, *x.shape[1:]), jnp.shape(leaf))
     if isinstance(leaf, np.ndarray):
         return np.asarray(x).astype(leaf.dtype)
     x = x.astype(leaf.dtype)

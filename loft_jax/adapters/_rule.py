@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from loft_jax._axes import LoraAxes
-from loft_jax._pairs import LoraPairs
+from loft_jax.pairs.axes import LoraAxes
+from loft_jax.pairs.spec import LoraPairs
 
 Initializer = Callable[..., Any]
 
@@ -83,6 +83,10 @@ class LoraRule:
         if self.alpha is None:
             return 1.0
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    def lora_pairs(self) -> LoraPairs:
+        """What an optimizer must know of these adapters; see the function `lora_pairs`."""
+        return lora_pairs(self)
 
     def matches(self, path: str) -> bool:
         """Whether a layer at this path gets the adapter."""

@@ -5,7 +5,6 @@ Nothing here unpickles. The format is https://huggingface.co/docs/safetensors.
 
 import contextlib
 import os
-import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,8 +15,9 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from loft_jax._pairs import DEFAULT_RULES, path_string
 from loft_jax.adapters._families import Family, as_family
+from loft_jax.pairs.find import path_string
+from loft_jax.pairs.names import is_factor
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -141,9 +141,8 @@ def replacing(folder: Path) -> Iterator[Path]:
 
 
 def _refuse_factors(paths: Sequence[str]) -> None:
-    patterns = [regex for rule in DEFAULT_RULES for regex in rule]
     for path in paths:
-        if any(re.fullmatch(regex, path) for regex in patterns):
+        if is_factor(path):
             raise ValueError(
                 f"{path} is a factor of an adapter: merge the adapters first, with "
                 "loft_jax.adapters.merge or remove_lora(model, merge=True)"

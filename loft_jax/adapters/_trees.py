@@ -4,6 +4,7 @@ Pure functions of trees of arrays, whatever framework made them and whatever the
 called in it.
 """
 
+import dataclasses
 import itertools
 import math
 import re
@@ -13,11 +14,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from loft_jax._pairs import LoraPairs, Pair, find_pairs, match_names, path_string
-from loft_jax._weights import weight_paths
+from loft_jax.pairs.find import Pair, find_pairs, match_names, path_string
+from loft_jax.pairs.names import weight_paths
+from loft_jax.pairs.spec import as_pairs
 
 
-def split(params: Any, pairs: LoraPairs | None = None) -> tuple[dict, dict]:
+def split(params: Any, pairs: Any = None) -> tuple[dict, dict]:
     """Splits nested dicts of parameters into the adapter, to be trained, and the frozen base.
 
     For nnx models there is `nnx.split(model, nnx.LoRAParam, ...)`.
@@ -39,7 +41,7 @@ def split(params: Any, pairs: LoraPairs | None = None) -> tuple[dict, dict]:
     """
     flat = _flatten(params)
     names = ["/".join(map(str, keys)) for keys in flat]
-    matched = match_names(names, (pairs or LoraPairs()).rules)
+    matched = match_names(names, as_pairs(pairs).rules)
     factors = {position for pair in matched for position in pair}
     adapter = {keys: leaf for k, (keys, leaf) in enumerate(flat.items()) if k in factors}
     base = {keys: leaf for k, (keys, leaf) in enumerate(flat.items()) if k not in factors}
@@ -66,7 +68,7 @@ def join(adapter: Any, base: Any) -> dict:
 def merge(
     base: Any,
     adapter: Any,
-    pairs: LoraPairs | None = None,
+    pairs: Any = None,
     *,
     weights: Sequence[tuple[str, str]] = (),
     transpose: Sequence[tuple[str, Sequence[int]]] = (),
@@ -107,7 +109,7 @@ def merge(
 def unmerge(
     base: Any,
     adapter: Any,
-    pairs: LoraPairs | None = None,
+    pairs: Any = None,
     *,
     weights: Sequence[tuple[str, str]] = (),
     transpose: Sequence[tuple[str, Sequence[int]]] = (),
@@ -126,7 +128,8 @@ def unmerge(
 
 
 def _add_products(base, adapter, pairs, weights, transpose, sign: int) -> Any:
-    tree = find_pairs(adapter, pairs)
+    # `adapter` may hold the weights too.
+    tree = find_pairs(adapter, dataclasses.replace(as_pairs(pairs), train_weights=True))
     with_paths, treedef = jax.tree_util.tree_flatten_with_path(base)
     leaves = [leaf for _, leaf in with_paths]
     position = {path_string(path): k for k, (path, _) in enumerate(with_paths)}
@@ -154,7 +157,7 @@ def _product(pair: Pair, a: jax.Array, b: jax.Array) -> jax.Array:
     """``a b`` with the axes (*batch, *rows of a, *rows of b)."""
     rows_a = [a.shape[axis] for axis in pair.layout_a.rows]
     rows_b = [b.shape[axis] for axis in pair.layout_b.rows]
-    tall_a, tall_b = pair.layout_a.tall(a), pair.layout_b.tall(b)
+    tall_a, tall_b = pair.layout_a.matricize(a), pair.layout_b.matricize(b)
     product = jnp.einsum("...mr,...nr->...mn", tall_a, tall_b, precision="highest")
     return product.reshape(*pair.batch, *rows_a, *rows_b)
 

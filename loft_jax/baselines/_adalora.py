@@ -14,11 +14,12 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from loft_jax._mesh import in_auto_axes
-from loft_jax._pairs import LoraPairs, PairedTree, find_pairs
 from loft_jax.baselines._budget import budget_schedule, keep_highest
 from loft_jax.baselines._triplets import DEFAULT_VALUES, Triplets, find_triplets, members
-from loft_jax.transforms._factors import compute_dtype, leaves_like, read_arguments
+from loft_jax.execution.arguments import leaves_like, read_arguments
+from loft_jax.execution.explicit_mesh import in_auto_axes
+from loft_jax.execution.groups import compute_dtype
+from loft_jax.pairs.find import PairedTree, find_pairs
 
 
 class AdaloraState(NamedTuple):
@@ -49,7 +50,7 @@ def adalora(
     delta_t: int = 1,
     beta1: float = 0.85,
     beta2: float = 0.85,
-    pairs: LoraPairs | None = None,
+    pairs: Any = None,
     values: tuple[tuple[str, str], ...] = DEFAULT_VALUES,
 ) -> optax.GradientTransformationExtraArgs:
     r"""AdaLoRA around an optimizer: allocates a shrinking budget of ranks among all adapters.
@@ -85,7 +86,7 @@ def adalora(
       delta_t: steps from one allocation to the next.
       beta1: decay rate of the sensitivity.
       beta2: decay rate of the uncertainty.
-      pairs: how to find the pairs; None for the defaults of `LoraPairs`.
+      pairs: what to look for, as in `scale_by_loft_adam`.
       values: ``(regex of the path of a, template of the path of its e)``, the first that matches.
         ``e`` has shape ``(*batch, r)``.
 
@@ -186,14 +187,14 @@ def adalora(
 
 
 @jax.default_matmul_precision("highest")
-def orthogonality_penalty(params: optax.Params, pairs: LoraPairs | None = None) -> jax.Array:
+def orthogonality_penalty(params: optax.Params, pairs: Any = None) -> jax.Array:
     r"""Returns AdaLoRA's regulariser, to be added to the loss with a coefficient.
 
     .. math:: \sum_k \|A_k^\top A_k - I\|_F^2 + \|B_k B_k^\top - I\|_F^2
 
     Args:
       params: a pytree with the adapters' ``lora_a`` and ``lora_b``; other leaves do not matter.
-      pairs: how to find the pairs; None for the defaults of `LoraPairs`.
+      pairs: what to look for, as in `scale_by_loft_adam`.
 
     Returns:
       A scalar, float32 at least.
@@ -218,7 +219,7 @@ def orthogonality_penalty(params: optax.Params, pairs: LoraPairs | None = None) 
         return jnp.sum((gram - jnp.eye(gram.shape[-1], dtype=gram.dtype)) ** 2)
 
     sides = [(p.layout_a, p.a) for p in tree.pairs] + [(p.layout_b, p.b) for p in tree.pairs]
-    return sum((excess(layout.tall(tree.leaves[k])) for layout, k in sides), jnp.float32(0.0))
+    return sum((excess(layout.matricize(tree.leaves[k])) for layout, k in sides), jnp.float32(0.0))
 
 
 def _zeros(tree: PairedTree, adapters: Sequence[Triplets]) -> optax.Params:

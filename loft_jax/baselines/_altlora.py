@@ -1,4 +1,4 @@
-"""AltLoRA and AltLoRA+: alternating projections, with a momentum that is carried along."""
+"""AltLoRA and AltLoRA+: alternating projections, with a momentum that follows the subspace."""
 
 import functools
 from collections.abc import Callable
@@ -9,29 +9,34 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from loft_jax._mesh import in_auto_axes
-from loft_jax._moments import as_scalar
-from loft_jax._pairs import LoraPairs, PairedTree, find_pairs
-from loft_jax.baselines._checked import checked
+from loft_jax.algorithm.adam import as_scalar
 from loft_jax.baselines._matrices import Spectrum, gram_spectra, inverse_gram
-from loft_jax.transforms import _alternation
-from loft_jax.transforms._descent import descend
-from loft_jax.transforms._factors import group_pairs, leaves_like, read_arguments
-from loft_jax.transforms._partition import factors_and_rest
-from loft_jax.transforms._step import zero_memory
+from loft_jax.execution.alternation import (
+    A_IS_ACTIVE,
+    FactorName,
+    check_factor_name,
+    first_active,
+    next_active,
+)
+from loft_jax.execution.arguments import check_state, leaves_like
+from loft_jax.execution.explicit_mesh import in_auto_axes
+from loft_jax.execution.groups import Group, group_pairs
+from loft_jax.execution.transformation import Core, as_transformation, descend
+from loft_jax.execution.update import zero_state
+from loft_jax.pairs.find import PairedTree
 
 
 class ScaleByAltLoraState(NamedTuple):
     """State of `scale_by_altlora`. The trees have the structure of the parameters.
 
     Attributes:
-      turn: ``()`` int32, 0 when the factor named by ``moves_first`` moves at the next step, else 1.
+      active: ``()`` int32, the factor that moves at the next step: 0 for ``a``, 1 for ``b``.
       seen: for each factor its value when its partner moved last; `optax.MaskedNode` outside pairs.
       mu: first moment of each leaf, in the coordinates of the raw factors.
       nu: second moment of each leaf; None for AltLoRA, which has none.
     """
 
-    turn: jax.Array
+    active: jax.Array
     seen: Any
     mu: Any
     nu: Any
@@ -44,13 +49,13 @@ def scale_by_altlora(
     *,
     damping: float | jax.Array = 1e-6,
     alternate: bool = True,
-    moves_first: _alternation.FactorName = "b",
-    pairs: LoraPairs | None = None,
+    moves_first: FactorName = "b",
+    pairs: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""The core of AltLoRA (and, with ``b2``, of AltLoRA+), without learning rate, for chaining.
 
-    For :math:`W = W_0 + s U V^\top`, when it is the turn of :math:`U`, with the partner
-    :math:`V_-` as it was at the last turn of :math:`U`:
+    For :math:`W = W_0 + s U V^\top`, when :math:`U` is active, with the partner :math:`V_-`
+    as it was when :math:`U` was active last:
 
     .. math::
       \tilde g &= s^{-2} \nabla_U f \, (V^\top V + \lambda I)^{-1} \\
@@ -67,7 +72,7 @@ def scale_by_altlora(
       damping: :math:`\lambda`, absolute.
       alternate: False moves both factors at every step, from the same point.
       moves_first: the factor that moves first.
-      pairs: how to find the pairs; None for the defaults of `LoraPairs`.
+      pairs: what to look for, as in `scale_by_loft_adam`.
 
     Returns:
       A transformation whose ``update`` needs ``params``.
@@ -91,50 +96,20 @@ def scale_by_altlora(
       >>> updates["lora_b"].round(4)
       Array([[0.5, 1. ]], dtype=float32)
     """
-    _alternation.check_factor_name(moves_first)
-    moments = 1 if b2 is None else 2
-
-    def init(params: optax.Params) -> ScaleByAltLoraState:
-        tree = find_pairs(params, pairs)
-        memory = zero_memory(tree, [lambda m, r: r] * moments, [None] * moments)
-        return _state(tree, jnp.zeros([], jnp.int32), [memory.basis, *memory.moments])
-
-    def update(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, optax.OptState]:
-        tree, gradients = read_arguments(params, updates, pairs)
-        fields = [leaves_like(tree, field, "states") for field in state[1 : 2 + moments]]
-
-        def step(params, gradients, turn, fields, hyperparams):
-            moves_a = _alternation.a_moves(turn, moves_first)
-            moves = (moves_a | (not alternate), ~moves_a | (not alternate))
-            directions, fields = _step(tree, params, gradients, fields, moves, hyperparams)
-            return directions, _alternation.next_turn(turn, tree, gradients), fields
-
-        directions, turn, fields = in_auto_axes(
-            step,
-            tree.leaves,
-            gradients,
-            state.turn,
-            fields,
-            (b1, b2, eps, damping),
-            out_like=(tree.leaves, state.turn, fields),
-        )
-        return tree.treedef.unflatten(directions), _state(tree, turn, fields)
-
-    return checked(optax.GradientTransformation(init, update), pairs)
+    settings = (b1, b2, eps, damping)
+    return as_transformation(_altlora_core(settings, alternate, moves_first), pairs)
 
 
 def altlora(
     learning_rate: optax.ScalarOrSchedule,
     b1: float | jax.Array = 0.9,
-    weight_decay: optax.ScalarOrSchedule = 0.0,
     *,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    mask: Any | Callable[[optax.Params], Any] | None = None,
     damping: float | jax.Array = 1e-6,
     alternate: bool = True,
-    moves_first: _alternation.FactorName = "b",
-    mask: Any | Callable[[optax.Params], Any] | None = None,
-    pairs: LoraPairs | None = None,
+    moves_first: FactorName = "b",
+    pairs: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """AltLoRA: alternating projected gradients with a carried momentum.
 
@@ -164,10 +139,16 @@ def altlora(
       >>> round(float(updates["lora_b"][0, 0]), 4)
       -0.01
     """
-    order = {"alternate": alternate, "moves_first": moves_first, "pairs": pairs}
-    core = scale_by_altlora(b1, damping=damping, **order)
-    factors = descend(core, learning_rate, weight_decay, mask, **order)
-    return factors_and_rest(factors, optax.adam(learning_rate, b1), pairs)
+    core = _altlora_core((b1, None, 0.0, damping), alternate, moves_first)
+    return descend(
+        core,
+        learning_rate,
+        pairs,
+        weight_decay=weight_decay,
+        mask=mask,
+        alternate=alternate,
+        others=optax.adam(learning_rate, b1),
+    )
 
 
 def altlora_plus(
@@ -175,13 +156,13 @@ def altlora_plus(
     b1: float | jax.Array = 0.9,
     b2: float | jax.Array = 0.999,
     eps: float | jax.Array = 1e-8,
-    weight_decay: optax.ScalarOrSchedule = 0.0,
     *,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    mask: Any | Callable[[optax.Params], Any] | None = None,
     damping: float | jax.Array = 1e-6,
     alternate: bool = True,
-    moves_first: _alternation.FactorName = "b",
-    mask: Any | Callable[[optax.Params], Any] | None = None,
-    pairs: LoraPairs | None = None,
+    moves_first: FactorName = "b",
+    pairs: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """AltLoRA+: AltLoRA with a second moment of the factors, which is not carried along.
 
@@ -213,20 +194,62 @@ def altlora_plus(
       >>> round(float(updates["lora_b"][0, 0]), 4)
       -0.3162
     """
-    order = {"alternate": alternate, "moves_first": moves_first, "pairs": pairs}
-    core = scale_by_altlora(b1, b2, eps, damping=damping, **order)
-    factors = descend(core, learning_rate, weight_decay, mask, **order)
-    return factors_and_rest(factors, optax.adam(learning_rate, b1, b2, eps), pairs)
+    core = _altlora_core((b1, b2, eps, damping), alternate, moves_first)
+    return descend(
+        core,
+        learning_rate,
+        pairs,
+        weight_decay=weight_decay,
+        mask=mask,
+        alternate=alternate,
+        others=optax.adam(learning_rate, b1, b2, eps),
+    )
 
 
-def _state(tree: PairedTree, turn: jax.Array, fields: list[list[Any]]) -> ScaleByAltLoraState:
+def _altlora_core(hyperparams: tuple[Any, ...], alternate: bool, moves_first: FactorName) -> Core:
+    check_factor_name(moves_first)
+    moments = 1 if hyperparams[1] is None else 2
+
+    def init(tree: PairedTree) -> ScaleByAltLoraState:
+        seen, *kept = zero_state(tree, [lambda m, r: r] * moments, [None] * moments)
+        return _state(tree, first_active(moves_first), [seen, *kept])
+
+    def step(
+        tree: PairedTree, gradients: list[Any], state: Any
+    ) -> tuple[list[Any], ScaleByAltLoraState]:
+        fields = [leaves_like(tree, field, "states") for field in state[1 : 2 + moments]]
+        check_state(tree, fields[0], fields[1:], [lambda m, r: r] * moments)
+
+        @jax.default_matmul_precision("highest")
+        def update(params, gradients, active, fields, hyperparams):
+            a_is_active = active == A_IS_ACTIVE
+            moves = (a_is_active | (not alternate), ~a_is_active | (not alternate))
+            groups = group_pairs(tree)
+            directions, fields = _step(groups, params, gradients, fields, moves, hyperparams)
+            stacks = [group.stack(gradients) for group in groups]
+            return directions, next_active(active, tree, groups, stacks), fields
+
+        directions, active, fields = in_auto_axes(
+            update,
+            tree.leaves,
+            gradients,
+            state.active,
+            fields,
+            hyperparams,
+            out_like=(tree.leaves, state.active, fields),
+        )
+        return directions, _state(tree, active, fields)
+
+    return Core(init, step, sharded=False)
+
+
+def _state(tree: PairedTree, active: jax.Array, fields: list[list[Any]]) -> ScaleByAltLoraState:
     seen, mu, *nu = map(tree.treedef.unflatten, fields)
-    return ScaleByAltLoraState(turn, seen, mu, nu[0] if nu else None)
+    return ScaleByAltLoraState(active, seen, mu, nu[0] if nu else None)
 
 
-@jax.default_matmul_precision("highest")
 def _step(
-    tree: PairedTree,
+    groups: list[Group],
     params: list[jax.Array],
     gradients: list[jax.Array],
     fields: list[list[Any]],
@@ -235,24 +258,25 @@ def _step(
 ) -> tuple[list[jax.Array], list[list[Any]]]:
     directions, (seen, *moments) = list(gradients), fields
     new_seen, *new_moments = [list(field) for field in fields]
-    groups = group_pairs(tree)
-    grams = iter(gram_spectra([p.tall(params) for group in groups for _, p in group.sides]))
+    partners = [group.matrices(name, params) for group in groups for name in "ba"]
+    spectra = iter(zip(partners, gram_spectra(partners), strict=True))
     for group in groups:
-        for (factor, partner), turn in zip(group.sides, moves, strict=True):
-            side = functools.partial(_side, hyperparams, group.scale)
-            old = tuple(factor.tall(moment) for moment in moments)
-            point, point_seen = partner.tall(params), partner.tall(seen)
-            new, direction = group.over_batch(side)(
-                old, factor.tall(gradients), point, point_seen, next(grams)
-            )
-            factor.put(jnp.where(turn, direction, 0), directions, like=gradients)
+        of_pair = group.kind.over_batch(
+            functools.partial(_moments_and_direction, hyperparams, group.kind.scale)
+        )
+        for (own, partner), active in zip(("ab", "ba"), moves, strict=True):
+            old = tuple(group.matrices(own, moment) for moment in moments)
+            point, gram = next(spectra)
+            point_seen = group.matrices(partner, seen)
+            new, direction = of_pair(old, group.matrices(own, gradients), point, point_seen, gram)
+            group.put_matrices(own, jnp.where(active, direction, 0), directions, gradients)
             for target, after, before in zip(new_moments, new, old, strict=True):
-                factor.put(jnp.where(turn, after, before), target, like=target)
-            partner.put(jnp.where(turn, point, point_seen), new_seen, like=seen)
+                group.put_matrices(own, jnp.where(active, after, before), target, target)
+            group.put_matrices(partner, jnp.where(active, point, point_seen), new_seen, seen)
     return directions, [new_seen, *new_moments]
 
 
-def _side(
+def _moments_and_direction(
     hyperparams: tuple[Any, ...],
     scale: float,
     moments: tuple[Float[Array, "m r"], ...],
@@ -261,7 +285,7 @@ def _side(
     partner_seen: Float[Array, "n r"],
     gram: Spectrum,
 ) -> tuple[tuple[Float[Array, "m r"], ...], Float[Array, "m r"]]:
-    """The moments of a factor and its direction, at its turn."""
+    """The moments of the active factor and its direction."""
     b1, b2, eps, damping = hyperparams
     b1, eps, damping = (as_scalar(x, gradient.dtype) for x in (b1, eps, damping))
     inverse = inverse_gram(gram, damping)

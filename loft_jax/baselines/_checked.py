@@ -6,48 +6,42 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from loft_jax._pairs import LoraPairs, find_pairs
-from loft_jax.transforms._factors import read_arguments
+from loft_jax.execution.arguments import read_arguments
+from loft_jax.pairs.find import PairedTree, find_pairs, warn_of_pairs
 
 
-def checked(
-    tx: optax.GradientTransformation, pairs: LoraPairs | None
-) -> optax.GradientTransformationExtraArgs:
+def checked(tx: optax.GradientTransformation, pairs: Any) -> optax.GradientTransformationExtraArgs:
     """Refuses unpaired parameters, and gradients or a state of another shape, naming the path."""
     tx = optax.with_extra_args_support(tx)
 
     def init(params: optax.Params) -> optax.OptState:
-        find_pairs(params, pairs)
+        warn_of_pairs(find_pairs(params, pairs), pairs)
         return tx.init(params)
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, optax.OptState]:
         tree, _ = read_arguments(params, updates, pairs)
-        found = jax.tree_util.tree_leaves_with_path(state)
-        expected = jax.tree.leaves(jax.eval_shape(tx.init, params))
-        shapes = [x.shape for x in expected]
-        if [jnp.shape(x) for _, x in found] != shapes:
-            _refuse(tree.paths, [jnp.shape(x) for x in tree.leaves], found, shapes)
+        check_shapes(tree, state, jax.eval_shape(tx.init, params))
         return tx.update(updates, state, params, **extra)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _refuse(
-    paths: tuple[str, ...],
-    shapes: list[tuple[int, ...]],
-    found: list[tuple[Any, Any]],
-    expected: list[tuple[int, ...]],
-) -> None:
-    for (where, x), shape in zip(found, expected, strict=False):
+def check_shapes(tree: PairedTree, state: Any, expected: Any) -> None:
+    """Raises ValueError unless the arrays of a state have the shapes of the expected one."""
+    found = jax.tree_util.tree_leaves_with_path(state)
+    shapes = [x.shape for x in jax.tree.leaves(expected)]
+    if [jnp.shape(x) for _, x in found] == shapes:
+        return
+    for (where, x), shape in zip(found, shapes, strict=False):
         key = jax.tree_util.keystr(where, simple=True, separator="/")
-        for path, of_leaf in zip(paths, shapes, strict=True):
+        for path, leaf in zip(tree.paths, tree.leaves, strict=True):
             if jnp.shape(x) != shape and f"/{key}".endswith(f"/{path}"):
                 raise ValueError(
-                    f"The state of {path} is not for a leaf of shape {of_leaf}: {key} has shape "
-                    f"{jnp.shape(x)}, not {shape}. After a change of rank or of the pairs, make it "
-                    "anew with init"
+                    f"The state of {path} is not for a leaf of shape {jnp.shape(leaf)}: {key} has "
+                    f"shape {jnp.shape(x)}, not {shape}. After a change of rank or of the pairs, "
+                    "make it anew with init"
                 )
     raise ValueError(
         "The state is not that of these parameters: make it anew with init after a change"

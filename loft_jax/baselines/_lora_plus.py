@@ -6,10 +6,10 @@ from typing import Any
 import jax
 import optax
 
-from loft_jax._pairs import LoraPairs, find_pairs
 from loft_jax.baselines._checked import checked
-from loft_jax.transforms._alternation import FactorName, check_factor_name
-from loft_jax.transforms._factors import leaves_like
+from loft_jax.execution.alternation import FactorName, check_factor_name
+from loft_jax.execution.arguments import leaves_like
+from loft_jax.pairs.find import find_pairs
 
 
 def lora_plus(
@@ -23,7 +23,7 @@ def lora_plus(
     fast: FactorName = "b",
     mask: Any | Callable[[optax.Params], Any] | None = None,
     mu_dtype: jax.typing.DTypeLike | None = None,
-    pairs: LoraPairs | None = None,
+    pairs: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""LoRA+: the zero-initialised factor learns ``ratio`` times as fast.
 
@@ -35,7 +35,7 @@ def lora_plus(
       ratio: of the two learning rates; the paper advises about 16.
       b1, b2, eps, weight_decay, mask, mu_dtype: as in `optax.adamw`.
       fast: the factor with the larger learning rate.
-      pairs: how to find the pairs; None for the defaults of `LoraPairs`.
+      pairs: what to look for, as in `scale_by_loft_adam`.
 
     Returns:
       A transformation whose ``update`` needs ``params``. State: AdamW's, ``2 r`` numbers a row.

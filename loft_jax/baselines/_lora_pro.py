@@ -8,20 +8,15 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from loft_jax._entrywise import entrywise_direction
-from loft_jax._mesh import in_auto_axes
-from loft_jax._moments import AdamStep, adam_step, as_scalar
-from loft_jax._pairs import LoraPairs, PairedTree, find_pairs
-from loft_jax.baselines._checked import checked
+from loft_jax.algorithm.adam import AdamScalars, adam_ratio, adam_scalars, as_scalar
+from loft_jax.baselines._checked import check_shapes
 from loft_jax.baselines._matrices import Spectrum, gram_spectra, inverse_gram
-from loft_jax.transforms._factors import (
-    compute_dtype,
-    group_pairs,
-    leaves_like,
-    read_arguments,
-    widened,
-)
-from loft_jax.transforms._partition import factors_and_rest
+from loft_jax.execution.arguments import leaves_like
+from loft_jax.execution.explicit_mesh import in_auto_axes
+from loft_jax.execution.groups import compute_dtype, group_pairs
+from loft_jax.execution.transformation import Core, as_transformation, descend
+from loft_jax.execution.update import resize_axis
+from loft_jax.pairs.find import PairedTree
 
 
 class ScaleByLoraProState(NamedTuple):
@@ -45,7 +40,7 @@ def scale_by_lora_pro(
     eps: float | jax.Array = 1e-8,
     *,
     damping: float | jax.Array = 1e-8,
-    pairs: LoraPairs | None = None,
+    pairs: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""The core of LoRA-Pro with AdamW, without learning rate, for chaining.
 
@@ -67,7 +62,7 @@ def scale_by_lora_pro(
     Args:
       b1, b2, eps: Adam's, on the full weight.
       damping: added to the diagonal of both Gram matrices before they are inverted, absolute.
-      pairs: how to find the pairs; None for the defaults of `LoraPairs`.
+      pairs: what to look for, as in `scale_by_loft_adam`.
 
     Returns:
       A transformation whose ``update`` needs ``params``.
@@ -91,31 +86,7 @@ def scale_by_lora_pro(
              [-1.,  1.]], dtype=float32)
     """
 
-    def init(params: optax.Params) -> ScaleByLoraProState:
-        tree = find_pairs(params, pairs)
-        mu, nu = (tree.treedef.unflatten(_dense_zeros(tree)) for _ in range(2))
-        return ScaleByLoraProState(jnp.zeros([], jnp.int32), mu, nu)
-
-    def update(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, optax.OptState]:
-        tree, gradients = read_arguments(params, updates, pairs)
-        mu, nu = (leaves_like(tree, field, "states") for field in (state.mu, state.nu))
-        count = jnp.asarray(optax.safe_increment(state.count))
-        directions, mu, nu = in_auto_axes(
-            functools.partial(_step, tree),
-            tree.leaves,
-            gradients,
-            mu,
-            nu,
-            count,
-            (b1, b2, eps, damping),
-            out_like=(tree.leaves, mu, nu),
-        )
-        unflatten = tree.treedef.unflatten
-        return unflatten(directions), ScaleByLoraProState(count, unflatten(mu), unflatten(nu))
-
-    return checked(optax.GradientTransformation(init, update), pairs)
+    return as_transformation(_lora_pro_core((b1, b2, eps, damping)), pairs)
 
 
 def lora_pro(
@@ -125,7 +96,7 @@ def lora_pro(
     eps: float | jax.Array = 1e-8,
     *,
     damping: float | jax.Array = 1e-8,
-    pairs: LoraPairs | None = None,
+    pairs: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """LoRA-Pro with AdamW; its state is that of full fine-tuning, ``2 m n`` numbers a pair.
 
@@ -155,12 +126,36 @@ def lora_pro(
       Array([[-0.5,  0.5],
              [ 0.5, -0.5]], dtype=float32)
     """
-    core = scale_by_lora_pro(b1, b2, eps, damping=damping, pairs=pairs)
-    return factors_and_rest(
-        optax.chain(core, optax.scale_by_learning_rate(learning_rate)),
-        optax.adam(learning_rate, b1, b2, eps),
-        pairs,
-    )
+    core = _lora_pro_core((b1, b2, eps, damping))
+    return descend(core, learning_rate, pairs, others=optax.adam(learning_rate, b1, b2, eps))
+
+
+def _lora_pro_core(hyperparams: tuple[Any, ...]) -> Core:
+    def init(tree: PairedTree) -> ScaleByLoraProState:
+        mu, nu = (tree.treedef.unflatten(_dense_zeros(tree)) for _ in range(2))
+        return ScaleByLoraProState(jnp.zeros([], jnp.int32), mu, nu)
+
+    def step(
+        tree: PairedTree, gradients: list[Any], state: Any
+    ) -> tuple[list[Any], ScaleByLoraProState]:
+        zeros = jax.eval_shape(lambda leaves: init(tree._replace(leaves=leaves)), tree.leaves)
+        check_shapes(tree, state, zeros)
+        mu, nu = (leaves_like(tree, field, "states") for field in (state.mu, state.nu))
+        count = jnp.asarray(optax.safe_increment(state.count))
+        directions, mu, nu = in_auto_axes(
+            functools.partial(_step, tree),
+            tree.leaves,
+            gradients,
+            mu,
+            nu,
+            count,
+            hyperparams,
+            out_like=(tree.leaves, mu, nu),
+        )
+        unflatten = tree.treedef.unflatten
+        return directions, ScaleByLoraProState(count, unflatten(mu), unflatten(nu))
+
+    return Core(init, step, sharded=False)
 
 
 def _dense_zeros(tree: PairedTree) -> list[Any]:
@@ -168,7 +163,7 @@ def _dense_zeros(tree: PairedTree) -> list[Any]:
     for pair in tree.pairs:
         b = tree.leaves[pair.b]
         zeros = jnp.zeros_like(b, dtype=compute_dtype(b))
-        leaves[pair.b] = widened(zeros, pair.layout_b.rank, pair.m)
+        leaves[pair.b] = resize_axis(zeros, pair.layout_b.rank, pair.m)
     return leaves
 
 
@@ -185,19 +180,20 @@ def _step(
     b1, b2, eps, damping = hyperparams
     directions, new_mu, new_nu = list(gradients), list(mu), list(nu)
     groups = group_pairs(tree)
-    grams = iter(gram_spectra([f.tall(params) for group in groups for f in (group.a, group.b)]))
+    grams = iter(gram_spectra([group.matrices(name, params) for group in groups for name in "ab"]))
     for group in groups:
-        a, b = group.a, group.b
-        u, v, dense = a.tall(params), b.tall(params), b.tall(mu)
-        step = adam_step(count, b1, b2, eps, dense.dtype)
-        of_pair = functools.partial(_pair, group.scale, b1, b2, damping, step)
-        d_u, d_v, *moments = group.over_batch(of_pair)(
-            u, v, next(grams), next(grams), a.tall(gradients), b.tall(gradients), dense, b.tall(nu)
-        )
-        a.put(d_u, directions, like=gradients)
-        b.put(d_v, directions, like=gradients)
-        b.put(moments[0], new_mu, like=mu)
-        b.put(moments[1], new_nu, like=nu)
+        of_a, of_b = (functools.partial(group.matrices, name) for name in "ab")
+        dense = of_b(mu)
+        scalars = adam_scalars(count, b1, b2, eps, dense.dtype)
+        of_pair = functools.partial(_pair, group.kind.scale, b1, b2, damping, scalars)
+        d_u, d_v, *moments = group.kind.over_batch(of_pair)(
+            of_a(params), of_b(params), next(grams), next(grams), of_a(gradients), of_b(gradients),
+            dense, of_b(nu),
+        )  # fmt: skip
+        group.put_matrices("a", d_u, directions, gradients)
+        group.put_matrices("b", d_v, directions, gradients)
+        group.put_matrices("b", moments[0], new_mu, mu)
+        group.put_matrices("b", moments[1], new_nu, nu)
     return directions, new_mu, new_nu
 
 
@@ -206,7 +202,7 @@ def _pair(
     b1: float | jax.Array,
     b2: float | jax.Array,
     damping: float | jax.Array,
-    step: AdamStep,
+    scalars: AdamScalars,
     u: Float[Array, "m r"],
     v: Float[Array, "n r"],
     gram_u: Spectrum,
@@ -229,7 +225,7 @@ def _pair(
     equivalent = s * (v @ d_u.T + d_v @ u.T)
     mu = b1 * mu + (1 - b1) * equivalent
     nu = b2 * nu + (1 - b2) * equivalent * equivalent
-    direction = entrywise_direction(mu, nu, step)
+    direction = adam_ratio(mu / scalars.correction1, nu / scalars.correction2, scalars)
     h_u, h_v = s * direction.T @ v, s * direction @ u
     x = solve_sylvester(gram_v, gram_u, -inverse_v @ (h_u.T @ u) / s / s)
     return *nearest(h_u, h_v, x), mu, nu

@@ -1,4 +1,4 @@
-"""What the peers share: damped inverse Gram matrices, and a map over the pairs."""
+"""Shared by the baselines: damped inverse Gram matrices, and a map over the pairs."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from loft_jax._jointly import jointly
-from loft_jax._pairs import PairedTree
-from loft_jax.transforms._factors import compute_dtype, group_pairs
+from loft_jax.execution.batching import batched_over_groups
+from loft_jax.execution.groups import compute_dtype, group_pairs
+from loft_jax.pairs.find import PairedTree
 
 
 def widen(x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -43,13 +43,13 @@ def gram_spectra(factors: Sequence[Array]) -> list[Spectrum]:
       Array([1., 9.], dtype=float32)
     """
     grams = [jnp.swapaxes(v, -1, -2) @ v for v in factors]
-    return jointly(lambda gram: Spectrum(*jnp.linalg.eigh(gram)), grams)
+    return batched_over_groups(lambda gram: Spectrum(*jnp.linalg.eigh(gram)), grams)
 
 
 def inverse_gram(gram: Spectrum, damping: float | jax.Array) -> Float[Array, "r r"]:
     """Returns ``inv(V^T V + damping I)``, the pseudo-inverse where rounding makes that singular.
 
-    The damping is absolute, as in the peers' papers. A zero matrix without damping gives zero.
+    The damping is absolute, as in the baselines' papers. A zero matrix without damping gives zero.
 
     Example:
       >>> (gram,) = gram_spectra([jnp.array([[1.0, 0.0], [0.0, 3.0]])])
@@ -75,18 +75,18 @@ def over_factors(
 
     Args:
       tree, params, gradients: the parameters, and flat lists of their leaves.
-      fn: a function of the tall gradient, ``(m, r)``, and its partner's `Spectrum`.
+      fn: a function of the gradient as a matrix, ``(m, r)``, and its partner's `Spectrum`.
       of: the factors to replace, of "a" and "b".
     """
     directions = list(gradients)
-    sides = [
-        (group, factor, partner)
+    factors = [
+        (group, own, partner)
         for group in group_pairs(tree)
-        for name, (factor, partner) in zip("ab", group.sides, strict=True)
-        if name in of
+        for own, partner in ("ab", "ba")
+        if own in of
     ]
-    grams = gram_spectra([partner.tall(params) for _, _, partner in sides])
-    for (group, factor, _), gram in zip(sides, grams, strict=True):
-        mapped = group.over_batch(functools.partial(fn, scale=group.scale))
-        factor.put(mapped(factor.tall(gradients), gram), directions, like=gradients)
+    grams = gram_spectra([group.matrices(partner, params) for group, _, partner in factors])
+    for (group, own, _), gram in zip(factors, grams, strict=True):
+        mapped = group.kind.over_batch(functools.partial(fn, scale=group.kind.scale))
+        group.put_matrices(own, mapped(group.matrices(own, gradients), gram), directions, gradients)
     return directions

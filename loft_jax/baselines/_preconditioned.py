@@ -12,16 +12,16 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from loft_jax._mesh import in_auto_axes
-from loft_jax._pairs import LoraPairs, find_pairs
 from loft_jax.baselines._checked import checked
 from loft_jax.baselines._matrices import Spectrum, inverse_gram, over_factors
-from loft_jax.transforms._alternation import FactorName, check_factor_name
-from loft_jax.transforms._factors import read_arguments
+from loft_jax.execution.alternation import FactorName, check_factor_name
+from loft_jax.execution.arguments import read_arguments
+from loft_jax.execution.explicit_mesh import in_auto_axes
+from loft_jax.pairs.find import find_pairs
 
 
 def precondition_by_partner(
-    damping: float | jax.Array = 1e-6, *, pairs: LoraPairs | None = None
+    damping: float | jax.Array = 1e-6, *, pairs: Any = None
 ) -> optax.GradientTransformationExtraArgs:
     r"""Multiplies the gradient of each factor by :math:`(V^\top V + \delta I)^{-1}` of its partner.
 
@@ -31,7 +31,7 @@ def precondition_by_partner(
     Args:
       damping: :math:`\delta`, absolute. It is much of the method: the authors tuned it from 0 to
         1e8, and where it is far above :math:`V^\top V` what is left is the plain gradient.
-      pairs: how to find the pairs; None for the defaults of `LoraPairs`.
+      pairs: what to look for, as in `scale_by_loft_adam`.
 
     Returns:
       A transformation without state whose ``update`` needs ``params``.
@@ -63,7 +63,7 @@ def scaled_adamw(
     damping: float | jax.Array = 1e-6,
     mask: Any | Callable[[optax.Params], Any] | None = None,
     mu_dtype: jax.typing.DTypeLike | None = None,
-    pairs: LoraPairs | None = None,
+    pairs: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Riemannian preconditioned LoRA with AdamW: `precondition_by_partner`, then `optax.adamw`.
 
@@ -100,7 +100,7 @@ def scaled_sgd(
     learning_rate: optax.ScalarOrSchedule,
     *,
     damping: float | jax.Array = 1e-6,
-    pairs: LoraPairs | None = None,
+    pairs: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Riemannian preconditioned LoRA with gradient descent ("scaled GD").
 
@@ -140,7 +140,7 @@ def lora_fa(
     damping: float | jax.Array = 1e-8,
     frozen: FactorName = "a",
     mu_dtype: jax.typing.DTypeLike | None = None,
-    pairs: LoraPairs | None = None,
+    pairs: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""LoRA-FA: one factor stays as it was drawn, AdamW trains the other.
 
@@ -156,7 +156,7 @@ def lora_fa(
       correct_gradient: False trains with the factor's own gradient, as the paper's first version.
       damping: :math:`\delta`, absolute.
       frozen: the factor that stays; the other must not need it to move first.
-      pairs: how to find the pairs; None for the defaults of `LoraPairs`.
+      pairs: what to look for, as in `scale_by_loft_adam`.
 
     Returns:
       A transformation whose ``update`` needs ``params``. State: AdamW's for the trained factor and
@@ -198,7 +198,7 @@ def lora_fa(
 
 
 def _preconditioner(
-    damping: float | jax.Array, factors: str, unscale: bool, pairs: LoraPairs | None
+    damping: float | jax.Array, factors: str, unscale: bool, pairs: Any
 ) -> optax.GradientTransformationExtraArgs:
     def precondition(
         gradient: Float[Array, "m r"], partner: Spectrum, damping: Any, scale: float

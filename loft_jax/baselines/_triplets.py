@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from loft_jax._pairs import LoraPairs, Pair, PairedTree, find_pairs
+from loft_jax.pairs.find import Pair, PairedTree, find_pairs
 
 # The path of `a`, and that of the singular values beside it, for the rules of `LoraPairs`.
 DEFAULT_VALUES: tuple[tuple[str, str], ...] = (
@@ -27,12 +27,12 @@ class Triplets(NamedTuple):
     def per_triplet(self, leaves: Sequence[Any]) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Returns ``a``, ``e`` and ``b`` with the triplet as last axis, ``(*batch, rows, r)``."""
         a, b = leaves[self.pair.a], leaves[self.pair.b]
-        return self.pair.layout_a.tall(a), leaves[self.e], self.pair.layout_b.tall(b)
+        return self.pair.layout_a.matricize(a), leaves[self.e], self.pair.layout_b.matricize(b)
 
 
 def find_triplets(
     params: optax.Params,
-    pairs: LoraPairs | None = None,
+    pairs: Any = None,
     values: tuple[tuple[str, str], ...] = DEFAULT_VALUES,
 ) -> tuple[PairedTree, tuple[Triplets, ...]]:
     """Finds the pairs of `find_pairs`, each with its leaf of singular values.

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from loft_jax._pairs import DEFAULT_RULES, match_names, path_string
 from loft_jax.checkpoint import _processes
 from loft_jax.checkpoint._digest import digests
 from loft_jax.checkpoint._errors import listing
+from loft_jax.pairs.find import path_string
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,28 +156,21 @@ def differences(saved: Mapping[str, LeafRecord], wanted: Mapping[str, Any], item
 
 
 def rank_hint(saved: Mapping[str, LeafRecord], wanted: Mapping[str, Any]) -> str | None:
-    """Says so if the two adapters differ in their rank alone."""
-    try:
-        matches = match_names(list(wanted), DEFAULT_RULES)
-    except ValueError:
-        return None
-    paths, ranks = list(wanted), set()
-    factors = {paths[a]: True for a, _ in matches} | {paths[b]: False for _, b in matches}
+    """Says so if two trees differ in one size alone, which is then the rank of the adapters."""
     if set(saved) != set(wanted):
         return None
+    changes = set()
     for path in wanted:
         old, new = saved[path].shape, _stored(wanted[path])[0]
         if old == new:
             continue
-        axes = [k for k, pair in enumerate(zip(old, new, strict=False)) if pair[0] != pair[1]]
-        last = len(old) - 1
-        # The rank is the last axis of `a` and no last axis of `b`.
-        if len(old) != len(new) or len(axes) != 1 or factors.get(path) is not (axes[0] == last):
+        sizes = [pair for pair in zip(old, new, strict=False) if pair[0] != pair[1]]
+        if len(old) != len(new) or len(sizes) != 1:
             return None
-        ranks.add((old[axes[0]], new[axes[0]]))
-    if len(ranks) != 1:
+        changes.add(sizes[0])
+    if len(changes) != 1:
         return None
-    ((old, new),) = ranks
+    ((old, new),) = changes
     return f"rank {old} saved, {new} wanted"
 
 

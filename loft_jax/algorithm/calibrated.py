@@ -1,0 +1,151 @@
+"""The calibrated second moment: the paper's, with all cross terms (blocks 4 and 5)."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from loft_jax.algorithm.adam import AdamScalars, adam_ratio
+from loft_jax.algorithm.basis import Basis, project
+from loft_jax.algorithm.cross_terms import (
+    calibrate_cross_terms,
+    packed_diagonal,
+    packed_outer,
+    packed_quadratic,
+    packed_size,
+)
+from loft_jax.algorithm.platform import Platform, traced_platform
+from loft_jax.algorithm.sharded_dim import ShardedDim, gather_shared_axes
+
+# Entries of the full update held at once, over a whole batch: large enough for efficient products
+# (on a GPU also to hide the launch of the next kernel), small enough for a cache, where there is a
+# large one, and for the temporaries not to count.
+_BLOCK_ENTRIES: dict[Platform, int] = {"cpu": 2**20, "gpu": 2**23, "tpu": 2**21}
+# Columns of a block: a multiple of as many devices as may shard the axis, so that each device has
+# its part of every block. Smaller blocks would be gathered at every iteration of the loop.
+_BLOCK_COLUMNS = 256
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Calibrated:
+    """Keeps the packed cross terms ``P_i`` of each row, ``m x t`` with ``t = r (r + 1) / 2``.
+
+    See `SecondMoment` for what each method takes and returns.
+    """
+
+    def width(self, m: int, r: int) -> int:
+        return packed_size(r)
+
+    def peak_elements(self, m: int, n: int, r: int) -> int:
+        return m * n
+
+    def advance(
+        self,
+        nu: Float[Array, "m t"],
+        h: Float[Array, "m r"],
+        calibration: Float[Array, "r r"] | None,
+        basis_changed: Bool[Array, ""] | None,
+        b2: float | jax.Array,
+        dim: ShardedDim,
+    ) -> Float[Array, "m t"]:
+        """Block 4, eq. (12): ``P_i <- b2 T^T P_i T + (1 - b2) h_i h_i^T``."""
+
+        def accumulate(nu: Float[Array, "m t"]) -> Float[Array, "m t"]:
+            return b2 * nu + (1 - b2) * packed_outer(h)
+
+        if calibration is None:
+            return accumulate(nu)
+        carry = lambda nu: accumulate(calibrate_cross_terms(nu, calibration))
+        # T is the identity, up to rounding, for the factor whose partner did not move at the last
+        # step. It is by far the most work on moments, so it is worth a branch.
+        return (
+            carry(nu)
+            if basis_changed is None
+            else jax.lax.cond(basis_changed, carry, accumulate, nu)
+        )
+
+    def direction(
+        self,
+        m_hat: Float[Array, "m r"],
+        nu: Float[Array, "m t"],
+        basis: Basis,
+        scalars: AdamScalars,
+        dim: ShardedDim,
+        batch_size: int,
+    ) -> Float[Array, "m r"]:
+        """Block 5, eq. (13): ``D P_V`` for the dense Adam direction ``D``, which is never stored.
+
+        ``D_ij = m_hat_i . q_j / (sqrt(q_j^T P_i q_j / (1 - b2^k)) + eps)``; epsilon is outside the
+        square root, as in AdamW. The rows of ``F``, columns of ``D``, are taken in blocks, and the
+        products ``D_block F_block`` added up.
+
+        Blocks are interleaved (block ``b`` holds the rows ``b, b + blocks, ...``): where ``F`` is
+        sharded over its rows each device then works on its own part of every block, while
+        contiguous blocks would have to be gathered.
+        """
+        q, columns = gather_shared_axes(dim, basis.dim, basis.matrix)
+        v_hat = nu / scalars.correction2
+
+        def add_block(
+            total: Float[Array, "m r"], q_block: Float[Array, "block r"]
+        ) -> tuple[Float[Array, "m r"], None]:
+            moment = product(m_hat, q_block.T)
+            ratio = adam_ratio(moment, product(v_hat, packed_quadratic(q_block)), scalars)
+            return total + product(jnp.clip(ratio, -scalars.bound, scalars.bound), q_block), None
+
+        entries = _BLOCK_ENTRIES[traced_platform()]
+        blocks = interleaved_blocks(q, num_blocks(q.shape[0], m_hat.shape[0] * batch_size, entries))
+        # Zeros of both: inside a shard_map the sum differs between devices as its terms do.
+        zeros = jnp.zeros_like(m_hat) + jnp.zeros_like(q[:1])
+        if blocks.shape[0] == 1:
+            total, _ = add_block(zeros, blocks[0])
+        else:
+            total, _ = jax.lax.scan(add_block, zeros, blocks)
+        return project(columns.sum(total), basis)
+
+    def diagonal(self, nu: Float[Array, "m t"], r: int, dim: ShardedDim) -> Float[Array, "m r"]:
+        return packed_diagonal(nu, r)
+
+    def entrywise_bound(self, scalars: AdamScalars) -> jax.Array:
+        return scalars.bound
+
+
+def product(x: Float[Array, "i k"], y: Float[Array, "k j"]) -> Float[Array, "i j"]:
+    """A product of the hot loop, ``m x n`` on one side: where all the arithmetic is.
+
+    Three passes of bfloat16 on a TPU, TF32 on a GPU, where everything else is in full float32: with
+    the ratio bounded, the errors are far below the noise of gradients (docs/cost.md).
+    """
+    return jnp.matmul(x, y, precision=jax.lax.Precision.HIGH)
+
+
+def num_blocks(n: int, m: int, entries: int) -> int:
+    """Returns into how many blocks to cut ``n`` rows, so that they stay where they are sharded.
+
+    The update has ``m`` rows, and a block of it about ``entries`` entries.
+
+    Example:
+      >>> num_blocks(11008, 4096, 2**21), 11008 // 43
+      (43, 256)
+      >>> num_blocks(4304, 1152, 2**21)  # 16 times a prime: not in blocks of 16 rows
+      4
+    """
+    unit = math.gcd(n, _BLOCK_COLUMNS)
+    wanted = min(n // unit, -(-n * m // entries))
+    count = next(k for k in range(wanted, n // unit + 1) if (n // unit) % k == 0)
+    if n // count >= 64 or count < 2 * wanted:
+        return count
+    # Such rows are on no large mesh. Blocks may be padded, and need not be tiny.
+    return next((k for k in range(wanted, 2 * wanted) if n % k == 0), wanted)
+
+
+def interleaved_blocks(q: Float[Array, "n r"], blocks: int) -> Float[Array, "blocks block r"]:
+    """Cuts rows into interleaved blocks; zero rows pad them, and add nothing to the projection."""
+    n, r = q.shape
+    padding = -n % blocks
+    if padding:
+        q = jnp.pad(q, ((0, padding), (0, 0)))
+    return q.reshape(-1, blocks, r).swapaxes(0, 1)

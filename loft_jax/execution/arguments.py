@@ -1,0 +1,110 @@
+"""Checks of what a user passes to `update`, with errors that name the path."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from loft_jax.pairs.find import PairedTree, find_pairs
+
+
+def read_arguments(
+    params: optax.Params | None, updates: optax.Updates, pairs: Any, *, sharded: bool = False
+) -> tuple[PairedTree, list[Any]]:
+    """Returns the parameters with their pairs, and the gradients in the order of their leaves.
+
+    ``sharded`` says that the caller sums over rows of which a shard_map gives it a part.
+
+    Raises:
+      ValueError: parameters that are missing or unpaired, a gradient that is missing or has another
+        shape than its parameter; leaves sharded by a shard_map, for a caller that takes none.
+    """
+    if params is None:
+        raise ValueError(
+            "LoFT works on the factors themselves: call update(grads, state, params) with params"
+        )
+    tree = find_pairs(params, pairs)
+    if not sharded and (found := [k for k in range(len(tree.leaves)) if tree.sharded(k).axes]):
+        raise ValueError(
+            f"{tree.paths[found[0]]} is sharded by a shard_map, over which this optimizer does not "
+            "sum: call its update outside, under jit, or use a LoFT optimizer"
+        )
+    gradients = leaves_like(tree, updates, "gradients")
+    for path, leaf, gradient in zip(tree.paths, tree.leaves, gradients, strict=True):
+        is_array = hasattr(gradient, "shape") or isinstance(gradient, float)
+        if not is_array or jnp.shape(gradient) != jnp.shape(leaf):
+            found = (
+                f"has shape {jnp.shape(gradient)}" if is_array else f"is {type(gradient).__name__}"
+            )
+            raise ValueError(
+                f"The gradient of {path} {found}, its parameter has shape {jnp.shape(leaf)}"
+            )
+    # Python numbers may be parameters outside pairs, as in Optax.
+    as_array = lambda x: jnp.asarray(x) if isinstance(x, float) else x
+    return tree._replace(leaves=list(map(as_array, tree.leaves))), list(map(as_array, gradients))
+
+
+def leaves_like(tree: PairedTree, other: Any, name: str) -> list[Any]:
+    """Returns the subtrees of ``other`` at the leaves of the parameters.
+
+    Raises:
+      ValueError: its structure is not the parameters'.
+    """
+    try:
+        return tree.treedef.flatten_up_to(other)
+    except ValueError as error:
+        raise ValueError(
+            f"The {name} do not have the structure of the parameters: {error}. Take gradients with "
+            "respect to the parameters that the optimizer was given, and after a change of the "
+            "parameters make its state anew with init."
+        ) from error
+
+
+def check_state(
+    tree: PairedTree,
+    basis: Sequence[Any],
+    moments: Sequence[Sequence[Any]],
+    widths: Sequence[Callable[[int, int], int]],
+    *,
+    others: bool = True,
+) -> None:
+    """Raises ValueError unless the state has the shapes of these parameters and this method.
+
+    ``widths[i](rows, r)`` is the number of entries per row of a factor in ``moments[i]``;
+    ``others`` says whether leaves outside pairs have moments.
+    """
+    of_other = lambda k: jnp.shape(tree.leaves[k]) if others else None
+    expected = {k: [None, *[of_other(k)] * len(widths)] for k in tree.others}
+    for pair in tree.pairs:
+        for k, layout, rows in ((pair.a, pair.layout_a, pair.m), (pair.b, pair.layout_b, pair.n)):
+            shape, rank = jnp.shape(tree.leaves[k]), layout.rank
+            wide = [(*shape[:rank], w(rows, pair.r), *shape[rank + 1 :]) for w in widths]
+            expected[k] = [shape, *wide]
+    for k, shapes in expected.items():
+        found = [getattr(x, "shape", None) for x in (basis[k], *(m[k] for m in moments))]
+        if found != shapes:
+            kind = "leaf" if shapes[0] is None else "factor"
+            raise ValueError(
+                f"The state of {tree.paths[k]} is not for a {kind} of shape "
+                f"{jnp.shape(tree.leaves[k])}: its basis and moments have shapes {found}, not "
+                f"{shapes}. After a change of rank, of second_moment or of the pairs, make it anew "
+                "with init"
+            )
+
+
+def check_rank_axes(tree: PairedTree) -> None:
+    """Raises ValueError where an Explicit mesh shards the rank axis of a factor."""
+    for pair in tree.pairs:
+        for k, layout in ((pair.a, pair.layout_a), (pair.b, pair.layout_b)):
+            sharding = getattr(jax.typeof(tree.leaves[k]), "sharding", None)
+            if sharding is None or not sharding.mesh.explicit_axes:
+                continue
+            spec = (*sharding.spec, *[None] * (layout.rank + 1))
+            if spec[layout.rank] is not None:
+                raise ValueError(
+                    f"{tree.paths[k]}: axis {layout.rank}, the rank, is sharded over "
+                    f"{spec[layout.rank]!r}, and LoFT's state along it has another size. Leave the "
+                    "rank axis unsharded: loft_jax.sharding.factor_specs gives the specs"
+                )

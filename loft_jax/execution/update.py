@@ -1,0 +1,248 @@
+"""One step of a LoFT optimizer on the leaves of a tree: `loft_step` mapped over all pairs."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from loft_jax.algorithm.step import (
+    Blocks,
+    CalibratedBasis,
+    FactorPair,
+    MomentRule,
+    Moments,
+    loft_step,
+)
+from loft_jax.execution.alternation import A_IS_ACTIVE, next_active
+from loft_jax.execution.arguments import check_rank_axes
+from loft_jax.execution.bases import (
+    GroupBases,
+    Stacks,
+    group_bases,
+    projected_squared_norm,
+    whole_bases,
+)
+from loft_jax.execution.chunks import map_in_chunks, num_chunks
+from loft_jax.execution.groups import Group, PairKind, compute_dtype, group_pairs
+from loft_jax.execution.rounding import stochastic_round
+from loft_jax.pairs.find import PairedTree
+
+Width = Callable[[int, int], int]
+
+
+class LeafStates(NamedTuple):
+    """The state of the leaves of a tree, in flat lists.
+
+    Attributes:
+      basis: for a factor its basis matrix at the last step, of the factor's shape;
+        `optax.MaskedNode` for a leaf outside pairs.
+      mu, nu: the moments; None where the method does not keep them.
+    """
+
+    basis: list[Any]
+    mu: list[Any] | None
+    nu: list[Any] | None
+
+    @property
+    def kept(self) -> list[list[Any]]:
+        return [moments for moments in (self.mu, self.nu) if moments is not None]
+
+
+class Method(NamedTuple):
+    """An optimizer, as functions of matrices.
+
+    Attributes:
+      rule: ``(dtype) ->`` the moment rule of this step.
+      update_other: ``(gradient, *moments) -> (direction, *moments)`` of a leaf outside pairs.
+      blocks: which building blocks are on.
+      max_norm: clips the projected global norm (block 6); None does not.
+      count: ``()`` int32, the step, from which stochastic rounding draws; None without moments that
+        are rounded.
+    """
+
+    rule: Callable[[jnp.dtype], MomentRule]
+    update_other: Callable[..., tuple[jax.Array, ...]]
+    blocks: Blocks = Blocks()
+    max_norm: float | jax.Array | None = None
+    count: jax.Array | None = None
+
+
+def zero_state(
+    tree: PairedTree,
+    widths: Sequence[Width],
+    dtypes: Sequence[jax.typing.DTypeLike | None],
+    factor_dtypes: Sequence[jax.typing.DTypeLike | None] | None = None,
+) -> list[list[Any]]:
+    """Returns zero bases and moments, each laid out and sharded like its parameter.
+
+    Args:
+      tree: the parameters.
+      widths: for each moment ``(m, r) ->`` numbers of state per row of a factor.
+      dtypes: for each moment its dtype, None for that of the computation.
+      factor_dtypes: for each moment its dtype for factors, None for the same as of other leaves.
+
+    Raises:
+      ValueError: an Explicit mesh shards a rank axis.
+    """
+    check_rank_axes(tree)
+    # Each array is made anew: one that served twice could not be donated to a compiled step.
+    basis: list[Any] = [optax.MaskedNode() for _ in tree.leaves]
+    moments = [
+        [jnp.zeros_like(x, dtype=dtype or compute_dtype(x)) for x in tree.leaves]
+        for dtype in dtypes
+    ]
+    of_factors = factor_dtypes or [None] * len(widths)
+    for pair in tree.pairs:
+        for k, layout, rows in ((pair.a, pair.layout_a, pair.m), (pair.b, pair.layout_b, pair.n)):
+            basis[k] = jnp.zeros_like(tree.leaves[k], dtype=compute_dtype(tree.leaves[k]))
+            for moment, width, dtype in zip(moments, widths, of_factors, strict=True):
+                resized = resize_axis(moment[k], layout.rank, width(rows, pair.r))
+                moment[k] = resized if dtype is None else resized.astype(dtype)
+    return [basis, *moments]
+
+
+def resize_axis(zeros: jax.Array, axis: int, size: int) -> jax.Array:
+    """Returns zeros with another size of one axis, sharded as before along the others."""
+    if zeros.shape[axis] == size:
+        return zeros
+    column = jax.lax.slice_in_dim(zeros, 0, 1, axis=axis)
+    return jnp.broadcast_to(column, (*zeros.shape[:axis], size, *zeros.shape[axis + 1 :]))
+
+
+@jax.default_matmul_precision("highest")  # bfloat16 products would drown the cross terms
+def update_leaves(
+    tree: PairedTree,
+    method: Method,
+    params: list[jax.Array],
+    gradients: list[jax.Array],
+    active: jax.Array,
+    before: LeafStates,
+) -> tuple[list[jax.Array], jax.Array, LeafStates]:
+    """One step on flat lists of leaves: the directions, the next active factor, the new state."""
+    groups, blocks = group_pairs(tree), method.blocks
+    stacks = [group.stack(params) for group in groups]
+    keeps_basis = before.mu is not None
+    previous = [group.stack(before.basis) for group in groups] if keeps_basis else None
+    bases = group_bases(groups, stacks, previous, blocks)
+    a_is_active = active == A_IS_ACTIVE
+
+    if method.max_norm is not None:
+        gradients = clip_gradients(
+            tree, groups, gradients, bases, a_is_active if blocks.alternate else None,
+            method.max_norm,
+        )  # fmt: skip
+    gradient_stacks = [group.stack(gradients) for group in groups]
+    upcoming = next_active(active, tree, groups, gradient_stacks)
+
+    directions = list(gradients)
+    after = LeafStates(list(before.basis), *(x and list(x) for x in (before.mu, before.nu)))
+    for k in tree.others:
+        directions[k], *new = method.update_other(gradients[k], *(x[k] for x in before.kept))
+        for moments, value in zip(after.kept, new, strict=True):
+            moments[k] = value
+    for group, of_gradients, of_bases in zip(groups, gradient_stacks, bases, strict=True):
+        state = (of_gradients, *(x and group.stack(x) for x in (before.mu, before.nu)))
+        moved, *moments = _step_of_group(group.kind, method, a_is_active, state, of_bases)
+        group.unstack(moved, directions, like=gradients)
+        if keeps_basis:
+            group.unstack(of_bases.matrices, after.basis, like=before.basis)
+        for stack, new, old in zip(moments, after[1:], before[1:], strict=True):
+            if stack is not None:
+                group.unstack(stack, new, like=old)
+    return directions, upcoming, after
+
+
+def clip_gradients(
+    tree: PairedTree,
+    groups: Sequence[Group],
+    gradients: list[jax.Array],
+    bases: Sequence[GroupBases],
+    a_is_active: jax.Array | None,
+    max_norm: float | jax.Array,
+) -> list[jax.Array]:
+    """Scales all gradients by ``min(1, max_norm / norm)`` of the projected global norm (block 6)."""
+    wide = lambda k: gradients[k].astype(compute_dtype(tree.leaves[k]))
+    terms = [tree.sharded(k).sum(jnp.sum(wide(k) ** 2)) for k in tree.others]
+    terms += [
+        projected_squared_norm(group.kind, group.stack(gradients), of_group, a_is_active)
+        for group, of_group in zip(groups, bases, strict=True)
+    ]
+    norm = jnp.sqrt(jnp.stack(terms).sum()) if terms else jnp.zeros([])
+    # Not max_norm / norm: a zero norm leaves the gradients alone.
+    factor = jnp.where(norm > max_norm, max_norm / jnp.where(norm > 0, norm, 1), 1)
+    # A norm that is not a number must not pass for a small one.
+    factor = jnp.where(jnp.isnan(norm), norm, factor)
+    return [(g * factor).astype(g.dtype) for g in gradients]
+
+
+GroupState = tuple[Stacks, Stacks | None, Stacks | None]
+"""Gradients before the step and directions after it, which so need no room of their own; moments."""
+
+
+def _step_of_group(
+    kind: PairKind,
+    method: Method,
+    a_is_active: jax.Array,
+    state: GroupState,
+    bases: GroupBases,
+) -> GroupState:
+    """One step of the pairs of a group, in chunks of layers where it is long.
+
+    The moments of a pair and its direction are computed together, while the moments are at hand: a
+    second pass over them costs more than the arithmetic does where memory is slow.
+    """
+    rule = method.rule(kind.factors.a.dtype)
+    (m, r), (n, _) = (factor.matrix_shape for factor in kind.factors)
+    layer_sizes = [x.size // max(1, _size(kind.batch)) for x in jax.tree.leaves(state[1:])]
+    peak = rule.second_moment.peak_elements
+    chunks = num_chunks(kind.batch, peak=max(peak(m, n, r), peak(n, m, r), *layer_sizes, 1))
+    batch_size = _size(kind.batch) // chunks
+
+    def step_of_pair(
+        state: GroupState, matrices: Stacks, small: FactorPair[CalibratedBasis]
+    ) -> GroupState:
+        gradients, *stored = state
+        moments = FactorPair(
+            *(
+                Moments(*(x and factor.matricize(x[k]) for x in stored))
+                for k, factor in enumerate(kind.factors)
+            )
+        )
+        directions, new = loft_step(
+            rule,
+            method.blocks,
+            a_is_active,
+            kind.matricize(gradients),
+            whole_bases(kind, method.blocks, matrices, small, bases.changed),
+            moments,
+            kind.dims,
+            batch_size,
+        )
+        mu, nu = stored
+        new_mu = mu and FactorPair(
+            *(_store(f, x.mu, old) for f, x, old in zip(kind.factors, new, mu))
+        )
+        new_nu = nu and FactorPair(
+            *(_store(f, x.nu, old, method.count) for f, x, old in zip(kind.factors, new, nu))
+        )
+        moved = FactorPair(*map(_store, kind.factors, directions, gradients))
+        return moved, new_mu, new_nu
+
+    over_chunk = kind.over_batch(step_of_pair)
+    return map_in_chunks(over_chunk, kind.batch, chunks)(state, bases.matrices, bases.small)
+
+
+def _store(factor: Any, x: jax.Array, old: jax.Array, count: jax.Array | None = None) -> jax.Array:
+    """Lays a matrix out like the array that it replaces, in its dtype."""
+    if count is not None:
+        x = stochastic_round(x, old.dtype, count)
+    return factor.unmatricize(x, old.dtype)
+
+
+def _size(batch: Sequence[int]) -> int:
+    size = 1
+    for length in batch:
+        size *= length
+    return size

@@ -1,0 +1,1 @@
+"""The LoFT optimizers as Optax transformations, one algorithm a file."""
