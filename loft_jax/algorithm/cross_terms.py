@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from loft_jax.algorithm.platform import by_platform
+from loft_jax.algorithm.platform import traced_platform
 
 # From this rank on cross terms are calibrated by two products with T for each row, 4 r^3 FLOPs on
 # full matrices. Below, one with the packed T (x) T, 2 t^2, is about as fast and needs less memory.
@@ -110,19 +110,13 @@ def packed_diagonal(cross: Float[Array, "m t"], r: int) -> Float[Array, "m r"]:
 
 def _pick_columns(x: Float[Array, "i r"], places: np.ndarray) -> Float[Array, "i t"]:
     """Returns the columns of ``x`` at these places."""
-    one_hot = np.eye(x.shape[1])[:, places]
-    return by_platform(
-        x,
-        tpu=lambda x: x @ jnp.asarray(one_hot, x.dtype),
-        default=lambda x: x.at[:, places].get(mode="promise_in_bounds"),
-    )
+    if traced_platform() == "tpu":
+        return x @ jnp.asarray(np.eye(x.shape[1])[:, places], x.dtype)
+    return x.at[:, places].get(mode="promise_in_bounds")
 
 
 def _pick_rows(x: Float[Array, "r j"], places: np.ndarray) -> Float[Array, "t j"]:
     """Returns the rows of ``x`` at these places."""
-    one_hot = np.eye(x.shape[0])[places]
-    return by_platform(
-        x,
-        tpu=lambda x: jnp.asarray(one_hot, x.dtype) @ x,
-        default=lambda x: x.at[places].get(mode="promise_in_bounds"),
-    )
+    if traced_platform() == "tpu":
+        return jnp.asarray(np.eye(x.shape[0])[places], x.dtype) @ x
+    return x.at[places].get(mode="promise_in_bounds")

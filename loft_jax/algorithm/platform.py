@@ -11,8 +11,10 @@ Platform = Literal["cpu", "gpu", "tpu"]
 def traced_platform() -> Platform:
     """Returns the platform of the mesh in context, else JAX's default one.
 
-    Use it for sizes alone: a wrong guess changes results by rounding and costs time. A choice
-    between two computations belongs to `by_platform`.
+    It decides sizes of blocks and chunks, and which of two equal operations is the faster: a wrong
+    guess changes results by rounding and costs time. To compile ahead of time for another platform
+    than the host's, put a mesh of its devices in context (`jax.set_mesh`), or its abstract mesh.
+    A choice between two algorithms belongs to `by_platform`.
 
     Example:
       >>> traced_platform() in ("cpu", "gpu", "tpu")

@@ -13,7 +13,7 @@ from loft_jax.algorithm.platform import Platform, traced_platform
 # for longer than it takes to launch it, and few beside a model that needs chunks.
 _PEAK_ELEMENTS: dict[Platform, int] = {"cpu": 2**20, "gpu": 2**26, "tpu": 2**26}
 # Elements of a factor in a chunk that makes bases: at that size it holds some ten arrays at once.
-_FACTOR_ELEMENTS: dict[Platform, int] = {"cpu": 2**20, "gpu": 2**24, "tpu": 2**24}
+_FACTOR_ELEMENTS: dict[Platform, int] = {"cpu": 2**24, "gpu": 2**24, "tpu": 2**24}
 # On a mesh the layers may be sharded over devices, which nothing in a traced array says.
 _LAYERS_ON_A_MESH = 8
 

@@ -1,6 +1,7 @@
 """Groups of pairs that are computed as one batch."""
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -9,10 +10,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from loft_jax.algorithm.platform import traced_platform
 from loft_jax.algorithm.sharded_dim import ShardedDim
 from loft_jax.algorithm.step import FactorPair
 from loft_jax.pairs.axes import FactorLayout
 from loft_jax.pairs.find import Pair, PairedTree
+
+Indices = list[jax.Array]
 
 
 @jax.tree_util.register_static
@@ -107,16 +111,26 @@ class Group(NamedTuple):
     def stack(self, leaves: Sequence[Any]) -> FactorPair[jax.Array]:
         """Stacks the entries of both factors as they lie, ``(*batch, *axes of a matrix)``."""
         return FactorPair(
-            *(self._stack(k, leaves, kind) for k, kind in zip(self.leaves, self.kind.factors))
+            *(
+                self._stack(k, leaves, kind)
+                for k, kind in zip(self.leaves, self.kind.factors, strict=True)
+            )
         )
 
     def unstack(
-        self, stacks: FactorPair[jax.Array], leaves: list[Any], like: Sequence[Any]
+        self,
+        stacks: FactorPair[jax.Array],
+        leaves: list[Any],
+        like: Sequence[Any],
+        indices: Indices | None = None,
     ) -> None:
-        """Inverse of `stack`: writes to ``leaves``, in the dtypes of ``like``."""
+        """Inverse of `stack`: writes to ``leaves``, in the dtypes of ``like``.
+
+        ``indices`` are those of `opaque_indices`.
+        """
         for positions, kind, stack in zip(self.leaves, self.kind.factors, stacks, strict=True):
             stack = self._each(kind.layout.batch_in_place)(stack)
-            for k, array in zip(positions, self._members(stack), strict=True):
+            for k, array in zip(positions, self._members(stack, indices), strict=True):
                 leaves[k] = array.astype(like[k].dtype)
 
     def matrices(self, factor: str, leaves: Sequence[Any]) -> jax.Array:
@@ -148,8 +162,36 @@ class Group(NamedTuple):
         stack = members[0] if len(members) == 1 else jnp.stack(members)
         return self._each(kind.layout.batch_first)(stack)
 
-    def _members(self, stack: jax.Array) -> Sequence[jax.Array]:
-        return [stack] if len(self.leaves.a) == 1 else jnp.unstack(stack)
+    def _members(self, stack: jax.Array, indices: Indices | None = None) -> Sequence[jax.Array]:
+        if len(self.leaves.a) == 1:
+            return [stack]
+        if indices is None:
+            return jnp.unstack(stack)
+        take = functools.partial(jax.lax.dynamic_index_in_dim, stack, keepdims=False)
+        return [take(k) for k in indices[: len(stack)]]
+
+
+def opaque_indices(groups: Sequence[Group], active: jax.Array) -> Indices | None:
+    """Returns the indices 0, 1, ... as values that XLA for CPUs does not know when it compiles.
+
+    A slice at a known index is a kernel of its own, and to unstack the layers of a model takes a
+    thousand: most of the compile time of the optimizer. At an unknown index all slices of one shape
+    share a kernel (docs/cost.md: half the compile time for SmolLM2's 150 pairs). XLA looks through
+    arithmetic, but not through a loop whose number of iterations it does not know, here always 1.
+
+    Returns:
+      The indices, None where known ones are as good.
+    """
+    longest = max((len(group.leaves.a) for group in groups), default=1)
+    if longest == 1 or traced_platform() != "cpu":
+        return None
+    iterations = jnp.minimum(active, 0) + 1
+    known = [jnp.asarray(k, active.dtype) for k in range(longest)]
+    step = lambda carry: (carry[0] + 1, known)
+    _, indices = jax.lax.while_loop(
+        lambda carry: carry[0] < iterations, step, (jnp.zeros_like(active), [known[0]] * longest)
+    )
+    return indices
 
 
 def group_pairs(tree: PairedTree) -> list[Group]:

@@ -1,5 +1,7 @@
 """One step of a LoFT optimizer on the leaves of a tree: `loft_step` mapped over all pairs."""
 
+import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -25,8 +27,16 @@ from loft_jax.execution.bases import (
     whole_bases,
 )
 from loft_jax.execution.chunks import map_in_chunks, num_chunks
-from loft_jax.execution.groups import Group, PairKind, compute_dtype, group_pairs
+from loft_jax.execution.groups import (
+    FactorKind,
+    Group,
+    PairKind,
+    compute_dtype,
+    group_pairs,
+    opaque_indices,
+)
 from loft_jax.execution.rounding import stochastic_round
+from loft_jax.execution.tracing import traced_once
 from loft_jax.pairs.find import PairedTree
 
 Width = Callable[[int, int], int]
@@ -129,10 +139,8 @@ def update_leaves(
     a_is_active = active == A_IS_ACTIVE
 
     if method.max_norm is not None:
-        gradients = clip_gradients(
-            tree, groups, gradients, bases, a_is_active if blocks.alternate else None,
-            method.max_norm,
-        )  # fmt: skip
+        one_moves = a_is_active if blocks.alternate else None
+        gradients = clip_gradients(tree, groups, gradients, bases, one_moves, method.max_norm)
     gradient_stacks = [group.stack(gradients) for group in groups]
     upcoming = next_active(active, tree, groups, gradient_stacks)
 
@@ -142,15 +150,20 @@ def update_leaves(
         directions[k], *new = method.update_other(gradients[k], *(x[k] for x in before.kept))
         for moments, value in zip(after.kept, new, strict=True):
             moments[k] = value
+    indices = opaque_indices(groups, active)
+    rules = {kind.dtype: method.rule(kind.dtype) for group in groups for kind in group.kind.factors}
     for group, of_gradients, of_bases in zip(groups, gradient_stacks, bases, strict=True):
         state = (of_gradients, *(x and group.stack(x) for x in (before.mu, before.nu)))
-        moved, *moments = _step_of_group(group.kind, method, a_is_active, state, of_bases)
-        group.unstack(moved, directions, like=gradients)
+        rule = rules[group.kind.factors.a.dtype]
+        moved, *moments = traced_once(
+            _step_of_group, group.kind, rule, blocks, method.count, a_is_active, state, of_bases
+        )
+        group.unstack(moved, directions, gradients, indices)
         if keeps_basis:
-            group.unstack(of_bases.matrices, after.basis, like=before.basis)
+            group.unstack(of_bases.matrices, after.basis, before.basis, indices)
         for stack, new, old in zip(moments, after[1:], before[1:], strict=True):
             if stack is not None:
-                group.unstack(stack, new, like=old)
+                group.unstack(stack, new, old, indices)
     return directions, upcoming, after
 
 
@@ -162,7 +175,7 @@ def clip_gradients(
     a_is_active: jax.Array | None,
     max_norm: float | jax.Array,
 ) -> list[jax.Array]:
-    """Scales all gradients by ``min(1, max_norm / norm)`` of the projected global norm (block 6)."""
+    """Scales all gradients by ``min(1, max_norm / projected global norm)`` (block 6)."""
     wide = lambda k: gradients[k].astype(compute_dtype(tree.leaves[k]))
     terms = [tree.sharded(k).sum(jnp.sum(wide(k) ** 2)) for k in tree.others]
     terms += [
@@ -178,12 +191,14 @@ def clip_gradients(
 
 
 GroupState = tuple[Stacks, Stacks | None, Stacks | None]
-"""Gradients before the step and directions after it, which so need no room of their own; moments."""
+"""Gradients before the step, in whose place the directions come; first and second moments."""
 
 
 def _step_of_group(
     kind: PairKind,
-    method: Method,
+    rule: MomentRule,
+    blocks: Blocks,
+    count: jax.Array | None,
     a_is_active: jax.Array,
     state: GroupState,
     bases: GroupBases,
@@ -193,56 +208,43 @@ def _step_of_group(
     The moments of a pair and its direction are computed together, while the moments are at hand: a
     second pass over them costs more than the arithmetic does where memory is slow.
     """
-    rule = method.rule(kind.factors.a.dtype)
     (m, r), (n, _) = (factor.matrix_shape for factor in kind.factors)
-    layer_sizes = [x.size // max(1, _size(kind.batch)) for x in jax.tree.leaves(state[1:])]
+    pairs = math.prod(kind.batch)
     peak = rule.second_moment.peak_elements
-    chunks = num_chunks(kind.batch, peak=max(peak(m, n, r), peak(n, m, r), *layer_sizes, 1))
-    batch_size = _size(kind.batch) // chunks
+    widest = [x.size // pairs for x in jax.tree.leaves(state[1:])]
+    chunks = num_chunks(kind.batch, peak=max(peak(m, n, r), peak(n, m, r), *widest))
 
     def step_of_pair(
         state: GroupState, matrices: Stacks, small: FactorPair[CalibratedBasis]
     ) -> GroupState:
-        gradients, *stored = state
-        moments = FactorPair(
-            *(
-                Moments(*(x and factor.matricize(x[k]) for x in stored))
-                for k, factor in enumerate(kind.factors)
-            )
-        )
+        gradients, mu, nu = state
+        of_factor = lambda stored, k: stored and kind.factors[k].matricize(stored[k])
         directions, new = loft_step(
             rule,
-            method.blocks,
+            blocks,
             a_is_active,
             kind.matricize(gradients),
-            whole_bases(kind, method.blocks, matrices, small, bases.changed),
-            moments,
+            whole_bases(kind, blocks, matrices, small, bases.changed),
+            FactorPair(*(Moments(of_factor(mu, k), of_factor(nu, k)) for k in range(2))),
             kind.dims,
-            batch_size,
+            pairs // chunks,
         )
-        mu, nu = stored
-        new_mu = mu and FactorPair(
-            *(_store(f, x.mu, old) for f, x, old in zip(kind.factors, new, mu))
-        )
-        new_nu = nu and FactorPair(
-            *(_store(f, x.nu, old, method.count) for f, x, old in zip(kind.factors, new, nu))
-        )
-        moved = FactorPair(*map(_store, kind.factors, directions, gradients))
+        store = functools.partial(map, _store, kind.factors)
+        moved = FactorPair(*store(directions, gradients))
+        new_mu = mu and FactorPair(*store((new.a.mu, new.b.mu), mu))
+        new_nu = nu and FactorPair(*store((new.a.nu, new.b.nu), nu, (count, count)))
         return moved, new_mu, new_nu
 
     over_chunk = kind.over_batch(step_of_pair)
     return map_in_chunks(over_chunk, kind.batch, chunks)(state, bases.matrices, bases.small)
 
 
-def _store(factor: Any, x: jax.Array, old: jax.Array, count: jax.Array | None = None) -> jax.Array:
-    """Lays a matrix out like the array that it replaces, in its dtype."""
-    if count is not None:
-        x = stochastic_round(x, old.dtype, count)
+def _store(
+    factor: FactorKind, x: jax.Array, old: jax.Array, count: jax.Array | None = None
+) -> jax.Array:
+    """Lays a matrix out like the array that it replaces, in its dtype.
+
+    With the step's ``count`` it is rounded stochastically.
+    """
+    x = x if count is None else stochastic_round(x, old.dtype, count)
     return factor.unmatricize(x, old.dtype)
-
-
-def _size(batch: Sequence[int]) -> int:
-    size = 1
-    for length in batch:
-        size *= length
-    return size
