@@ -11,6 +11,7 @@ Batches of layers, chunks, dtypes and meshes are the concern of `loft_jax.execut
 """
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Generic, NamedTuple, TypeVar
 
 import jax
@@ -25,11 +26,16 @@ from loft_jax.algorithm.sharded_dim import ShardedDim
 T = TypeVar("T")
 
 
-class FactorPair(NamedTuple, Generic[T]):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FactorPair(Generic[T]):
     """Something of each factor of a pair: of ``a`` (``U``), and of ``b`` (``V``)."""
 
     a: T
     b: T
+
+    def __iter__(self) -> Iterator[T]:
+        return iter((self.a, self.b))
 
 
 class Moments(NamedTuple):

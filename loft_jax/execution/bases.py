@@ -159,7 +159,7 @@ def _calibrated(
             Basis(None, basis.l_inv, None, basis.dim), calibrated.calibration, None
         )
         found.append((matrix, small, changed))
-    return GroupBases(*map(FactorPair._make, zip(*found, strict=True)))
+    return GroupBases(*(FactorPair(*pair) for pair in zip(*found, strict=True)))
 
 
 def _bases_in_chunks(

@@ -156,7 +156,15 @@ def update_leaves(
         state = (of_gradients, *(x and group.stack(x) for x in (before.mu, before.nu)))
         rule = rules[group.kind.factors.a.dtype]
         moved, *moments = traced_once(
-            _step_of_group, group.kind, rule, blocks, method.count, a_is_active, state, of_bases
+            _step_of_group,
+            group.kind,
+            rule,
+            blocks,
+            _chunks_of_group(group.kind, rule, state),
+            method.count,
+            a_is_active,
+            state,
+            of_bases,
         )
         group.unstack(moved, directions, gradients, indices)
         if keeps_basis:
@@ -194,40 +202,48 @@ GroupState = tuple[Stacks, Stacks | None, Stacks | None]
 """Gradients before the step, in whose place the directions come; first and second moments."""
 
 
+def _chunks_of_group(kind: PairKind, rule: MomentRule, state: GroupState) -> int:
+    """Returns in how many chunks to take the layers of a group."""
+    (m, r), (n, _) = (factor.matrix_shape for factor in kind.factors)
+    peak = rule.second_moment.peak_elements
+    widest = [x.size // math.prod(kind.batch) for x in jax.tree.leaves(state[1:])]
+    return num_chunks(kind.batch, peak=max(peak(m, n, r), peak(n, m, r), *widest))
+
+
 def _step_of_group(
     kind: PairKind,
     rule: MomentRule,
     blocks: Blocks,
+    chunks: int,
     count: jax.Array | None,
     a_is_active: jax.Array,
     state: GroupState,
     bases: GroupBases,
 ) -> GroupState:
-    """One step of the pairs of a group, in chunks of layers where it is long.
+    """One step of the pairs of a group, a chunk of layers at a time.
 
     The moments of a pair and its direction are computed together, while the moments are at hand: a
     second pass over them costs more than the arithmetic does where memory is slow.
     """
-    (m, r), (n, _) = (factor.matrix_shape for factor in kind.factors)
-    pairs = math.prod(kind.batch)
-    peak = rule.second_moment.peak_elements
-    widest = [x.size // pairs for x in jax.tree.leaves(state[1:])]
-    chunks = num_chunks(kind.batch, peak=max(peak(m, n, r), peak(n, m, r), *widest))
 
     def step_of_pair(
         state: GroupState, matrices: Stacks, small: FactorPair[CalibratedBasis]
     ) -> GroupState:
         gradients, mu, nu = state
-        of_factor = lambda stored, k: stored and kind.factors[k].matricize(stored[k])
+        matricized = [stored and kind.matricize(stored) for stored in (mu, nu)]
+        moments = FactorPair(
+            Moments(*(stored and stored.a for stored in matricized)),
+            Moments(*(stored and stored.b for stored in matricized)),
+        )
         directions, new = loft_step(
             rule,
             blocks,
             a_is_active,
             kind.matricize(gradients),
             whole_bases(kind, blocks, matrices, small, bases.changed),
-            FactorPair(*(Moments(of_factor(mu, k), of_factor(nu, k)) for k in range(2))),
+            moments,
             kind.dims,
-            pairs // chunks,
+            math.prod(kind.batch) // chunks,
         )
         store = functools.partial(map, _store, kind.factors)
         moved = FactorPair(*store(directions, gradients))
