@@ -1,6 +1,6 @@
 """The one table of this package's optimizers, and small trees to run them on.
 
-A new optimizer is one line of `LOFT` or `PEERS`: every contract then holds for it, or a test says
+A new optimizer is one line of `LOFT` or `BASELINES`: every contract then holds for it, or a test says
 so.
 """
 
@@ -60,7 +60,7 @@ LOFT: dict[str, functools.partial] = {
     ),
     "clipped_loft_adamw": functools.partial(clipped_loft_adamw, learning_rate=0.1),
 }
-PEERS: dict[str, functools.partial] = {
+BASELINES: dict[str, functools.partial] = {
     "lora_plus": functools.partial(baselines.lora_plus, learning_rate=0.1, weight_decay=0.1),
     "scaled_adamw": functools.partial(baselines.scaled_adamw, learning_rate=0.1),
     "scaled_sgd": functools.partial(baselines.scaled_sgd, learning_rate=0.1),
@@ -69,7 +69,7 @@ PEERS: dict[str, functools.partial] = {
     "altlora_plus": functools.partial(baselines.altlora_plus, learning_rate=0.1),
     "lora_pro": functools.partial(baselines.lora_pro, learning_rate=0.1),
 }
-OPTIMIZERS = LOFT | PEERS
+OPTIMIZERS = LOFT | BASELINES
 
 
 def random_like(tree: Any, seed: int) -> Any:

@@ -30,7 +30,7 @@ class ScaleByAltLoraState(NamedTuple):
     """State of `scale_by_altlora`. The trees have the structure of the parameters.
 
     Attributes:
-      active: ``()`` int32, the factor that moves at the next step: 0 for ``a``, 1 for ``b``.
+      active: ``()`` int32, the factor that moves at the next step: 0 for ``b``, 1 for ``a``.
       seen: for each factor its value when its partner moved last; `optax.MaskedNode` outside pairs.
       mu: first moment of each leaf, in the coordinates of the raw factors.
       nu: second moment of each leaf; None for AltLoRA, which has none.

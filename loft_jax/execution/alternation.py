@@ -19,7 +19,8 @@ from loft_jax.execution.groups import Group
 from loft_jax.pairs.find import PairedTree
 
 FactorName = Literal["a", "b"]
-A_IS_ACTIVE, B_IS_ACTIVE = 0, 1
+# By default b moves first, and a state of zeros is a fresh one.
+B_IS_ACTIVE, A_IS_ACTIVE = 0, 1
 
 
 def first_active(moves_first: FactorName) -> jax.Array:

@@ -35,7 +35,7 @@ class ScaleByLoftAdamState(NamedTuple):
 
     Attributes:
       count: ``()`` int32, steps taken.
-      active: ``()`` int32, the factor that moves at the next step: 0 for ``a``, 1 for ``b``.
+      active: ``()`` int32, the factor that moves at the next step: 0 for ``b``, 1 for ``a``.
       basis: for a factor its orthonormal basis at the last step, of the factor's shape (in the
         ablations the factor itself, with its scale); `optax.MaskedNode` for a leaf outside pairs.
       mu: first moment, of the parameter's shape, in ``mu_dtype``. A factor's is expressed in

@@ -25,7 +25,7 @@ class ClipByProjectedGlobalNormState(NamedTuple):
     """State of `clip_by_projected_global_norm`.
 
     Attributes:
-      active: ``()`` int32, the factor that moves at the next step: 0 for ``a``, 1 for ``b``.
+      active: ``()`` int32, the factor that moves at the next step: 0 for ``b``, 1 for ``a``.
     """
 
     active: jax.Array

@@ -26,7 +26,7 @@ class ScaleByLoftMomentumState(NamedTuple):
     is wider. Without momentum there is nothing to keep, and both trees are None.
 
     Attributes:
-      active: ``()`` int32, the factor that moves at the next step: 0 for ``a``, 1 for ``b``.
+      active: ``()`` int32, the factor that moves at the next step: 0 for ``b``, 1 for ``a``.
       basis: for a factor its orthonormal basis at the last step, of the factor's shape;
         `optax.MaskedNode` for a leaf outside pairs.
       mu: the moment, of the parameter's shape, in ``accumulator_dtype``. A factor's is expressed in

@@ -250,7 +250,7 @@ def test_leaves_outside_pairs_get_adamw(make, assert_close):
 
 
 def test_the_state_of_lora_pro_is_dense_and_of_the_others_thin():
-    params = {"lora_a": jnp.zeros((30, 2)), "lora_b": jnp.zeros((2, 20))}
+    params = {"lora_a": jnp.ones((30, 2)), "lora_b": jnp.zeros((2, 20))}
     sizes = {
         "lora_plus": 2 * 2 * 50,
         "scaled_adamw": 2 * 2 * 50,
@@ -268,7 +268,7 @@ def test_the_state_of_lora_pro_is_dense_and_of_the_others_thin():
 # Of two calls at once, each would wait on one of two CPU threads for work that none is left to do.
 @pytest.mark.parametrize("name", ["scaled_adamw", "altlora", "altlora_plus", "lora_pro"])
 def test_a_step_calls_the_eigensolver_once(name):
-    layer = lambda n: {"lora_a": jnp.zeros((30, 2)), "lora_b": jnp.zeros((2, n))}
+    layer = lambda n: {"lora_a": jnp.ones((30, 2)), "lora_b": jnp.zeros((2, n))}
     params = {"q": layer(20), "k": layer(10), "v": {"0": layer(30), "1": layer(30)}}
     tx = getattr(baselines, name)(LR)
     program = jax.jit(tx.update).lower(params, tx.init(params), params).compile().as_text()

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from layouts import collectives
-from optimizers import LOFT, PEERS, every_loft_kind, random_like, small_gradients
+from optimizers import BASELINES, LOFT, every_loft_kind, random_like, small_gradients
 from optimizers import hasty_compiler as hasty_compiler
 
 from loft_jax import LoraPairs, loft_adamw
@@ -172,7 +172,11 @@ of = lambda a, b: {"q": {"lora_a": a, "lora_b": b}}
         (of(P("x"), P()), of(P(), P()), r"q/lora_a differs between the devices.* along \['x'\]"),
         (of(P("x"), P()), of(P("z"), P()), "q/lora_a: .*names 'z', which is no axis of the mesh"),
         (of(P("x"), P()), of(P("x", None, "y"), P()), "q/lora_a: .* more axes than the 2"),
-        (of(P(None, "y"), P()), of(P(None, "y"), P()), "q/lora_a: .*axis 1 over .*rank stays"),
+        (
+            of(P(None, "y"), P()),
+            of(P(None, "y"), P()),
+            "q/lora_a: .*axis 1 over .*rank axis must stay",
+        ),
     ],
 )
 def test_a_split_that_is_not_said_or_wrongly_is_refused(specs, told, message):
@@ -187,18 +191,18 @@ def test_a_split_of_heads_within_is_refused():
         trace(params, specs, specs)
 
 
-def test_layers_split_otherwise_than_their_partner_s_are_refused():
+def test_layers_sharded_unlike_their_partner_are_refused():
     params = {"lora_a": np.ones((8, 6, 2)), "lora_b": np.ones((8, 2, 5))}
     specs = {"lora_a": P("x"), "lora_b": P()}
-    with pytest.raises(ValueError, match="split their batch axes differently"):
+    with pytest.raises(ValueError, match="shards their batch axes differently"):
         trace(params, specs, specs)
 
 
-@pytest.mark.parametrize("name", PEERS)
-def test_peers_say_that_they_take_whole_factors(name):
+@pytest.mark.parametrize("name", BASELINES)
+def test_baselines_refuse_sharded_factors(name):
     specs = of(P("x"), P())
-    with pytest.raises(ValueError, match="q/lora_a is split by a shard_map"):
-        trace(PAIR, specs, specs, make=PEERS[name].func)
+    with pytest.raises(ValueError, match="q/lora_a is sharded by a shard_map"):
+        trace(PAIR, specs, specs, make=BASELINES[name].func)
 
 
 def test_a_parameter_that_no_spec_matches_is_refused():

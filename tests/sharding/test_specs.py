@@ -12,8 +12,8 @@ from layouts import LAYOUTS, abstract, parameters, shardings
 from optimizers import OPTIMIZERS, every_optimizer
 
 from loft_jax import LoraAxes, LoraPairs, loft_adamw
-from loft_jax._pairs import path_string
 from loft_jax.adapters import LoraModel, LoraRule, add_lora, lora_pairs
+from loft_jax.pairs.find import path_string
 from loft_jax.sharding import adapter_shardings, factor_specs, state_shardings
 
 LAYOUT = LAYOUTS["fsdp=4,tensor=2"]
