@@ -22,15 +22,15 @@ import jax
 import numpy as np
 from flax import nnx
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import batches
-import text
-import weights
-from llama import lora_rule
-from methods import make_optimizer, trainable
-from training import Trainer, learning_rate_at, next_token_loss
-
+from examples.common import batches
+from examples.common.data import text
+from examples.common.data.text import next_token_loss
+from examples.common.methods import make_optimizer, trainable
+from examples.common.models import llama_weights as weights
+from examples.common.models.llama import lora_rule
+from examples.common.training import Trainer, learning_rate_at
 from loft_jax.adapters import add_lora, lora_pairs
 
 FULL_RATES = (1e-4, 3e-4, 1e-3)

@@ -1,14 +1,9 @@
-"""The benchmarks of whole training steps, on the tiny model: everything is measured and named."""
-
-import sys
-from pathlib import Path
-
-import weights
-
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+"""The benchmarks of training steps, on the tiny model."""
 
 import peak_memory
 import training_step
+
+from examples.common.models import llama_weights as weights
 
 
 def test_methods_make_their_steps(model_folder):
