@@ -1,7 +1,7 @@
 """The one table of this package's optimizers, and small trees to run them on.
 
-A new optimizer is one line of `LOFT` or `BASELINES`: every contract then holds for it, or a test says
-so.
+A new optimizer is one line of `LOFT` or `BASELINES`: every contract then holds for it, or a test
+says so.
 """
 
 import functools
