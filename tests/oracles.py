@@ -73,6 +73,17 @@ class Hyper:
     alternate: bool = True
     moves_first: str = "b"
     factored: bool = False
+    eps_root: float = 0.0
+    nesterov: bool = False
+
+    def root(self, v_hat: np.ndarray) -> np.ndarray:
+        return np.sqrt(v_hat + self.eps_root) + self.eps
+
+    def m_hat(self, m: np.ndarray, g: np.ndarray, k: int) -> np.ndarray:
+        """The bias-corrected first moment at step ``k`` (from 1), with Nesterov one step ahead."""
+        if not self.nesterov:
+            return m / (1 - self.b1**k)
+        return self.b1 * m / (1 - self.b1 ** (k + 1)) + (1 - self.b1) * g / (1 - self.b1**k)
 
 
 def projector(v: np.ndarray) -> np.ndarray:
@@ -107,15 +118,15 @@ class DenseSide:
         h, k = self.hyper, len(self.past)
         ages = np.arange(k)[::-1]
         m = (1 - h.b1) * sum(h.b1**age * g for age, g in zip(ages, self.past, strict=True))
-        m_hat = m / (1 - h.b1**k)
+        m_hat = h.m_hat(m, self.past[-1], k)
         if h.factored:
             rows, columns = self.row_sums / (1 - h.b2**k), np.diag(self.gram) / (1 - h.b2**k)
-            a = np.sqrt(rows / columns.size) + h.eps
-            c = np.sqrt(columns / rows.size) + h.eps
-            t = np.sqrt(columns.sum() / (rows.size * columns.size)) + h.eps
+            a = h.root(rows / columns.size)
+            c = h.root(columns / rows.size)
+            t = h.root(columns.sum() / (rows.size * columns.size))
             return m_hat / (a[:, None] * c[None, :] / t)
         v = (1 - h.b2) * sum(h.b2**age * g * g for age, g in zip(ages, self.past, strict=True))
-        return m_hat / (np.sqrt(v / (1 - h.b2**k)) + h.eps)
+        return m_hat / h.root(v / (1 - h.b2**k))
 
 
 class Head:
@@ -173,7 +184,7 @@ class AdamLeaf:
         v_hat = self.v / (1 - h.b2**k)
         if h.factored and g.ndim == 2:  # Adafactor's rank-one estimate
             v_hat = np.outer(v_hat.sum(1), v_hat.sum(0)) / v_hat.sum()
-        direction = self.m / (1 - h.b1**k) / (np.sqrt(v_hat) + h.eps)
+        direction = h.m_hat(self.m, g, k) / h.root(v_hat)
         self.w = self.w - h.lr * (direction + h.weight_decay * self.w)
         self.trajectory.append(self.w)
 
@@ -282,11 +293,14 @@ class MomentumHyper:
     muon: bool = False
     consistent_rms: float | None = None
 
-    def direction(self, moment: np.ndarray, g: np.ndarray) -> np.ndarray:
-        """What the full weight moves along, from its moment and its gradient."""
-        d = g + self.momentum * moment if self.nesterov else moment
+    def direction(self, moment: np.ndarray, g: np.ndarray, k: int) -> np.ndarray:
+        """The direction of the full weight at step ``k`` (from 0), from moment and gradient."""
         if not self.muon:
-            return d
+            return g + self.momentum * moment if self.nesterov else moment
+        d = moment
+        if self.nesterov:  # with Optax's bias corrections
+            ahead, now = (1 - self.momentum ** (k + i) for i in (2, 1))
+            d = g / now + self.momentum * moment / ahead
         factor = 1 if self.consistent_rms is None else self.consistent_rms * max(d.shape) ** 0.5
         return factor * newton_schulz(d)
 
@@ -304,8 +318,8 @@ def dense_momentum(problem: Problem, hyper: MomentumHyper, steps: int) -> list[n
         m_u = h.momentum * m_u @ on_v + g @ on_v if k else g @ on_v
         m_v = on_u @ (h.momentum * m_v + g)
         move_u = (k % 2 == 0) == (h.moves_first == "a")
-        du = h.direction(m_u, g @ on_v) @ np.linalg.pinv(v).T / p.scale
-        dv = h.direction(m_v, on_u @ g).T @ np.linalg.pinv(u).T / p.scale
+        du = h.direction(m_u, g @ on_v, k) @ np.linalg.pinv(v).T / p.scale
+        dv = h.direction(m_v, on_u @ g, k).T @ np.linalg.pinv(u).T / p.scale
         if move_u or not h.alternate:
             u = decay * u - h.lr * du
         if not move_u or not h.alternate:
@@ -321,7 +335,7 @@ def full_momentum(problem: Problem, hyper: MomentumHyper, steps: int) -> list[np
     for k in range(steps):
         g = problem.gradient(w, k)
         moment = hyper.momentum * moment + g
-        w = w - hyper.lr * hyper.direction(moment, g)
+        w = w - hyper.lr * hyper.direction(moment, g, k)
         trajectory.append(w)
     return trajectory
 

@@ -72,7 +72,7 @@ def test_clipping_to_nothing_costs_no_turn_of_either():
     params = {"lora_a": jnp.eye(6, 2, dtype="float32"), "lora_b": jnp.eye(2, 5, dtype="float32")}
     spike = jax.tree.map(lambda x: jnp.full_like(x, 1e25), params)
     _, (clip, (core, *_)) = tx.update(spike, tx.init(params), params)
-    assert int(clip.turn) == int(core.turn) == 0
+    assert int(clip.active) == int(core.active) == 1
 
 
 def test_clipping_counts_the_same_turns():
@@ -86,7 +86,7 @@ def test_clipping_counts_the_same_turns():
         params = optax.apply_updates(params, updates)
         clip_state, (core, *_) = state
         # No turn is used at step 0 (zero head) and at step 3 (zero gradients).
-        assert int(clip_state.turn) == int(core.turn) == [0, 1, 0, 0, 1, 0][k]
+        assert int(clip_state.active) == int(core.active) == [1, 0, 1, 1, 0, 1][k]
         assert int(core.count) == k + 1
 
 

@@ -203,11 +203,12 @@ def test_tree_map_params_reaches_every_leaf_of_the_state(make):
 def test_tree_get_and_set_reach_the_counters(make):
     params, gradients = small_params(), small_gradients(small_params(), 1)
     _, state = train(quick(make), params, gradients)
-    found = {key: optax.tree.get_all_with_path(state, key) for key in ("count", "turn")}
-    assert found["turn"] or make in PEERS.values()
-    assert all(int(v) == 1 for of_key in found.values() for _, v in of_key)
+    found = {key: optax.tree.get_all_with_path(state, key) for key in ("count", "active")}
+    assert found["active"] or make in PEERS.values()
+    assert all(int(v) == 1 for _, v in found["count"])
+    assert all(int(v) in (0, 1) for _, v in found["active"])
     changed = state
-    for key, value in {"turn": 0, "count": 7}.items():
+    for key, value in {"active": 0, "count": 7}.items():
         if found[key]:
             changed = optax.tree.set(changed, **{key: jnp.int32(value)})
         values = [int(v) for _, v in optax.tree.get_all_with_path(changed, key)]

@@ -13,8 +13,9 @@ from optimizers import assert_trees_close, compiled, random_like, small_gradient
 from optimizers import hasty_compiler as hasty_compiler
 
 import loft_jax
-from loft_jax import _basis, baselines
-from loft_jax.transforms import _turns
+from loft_jax import baselines
+from loft_jax.algorithm import basis
+from loft_jax.execution import chunks
 
 M, N, R = 4096, 3072, 4
 
@@ -68,11 +69,12 @@ def largest(jaxpr: jex.Jaxpr) -> int:
 
 
 def branches(jaxpr: jex.Jaxpr) -> list[list[str]]:
-    """The names of the primitives in each branch of the program's conditionals."""
+    """The names of the primitives in each branch of the conditionals, but those by platform."""
     return [
         [e.primitive.name for e in equations(branch.jaxpr)]
         for conditional in equations(jaxpr)
         if conditional.primitive.name == "cond"
+        and conditional.params.get("branches_platforms") is None
         for branch in conditional.params["branches"]
     ]
 
@@ -81,7 +83,7 @@ def test_the_full_update_is_never_held_whole():
     assert largest(program(params_of())) < M * N / 5
 
 
-def test_without_momentum_there_is_no_state_but_the_turn():
+def test_without_momentum_the_active_factor_is_the_only_state():
     (state, *_) = jax.eval_shape(loft_jax.loft_sgd(1e-3).init, params_of())
     assert [x.shape for x in jax.tree.leaves(state)] == [()]
 
@@ -89,7 +91,7 @@ def test_without_momentum_there_is_no_state_but_the_turn():
 @pytest.fixture
 def no_small_loops(monkeypatch):
     """Factorizes the Gram matrices as off the CPU: there it is no loop, and tests count loops."""
-    monkeypatch.setattr(_basis, "platform", lambda: "gpu")
+    monkeypatch.setattr(basis, "_eliminate", basis._cholesky)
 
 
 @pytest.mark.usefixtures("no_small_loops")
@@ -166,7 +168,7 @@ def test_the_full_updates_of_many_layers_are_not_held_at_once():
 
 
 @pytest.mark.parametrize(
-    ("layers", "wanted", "together", "turns"),
+    ("layers", "wanted", "together", "expected"),
     [
         (32, 1, 1, 1),
         (32, 4, 1, 4),
@@ -180,18 +182,18 @@ def test_the_full_updates_of_many_layers_are_not_held_at_once():
         (1, 999, 1, 1),
     ],
 )
-def test_turns_divide_the_layers(layers, wanted, together, turns):
-    assert _turns._turn_count(layers, wanted, together) == turns
+def test_chunks_divide_the_layers(layers, wanted, together, expected):
+    assert chunks._divide_layers(layers, wanted, together) == expected
 
 
 @pytest.mark.usefixtures("no_small_loops")
 @pytest.mark.parametrize(
     ("limit", "alternate"),
-    [("_TURN_ENTRIES", True), ("_FACTOR_ENTRIES", True), ("_FACTOR_ENTRIES", False)],
+    [("_PEAK_ELEMENTS", True), ("_FACTOR_ELEMENTS", True), ("_FACTOR_ELEMENTS", False)],
 )
 @pytest.mark.parametrize("second_moment", ["calibrated", "factored"])
 @pytest.mark.parametrize("devices", [1, 8])
-def test_taking_turns_changes_no_number(devices, second_moment, limit, alternate, monkeypatch, x64):
+def test_chunks_change_no_number(devices, second_moment, limit, alternate, monkeypatch, x64):
     """Layers on either axis, one at a time, with their frames or without; on a mesh eight."""
     pairs = loft_jax.LoraPairs(
         axes=(("second.*", loft_jax.LoraAxes(batch=(1,))), (".*", loft_jax.LoraAxes(batch=(0,))))
@@ -208,15 +210,15 @@ def test_taking_turns_changes_no_number(devices, second_moment, limit, alternate
     )
     gradients = small_gradients(params, 2)
     expected = train(compiled(tx), params, gradients)
-    monkeypatch.setattr(_turns, limit, {"cpu": 1})
+    monkeypatch.setattr(chunks, limit, {"cpu": 1})
     with jax.set_mesh(jax.make_mesh((devices,), ("x",), axis_types=(AxisType.Auto,))):
         jaxpr = jax.make_jaxpr(tx.update)(params, tx.init(params), params).jaxpr
         lengths = [e.params["length"] for e in equations(jaxpr) if e.primitive.name == "scan"]
-        of_clipping = 2 if limit == "_FACTOR_ENTRIES" else 0
-        assert lengths == [16 // devices] * (2 + of_clipping)
-        in_turns = train(compiled(tx), params, gradients)
-    assert jax.tree.leaves(in_turns)[0].dtype == jnp.float64
-    assert_trees_close(in_turns, expected, rtol=1e-12, atol=1e-12)
+        of_bases = limit == "_FACTOR_ELEMENTS"  # of two groups, in the clip and in the optimizer
+        assert lengths == [16 // devices] * (4 if of_bases else 2)
+        in_chunks = train(compiled(tx), params, gradients)
+    assert jax.tree.leaves(in_chunks)[0].dtype == jnp.float64
+    assert_trees_close(in_chunks, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("second_moment", ["calibrated", "factored", "diagonal"])

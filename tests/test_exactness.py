@@ -18,12 +18,13 @@ from oracles import (
 )
 from trajectories import follow, run
 
-from loft_jax import _moments
-from loft_jax._moments import (
+from loft_jax import loft_adamw
+from loft_jax.algorithm import cross_terms
+from loft_jax.algorithm.cross_terms import (
     TWO_PRODUCTS_FROM,
+    calibrate_cross_terms,
     packed_outer,
     packed_quadratic,
-    transport_cross_terms,
 )
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -50,6 +51,8 @@ HYPERS = {
     "clipped, no alternation": Hyper(max_norm=0.7, alternate=False, lr=0.02),
     "other decays": Hyper(b1=0.5, b2=0.6, eps=1e-3),
     "no momentum": Hyper(b1=0.0, b2=0.9),
+    "nesterov": Hyper(nesterov=True),
+    "eps root": Hyper(eps_root=1e-2),
 }
 
 
@@ -68,20 +71,20 @@ def test_loft_is_the_dense_method(shape, hyper, factored, assert_close):
 
 
 @pytest.mark.parametrize("r", [1, 3, TWO_PRODUCTS_FROM - 1, TWO_PRODUCTS_FROM])
-def test_cross_terms_are_transported_at_any_rank(r, assert_close):
+def test_cross_terms_are_calibrated_at_any_rank(r, assert_close):
     rng = np.random.default_rng(r)
-    h, transport = rng.normal(size=(4, r)), rng.normal(size=(r, r)) / r**0.5
-    dense = np.einsum("mi,mj,ik,jl->mkl", h, h, transport, transport)
-    packed = transport_cross_terms(packed_outer(jnp.asarray(h)), jnp.asarray(transport))
+    h, matrix = rng.normal(size=(4, r)), rng.normal(size=(r, r)) / r**0.5
+    dense = np.einsum("mi,mj,ik,jl->mkl", h, h, matrix, matrix)
+    packed = calibrate_cross_terms(packed_outer(jnp.asarray(h)), jnp.asarray(matrix))
     row, col = np.triu_indices(r)
-    assert_close(packed, dense[:, row, col], 1e-12, "transport of cross terms")
+    assert_close(packed, dense[:, row, col], 1e-12, "calibration of cross terms")
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
 @pytest.mark.parametrize("r", [1, 2, 5])
 def test_quadratic_forms_of_cross_terms_on_any_platform(r, platform, assert_close, monkeypatch):
     """A TPU picks entries by products where others gather."""
-    monkeypatch.setattr(_moments, "platform", lambda: platform)
+    monkeypatch.setattr(cross_terms, "traced_platform", lambda: platform)
     rng = np.random.default_rng(r)
     h, q = rng.normal(size=(6, r)), rng.normal(size=(4, r))
     squares = packed_outer(jnp.asarray(h)) @ packed_quadratic(jnp.asarray(q))
@@ -154,6 +157,21 @@ def test_full_rank_loft_is_adamw(decays, condition, moves_first, factored, asser
     assert_close(run([problem], hyper, STEPS), [adamw(problem, hyper, STEPS)], tolerance, name)
 
 
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_at_full_rank_loft_adamw_is_the_adamw_of_optax(nesterov, assert_close):
+    problem = Problem(8, 8, 8, seed=12, zero_base=True)
+    arguments = (0.05, 0.8, 0.95, 1e-6, 1e-3, None, 0.3)
+    reference = optax.adamw(*arguments, nesterov=nesterov)
+    w = problem.weight(problem.u, problem.v)
+    state, expected = reference.init(w), []
+    for k in range(STEPS):
+        updates, state = reference.update(problem.gradient(w, k), state, w)
+        w = w + np.asarray(updates)
+        expected.append(w)
+    got = follow(loft_adamw(*arguments, nesterov=nesterov), [problem], STEPS)
+    assert_close(got, [expected])
+
+
 def test_full_rank_loft_with_weight_decay_is_adamw_where_the_base_is_zero(assert_close):
     problem = Problem(8, 8, 8, seed=12, zero_base=True)
     hyper = Hyper(weight_decay=0.3)
@@ -180,11 +198,12 @@ def test_exchanging_the_factors_transposes_the_path(hyper, factored, assert_clos
     assert_close([w.T for w in got], run([problem], hyper, STEPS)[0])
 
 
+@pytest.mark.parametrize("chained", [True, False], ids=["chained", "max_norm"])
 @pytest.mark.parametrize("hyper", ["default", "clipped", "clipped, no alternation"])
-def test_pairs_and_other_leaves_train_together_under_one_norm(hyper, assert_close):
+def test_pairs_and_other_leaves_train_together_under_one_norm(hyper, chained, assert_close):
     problems = [SHAPES["tall"], SHAPES["scaled"], SHAPES["zero init"]]
     hyper, head = dataclasses.replace(HYPERS[hyper], weight_decay=0.1), Head(6, STEPS)
-    got = run(problems, hyper, STEPS, head=head)
+    got = run(problems, hyper, STEPS, head=head, chained=chained)
     expected = dense_loft(problems, hyper, STEPS, head=head)
     for ours, dense in zip(got, expected, strict=True):
         assert_close(ours, dense)

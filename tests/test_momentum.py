@@ -46,7 +46,7 @@ def optimizer(problem: Problem, hyper: MomentumHyper) -> optax.GradientTransform
     if not hyper.muon:
         return loft_jax.loft_sgd(hyper.lr, hyper.momentum, **shared)
     shared |= {"weight_decay": hyper.weight_decay, "consistent_rms": hyper.consistent_rms}
-    return loft_jax.loft_muon(hyper.lr, hyper.momentum, **shared)
+    return loft_jax.loft_muon(hyper.lr, beta=hyper.momentum, **shared)
 
 
 @pytest.mark.parametrize(("shape", "hyper"), CASES)
@@ -79,16 +79,17 @@ def test_at_full_rank_the_weight_moves_as_in_full_fine_tuning(
     assert_close(got, [full_momentum(problem, hyper, STEPS)])
 
 
-def test_at_full_rank_loft_muon_is_the_muon_of_optax(assert_close):
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_at_full_rank_loft_muon_is_the_muon_of_optax(nesterov, assert_close):
     problem = Problem(8, 8, 8, seed=12)
-    muon = optax.contrib.muon(0.02, eps=0.0, nesterov=False)
+    muon = optax.contrib.muon(0.02, eps=0.0, nesterov=nesterov)
     w = problem.weight(problem.u, problem.v)
     state, expected = muon.init(w), []
     for k in range(STEPS):
         updates, state = muon.update(problem.gradient(w, k), state, w)
         w = w + np.asarray(updates)
         expected.append(w)
-    got = follow(loft_jax.loft_muon(0.02, ns_eps=0.0), [problem], STEPS)
+    got = follow(loft_jax.loft_muon(0.02, eps=0.0, nesterov=nesterov), [problem], STEPS)
     assert_close(got, [expected])
 
 

@@ -7,13 +7,15 @@ import jax
 import jax.numpy as jnp
 import jaxtyping
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loft_jax import LoraAxes, LoraPairs, describe_pairs
-from loft_jax._pairs import find_pairs, path_string
+from loft_jax import LoraAxes, LoraPairs, describe_pairs, loft_adamw
+from loft_jax.adapters import LoraRule
+from loft_jax.pairs.find import find_pairs, path_string
 
 shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)
 
@@ -111,12 +113,11 @@ def test_every_adapter_is_found_with_its_axes_and_nothing_else(model):
     assert find_pairs(nested(sorted(items)), pairs) == found
     for pair in found.pairs:
         for k, layout, rows in ((pair.a, pair.layout_a, pair.m), (pair.b, pair.layout_b, pair.n)):
-            tall = jax.eval_shape(layout.tall, found.leaves[k])
+            tall = jax.eval_shape(layout.matricize, found.leaves[k])
             assert tall.shape == (*pair.batch, rows, pair.r)
             shape = found.leaves[k].shape
-            assert (
-                jax.eval_shape(functools.partial(layout.untall, shape=shape), tall).shape == shape
-            )
+            back = functools.partial(layout.unmatricize, shape=shape)
+            assert jax.eval_shape(back, tall).shape == shape
 
 
 @settings(deadline=None, max_examples=50)
@@ -158,7 +159,7 @@ REFUSED = {
     "batch_axis_twice": (
         {"lora_a": (3, 6, 2), "lora_b": (3, 2, 4)},
         {"axes": LoraAxes(batch=(0, -3))},
-        "the batch axes (0, 0) name an axis twice",
+        "the batch axes (0, 0) repeat an axis",
     ),
     "rank_axis_in_batch": (
         {"lora_a": (3, 6, 2), "lora_b": (3, 2, 4)},
@@ -217,18 +218,18 @@ def test_axes_resolve_what_shapes_leave_open(axes, expected):
     assert [*readings(find_pairs(tree, LoraPairs(axes=axes))).values()] == [expected]
 
 
-def test_a_layer_of_a_stack_is_the_tall_matrix_of_its_own():
+def test_a_layer_of_a_stack_is_the_matrix_of_its_own():
     a, b = jnp.arange(36.0).reshape(6, 3, 2), jnp.arange(24.0).reshape(2, 3, 4)
     (pair,) = find_pairs({"lora_a": a, "lora_b": b}, LoraPairs(axes=SECOND)).pairs
     for layer in range(3):
-        np.testing.assert_array_equal(pair.layout_a.tall(a)[layer], a[:, layer])
-        np.testing.assert_array_equal(pair.layout_b.tall(b)[layer], b[:, layer].T)
+        np.testing.assert_array_equal(pair.layout_a.matricize(a)[layer], a[:, layer])
+        np.testing.assert_array_equal(pair.layout_b.matricize(b)[layer], b[:, layer].T)
     for layout, x in ((pair.layout_a, a), (pair.layout_b, b)):
-        np.testing.assert_array_equal(layout.untall(layout.tall(x), x.shape), x)
+        np.testing.assert_array_equal(layout.unmatricize(layout.matricize(x), x.shape), x)
     # (rank, heads, out): the rows are heads and out together.
     layout = find_pairs({"lora_a": a[:, 0], "lora_b": b}).pairs[0].layout_b
-    np.testing.assert_array_equal(layout.tall(b), b.reshape(2, 12).T)
-    np.testing.assert_array_equal(layout.untall(layout.tall(b), b.shape), b)
+    np.testing.assert_array_equal(layout.matricize(b), b.reshape(2, 12).T)
+    np.testing.assert_array_equal(layout.unmatricize(layout.matricize(b), b.shape), b)
 
 
 def test_custom_rules_replace_the_defaults():
@@ -247,18 +248,16 @@ def test_the_first_scale_that_matches_counts():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"rules": [("a", "b")]}, TypeError, "not lists, dicts"),
-        ({"axes": [(".*", LoraAxes())]}, TypeError, "not lists, dicts"),
-        ({"axes": {".*": LoraAxes()}}, TypeError, "not lists, dicts"),
-        ({"scale": {".*": 2.0}}, TypeError, "not lists, dicts"),
-        ({"rules": (("(", "b"),)}, ValueError, "'(' is no regular expression"),
+        ({"rules": [("a", "b")]}, TypeError, "not lists or arrays"),
+        ({"axes": [(".*", LoraAxes())]}, TypeError, "not lists or arrays"),
+        ({"rules": (("(", "b"),)}, ValueError, "'(' is not a regular expression"),
         ({"rules": (("a", "b", "c"),)}, ValueError, "rules is a tuple of pairs"),
         ({"rules": ("a", "b")}, ValueError, "mind the comma"),
         ({"scale": (".*", 2.0)}, ValueError, "mind the comma"),
         ({"scale": jnp.ones(())}, TypeError, "or arrays"),
         ({"axes": (".*", LoraAxes())}, ValueError, "mind the comma"),
-        ({"axes": (("[", LoraAxes()),)}, ValueError, "'[' is no regular expression"),
-        ({"scale": (("*", 1.0),)}, ValueError, "'*' is no regular expression"),
+        ({"axes": (("[", LoraAxes()),)}, ValueError, "'[' is not a regular expression"),
+        ({"scale": (("*", 1.0),)}, ValueError, "'*' is not a regular expression"),
         ({"scale": 0.0}, ValueError, "a scale must be finite and not zero, got 0.0"),
         ({"scale": float("nan")}, ValueError, "got nan"),
         ({"scale": ((".*", float("inf")),)}, ValueError, "got inf"),
@@ -277,9 +276,81 @@ def test_equal_options_are_equal_and_hash_alike():
     assert len({build(2.0), build(2.0), build(3.0), LoraPairs(), LoraPairs()}) == 3
 
 
-def test_trees_without_leaves_have_no_pairs():
-    for empty in ({}, (), None, {"q": {"lora_a": None}}):
-        assert find_pairs(empty).pairs == ()
+@pytest.mark.parametrize("empty", [{}, (), None, {"q": {"lora_a": None}}, nnx.State({})])
+def test_trees_without_leaves_are_refused_unless_pairs_are_not_required(empty):
+    with pytest.raises(ValueError, match=r"no parameters(.|\n)*wrt=nnx.LoRAParam"):
+        loft_adamw(1e-3).init(empty)
+    optional = LoraPairs(required=False)
+    assert find_pairs(empty, optional).pairs == ()
+    assert find_pairs(optax.MaskedNode(), optional).pairs == ()
+
+
+def test_without_required_pairs_a_tree_trains_with_adamw():
+    params, gradients = {"kernel": jnp.ones((3, 2))}, {"kernel": jnp.full((3, 2), 2.0)}
+    found = []
+    for tx in (loft_adamw(0.1, pairs=LoraPairs(required=False)), optax.adamw(0.1)):
+        updates, _ = tx.update(gradients, tx.init(params), params)
+        found.append(updates["kernel"])
+    np.testing.assert_allclose(*found, rtol=1e-5)
+
+
+def test_a_weight_next_to_its_adapter_is_refused():
+    q = {"kernel": shape(6, 4), "lora_a": shape(6, 2), "lora_b": shape(2, 4)}
+    tree = {"q": q}
+    with pytest.raises(ValueError, match=r"would be trained too(.|\n)*q/kernel"):
+        find_pairs(tree)
+    assert len(find_pairs(tree, LoraPairs(train_weights=True)).pairs) == 1
+
+
+def test_the_dotted_keys_of_maxtext_are_found():
+    factors = {"lora_a.kernel": shape(16, 4), "lora_b.kernel": shape(4, 8)}
+    mlp = {"kernel_lora_a": shape(16, 4), "kernel_lora_b": shape(4, 16)}
+    tree = {"decoder": {"query": factors, "mlp": mlp}}
+    assert set(readings(find_pairs(tree))) == {
+        ("decoder/query/lora_a.kernel", "decoder/query/lora_b.kernel"),
+        ("decoder/mlp/kernel_lora_a", "decoder/mlp/kernel_lora_b"),
+    }
+
+
+def test_layers_on_the_last_axis_are_told_which_axes_to_say():
+    tree = {"lora_a": shape(6, 2, 3), "lora_b": shape(2, 4, 3)}
+    with pytest.raises(ValueError, match=re.escape("LoraAxes(batch=(-1,), rank_a=1, rank_b=0)")):
+        find_pairs(tree)
+    last = LoraPairs(axes=LoraAxes(batch=(-1,), rank_a=1, rank_b=0))
+    assert [*readings(find_pairs(tree, last)).values()] == [(6, 4, 2, (3,))]
+
+
+def test_pairs_are_a_spec_a_rule_or_several():
+    tree = nested((f"{m}/lora_{f}", shape(2, 2)) for m in ("q", "v") for f in "ab")
+    q, v = (LoraRule(path=name, rank=2, alpha=alpha) for name, alpha in (("q", 4), ("v", 8)))
+    scales = lambda pairs: [pair.scale for pair in find_pairs(tree, pairs).pairs]
+    assert scales(None) == [1.0, 1.0]
+    assert scales(q) == [2.0, 1.0]
+    assert scales((q, v)) == scales([q, v]) == [2.0, 4.0]
+    for wrong in (LoraRule, 3, "q", [1], []):
+        with pytest.raises(TypeError, match="takes a LoraPairs, a LoraRule or a sequence"):
+            find_pairs(tree, wrong)
+
+
+def test_scales_and_axes_may_be_trees_or_functions_of_the_parameters():
+    stacked = {"lora_a": shape(2, 6, 2), "lora_b": shape(2, 2, 4)}
+    tree = {"q": {"lora_a": shape(6, 2), "lora_b": shape(2, 4)}, "v": stacked}
+    axes = {"q": None, "v": LoraAxes(batch=(0,))}
+    scale = lambda params: {"q": 2.0, "v": {"lora_a": 0.5, "lora_b": None}}
+    found = find_pairs(tree, LoraPairs(axes=axes, scale=scale)).pairs
+    assert [(pair.batch, pair.scale) for pair in found] == [((), 2.0), ((2,), 0.5)]
+    with pytest.raises(ValueError, match="scale is a pytree that is not a prefix"):
+        find_pairs(tree, LoraPairs(scale={"q": 2.0}))
+
+
+def test_both_factors_at_zero_are_warned_of_once():
+    params = {"q": {"lora_a": jnp.zeros((6, 2)), "lora_b": jnp.zeros((2, 4))}}
+    tx = loft_adamw(1e-3)
+    with pytest.warns(UserWarning, match=r"Both factors of these pairs are zero(.|\n)*q/lora_a"):
+        state = tx.init(params)
+    tx.update(params, state, params)
+    jax.jit(tx.init)(params)
+    jax.eval_shape(tx.init, params)
 
 
 def test_nnx_variables_have_the_paths_of_their_arrays():
@@ -308,8 +379,13 @@ def test_description(capsys):
         "q": {"lora_a": jax.ShapeDtypeStruct((8, 16, 2), jnp.bfloat16), "lora_b": shape(2, 32)},
         "head": shape(10, 3),
     }
-    describe_pairs(tree, LoraPairs(scale=(("q/.*", 0.5),)))
-    assert capsys.readouterr().out == DESCRIPTION.lstrip("\n")
+    found = describe_pairs(tree, LoraPairs(scale=(("q/.*", 0.5),)))
+    assert capsys.readouterr().out == DESCRIPTION.lstrip("\n") == f"{found}\n"
+    assert [(pair.path, pair.batch, pair.scale) for pair in found.pairs] == [
+        ("blocks/lora_a", (12,), 1.0),
+        ("q/lora_a", (), 0.5),
+    ]
+    assert found.others == {"head": 30}
 
 
 DESCRIPTION = """

@@ -10,23 +10,27 @@ import loft_jax
 
 
 def transformation(
-    problems: list[Problem], hyper: Hyper, **options
+    problems: list[Problem], hyper: Hyper, *, chained: bool = True, **options
 ) -> optax.GradientTransformation:
     """Clipping, if any, and `loft_adamw` for the adapters ``layer<i>/lora_a, lora_b``."""
     pairs = loft_jax.LoraPairs(
         scale=tuple((f"layer{i}/.*", problem.scale) for i, problem in enumerate(problems))
     )
     order = {"alternate": hyper.alternate, "moves_first": hyper.moves_first, "pairs": pairs}
+    if not chained:
+        options["max_norm"] = hyper.max_norm
     tx = loft_jax.loft_adamw(
         hyper.lr,
         hyper.b1,
         hyper.b2,
         hyper.eps,
-        hyper.weight_decay,
+        hyper.eps_root,
+        weight_decay=hyper.weight_decay,
+        nesterov=hyper.nesterov,
         **order,
         **{"second_moment": "factored" if hyper.factored else "calibrated", **options},
     )
-    if hyper.max_norm is None:
+    if hyper.max_norm is None or not chained:
         return tx
     return optax.chain(loft_jax.clip_by_projected_global_norm(hyper.max_norm, **order), tx)
 

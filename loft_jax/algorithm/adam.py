@@ -99,7 +99,7 @@ def adam_scalars(
 def first_moment_estimate(
     mu: Float[Array, "*shape"], h: Float[Array, "*shape"], scalars: AdamScalars | MomentumScalars
 ) -> Float[Array, "*shape"]:
-    """Returns ``m_hat``, which the step follows: the corrected moment, with Nesterov a step ahead."""
+    """Returns ``m_hat``, the corrected first moment, with Nesterov one step ahead."""
     if scalars.ahead is not None:
         of_moment, of_gradient = scalars.ahead
         return of_moment * mu + of_gradient * h

@@ -27,7 +27,8 @@ class Basis(NamedTuple):
     """A basis of the span of ``s V``, a factor ``V`` (``n x r``) times the adapter's scale ``s``.
 
     Attributes:
-      q: ``(n, r)``, orthonormal columns; ``q @ q.T`` is the paper's projector ``P_V``.
+      q: ``(n, r)``, orthonormal columns; ``q @ q.T`` is the paper's projector ``P_V``. None where
+        only the ``r x r`` part of a basis is passed on.
       l_inv: ``(r, r)``, with ``q = s V @ l_inv.T``. It maps coordinates in ``q`` back to the
         factor's own: a step ``h`` in the basis is the step ``h @ l_inv`` of the partner factor.
       raw: ``(n, r)``, ``s V`` itself where an ablation keeps the moments in the coordinates of the
@@ -35,7 +36,7 @@ class Basis(NamedTuple):
       dim: how the dimension ``n`` is sharded.
     """
 
-    q: Float[Array, "*batch n r"]
+    q: Float[Array, "*batch n r"] | None
     l_inv: Float[Array, "*batch r r"]
     raw: Float[Array, "*batch n r"] | None = None
     dim: ShardedDim = UNSHARDED
@@ -43,7 +44,9 @@ class Basis(NamedTuple):
     @property
     def matrix(self) -> Float[Array, "*batch n r"]:
         """The basis matrix in which the partner's moments are expressed."""
-        return self.q if self.raw is None else self.raw
+        matrix = self.q if self.raw is None else self.raw
+        assert matrix is not None
+        return matrix
 
 
 def _each(fn: Callable[..., Any], *arguments: Sequence[Array]) -> list[Any]:
@@ -135,7 +138,7 @@ def orthonormal_basis(
 
 
 def scale_gradient(gradient: Float[Array, "m r"], basis: Basis) -> Float[Array, "m r"]:
-    """Returns ``h`` with ``G P_V = h F^T`` from the gradient ``s G V`` of a factor (block 2, eq. 5).
+    """Returns ``h`` with ``G P_V = h F^T`` from a factor's gradient ``s G V`` (block 2, eq. 5).
 
     ``F`` is the basis matrix of the partner. In the orthonormal basis the Frobenius norm of ``h``
     is that of the projected full gradient (block 6).
@@ -158,6 +161,7 @@ def calibration_matrix(previous: Float[Array, "n r"], basis: Basis) -> Float[Arr
 
     ``T = Q_-^T Q`` in the orthonormal basis; the paper's ``C`` of eq. (7) in the raw one.
     """
+    assert basis.q is not None
     return _to_basis_matrix(basis.dim.sum(previous.T @ basis.q), basis)
 
 

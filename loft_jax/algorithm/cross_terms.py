@@ -1,8 +1,8 @@
 """Packed symmetric matrices: the cross terms of the calibrated second moment (block 4).
 
 For row ``i`` of a factor's moments the second moment needs the symmetric matrix ``P_i`` of cross
-terms, since ``(h_i . q_j)^2 = q_j^T h_i h_i^T q_j``. Its ``t = r (r + 1) / 2`` upper entries are one
-row of an ``m x t`` array. That is half of the paper's ``m x r^2``, and half its arithmetic.
+terms, since ``(h_i . q_j)^2 = q_j^T h_i h_i^T q_j``. Its ``t = r (r + 1) / 2`` upper entries are
+one row of an ``m x t`` array. That is half of the paper's ``m x r^2``, and half its arithmetic.
 """
 
 import jax.numpy as jnp

@@ -6,9 +6,9 @@ The dense second moment ``v`` (``m x n``) of the projected gradients is estimate
 rank this is Adam with Adafactor's factored second moment.
 
 The state holds ``R`` and ``S`` in one array of shape ``(m, 1 + k)``: column 0 is ``R``, the rest is
-the packed ``S`` laid out over the rows, ``k = ceil(t / m)``, which is 1 unless the rank is large. So
-the state has the long axis of its factor and can be sharded and stored like it. An ``r x r`` array
-of its own could not be split the way a factor is.
+the packed ``S`` laid out over the rows, ``k = ceil(t / m)``, which is 1 unless the rank is large.
+So the state has the long axis of its factor and can be sharded and stored like it. An ``r x r``
+array of its own could not be split the way a factor is.
 """
 
 import dataclasses
@@ -60,7 +60,7 @@ class Factored:
         b2: float | jax.Array,
         dim: ShardedDim,
     ) -> Float[Array, "m width"]:
-        """Block 4, summed: ``S <- b2 T^T S T + (1 - b2) h^T h``, and ``R`` by the ratio of traces."""
+        """Block 4 in sums: ``S <- b2 T^T S T + (1 - b2) h^T h``; ``R`` by the ratio of traces."""
         rows, gram = unpack(nu, h.shape[1], dim)
         if calibration is not None:
             carried = calibration.T @ gram @ calibration
@@ -83,8 +83,8 @@ class Factored:
 
         With the root mean squares ``a_i`` of row ``i``, ``c_j`` of column ``j`` and ``t`` of the
         whole second moment, ``sqrt(v_ij)`` is ``a_i c_j / t``, and with epsilon
-        ``(a_i + eps)(c_j + eps) / (t + eps)``: exactly ``sqrt(v) + eps`` where ``v`` is uniform, and
-        still a product, so that nothing ``m x n`` is formed. ``eps_root`` is added to the mean
+        ``(a_i + eps)(c_j + eps) / (t + eps)``: exactly ``sqrt(v) + eps`` where ``v`` is uniform,
+        and still a product, so that nothing ``m x n`` is formed. ``eps_root`` is added to the mean
         squares. Sums below rounding relative to their mean are raised to it.
         """
         q, columns = basis.matrix, basis.dim

@@ -1,4 +1,4 @@
-"""What LoFT does without a second moment: follow the calibrated momentum, or orthogonalize it."""
+"""Steps without a second moment: follow the calibrated momentum, or orthogonalize it."""
 
 from typing import Any, NamedTuple
 
@@ -17,11 +17,19 @@ class FollowMoment(NamedTuple):
     def peak_elements(self, m: int, n: int, r: int) -> int:
         return m * r
 
-    def advance(self, nu: None, *_: Any) -> None:
+    def advance(
+        self, nu: None, h: Any, calibration: Any, basis_changed: Any, b2: Any, dim: Any
+    ) -> None:
         return None
 
     def direction(
-        self, m_hat: Float[Array, "m r"], nu: None, basis: Basis, *_: Any
+        self,
+        m_hat: Float[Array, "m r"],
+        nu: None,
+        basis: Basis,
+        scalars: Any,
+        dim: ShardedDim,
+        batch_size: int,
     ) -> Float[Array, "m r"]:
         return m_hat
 
@@ -43,7 +51,9 @@ class OrthogonalizeMoment(NamedTuple):
     def peak_elements(self, m: int, n: int, r: int) -> int:
         return m * r
 
-    def advance(self, nu: None, *_: Any) -> None:
+    def advance(
+        self, nu: None, h: Any, calibration: Any, basis_changed: Any, b2: Any, dim: Any
+    ) -> None:
         return None
 
     def direction(

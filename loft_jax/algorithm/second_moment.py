@@ -1,7 +1,7 @@
 """The second moment of a factor: one protocol, three ways to keep it."""
 
 import dataclasses
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 from jaxtyping import Array, Bool, Float
@@ -15,6 +15,7 @@ from loft_jax.algorithm.sharded_dim import ShardedDim
 SecondMomentName = Literal["calibrated", "factored", "diagonal"]
 
 
+@runtime_checkable
 class Direction(Protocol):
     """What turns the moments of a factor ``U`` (``m x r``) into its step; ``V`` has ``n`` rows."""
 
@@ -66,6 +67,7 @@ class Direction(Protocol):
         ...
 
 
+@runtime_checkable
 class SecondMoment(Direction, Protocol):
     """A way to keep the second moment.
 

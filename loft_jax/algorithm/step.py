@@ -10,91 +10,14 @@ Batches of layers, chunks, dtypes and meshes are the concern of `loft_jax.execut
 `calibrate_basis` and `loft_step` over all pairs of a model.
 """
 
-import dataclasses
-from typing import Generic, NamedTuple, TypeVar
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from loft_jax.algorithm.adam import AdamScalars, MomentumScalars, first_moment_estimate
+from loft_jax.algorithm.adam import first_moment_estimate
 from loft_jax.algorithm.basis import Basis, calibration_matrix, scale_gradient, to_factor
-from loft_jax.algorithm.second_moment import Direction
+from loft_jax.algorithm.pair import Blocks, CalibratedBasis, FactorPair, MomentRule, Moments
 from loft_jax.algorithm.sharded_dim import ShardedDim
-
-T = TypeVar("T")
-
-
-class FactorPair(NamedTuple, Generic[T]):
-    """Something of each factor of a pair: of ``a`` (``U``), and of ``b`` (``V``)."""
-
-    a: T
-    b: T
-
-
-class Moments(NamedTuple):
-    """First and second moment of a factor, in the basis of its partner; None where not kept."""
-
-    mu: Float[Array, "m r"] | None
-    nu: Float[Array, "m width"] | None
-
-
-class CalibratedBasis(NamedTuple):
-    """The basis of a factor, and how its partner's moments come into it from the last one.
-
-    Attributes:
-      basis: of the factor at this step.
-      calibration: ``T``, ``(r, r)``; None leaves the moments as they are.
-      changed: ``()``, whether the basis differs from the last step's at all; None if unknown.
-    """
-
-    basis: Basis
-    calibration: Float[Array, "r r"] | None = None
-    changed: Bool[Array, ""] | None = None
-
-
-class MomentRule(NamedTuple):
-    """What an optimizer makes of the scaled gradients of one step.
-
-    Attributes:
-      decay, weight: of the first moment, ``M <- decay M T + weight h``; no decay keeps no moment.
-      b2: the decay rate of the second moment.
-      scalars: bias corrections and epsilons of this step.
-      second_moment: how the second moment is kept and the step formed.
-    """
-
-    decay: float | jax.Array | None
-    weight: float | jax.Array
-    b2: float | jax.Array | None
-    scalars: AdamScalars | MomentumScalars
-    second_moment: Direction
-
-
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class Blocks:
-    """Which of the paper's building blocks are on; the others are its ablations.
-
-    Attributes:
-      alternate: block 1; off, both factors move from the same point.
-      scale_gradient: block 2; off, the factor's own gradient replaces the projected one.
-      calibrate: blocks 3 and 4; off, moments stay as they are when the partner moves.
-      reconstruct: block 5; off, Adam's ratio is taken entry by entry in the basis.
-    """
-
-    alternate: bool = True
-    scale_gradient: bool = True
-    calibrate: bool = True
-    reconstruct: bool = True
-
-    @property
-    def keep_raw(self) -> bool:
-        """Whether moments live in the coordinates of the raw factors, as the paper prints them.
-
-        In the whole method only rounding depends on the basis. With a block off more does, and the
-        ablations are meant in the paper's coordinates.
-        """
-        return not (self.scale_gradient and self.calibrate and self.reconstruct)
 
 
 def loft_step(
@@ -130,9 +53,9 @@ def loft_step(
         # Block 2, gradient scaling: h = g (V^T V)^-1 in the basis (eq. 5).
         h = scale_gradient(gradient, basis) if blocks.scale_gradient else gradient
         # Block 3, first moment: M <- b1 M T + (1 - b1) h (eqs. 7, 8).
-        mu = None
-        if before.mu is not None:
-            carried = before.mu if calibration is None else before.mu @ calibration
+        mu = before.mu
+        if mu is not None and rule.decay is not None:
+            carried = mu if calibration is None else mu @ calibration
             mu = rule.decay * carried + rule.weight * h
         # Block 4, second moment: P_i <- b2 T^T P_i T + (1 - b2) h_i h_i^T (eqs. 9, 12).
         nu = rule.second_moment.advance(before.nu, h, calibration, changed, rule.b2, dim)
@@ -165,7 +88,7 @@ def loft_step(
 def calibrate_basis(
     previous: Float[Array, "n r"] | None, basis: Basis, blocks: Blocks
 ) -> CalibratedBasis:
-    """Relates the basis of a factor to that of the last step, in which its partner's moments are."""
+    """Relates the basis of a factor to the last step's, in which its partner's moments are."""
     if previous is None or not blocks.calibrate:
         return CalibratedBasis(basis)
     changed = basis.dim.max(jnp.any(previous != basis.matrix))

@@ -2,8 +2,8 @@
 
 The other factor becomes active after every step that had a gradient for an adapter. A step without
 one (an all-zero gradient) leaves the active factor as it is. So where a model starts with a zero
-head above the adapters, whose gradient at step 1 is zero, the first factor moves at step 2. A strict
-alternation would spend step 2 on the factor whose partner is still zero.
+head above the adapters, whose gradient at step 1 is zero, the first factor moves at step 2. A
+strict alternation would spend step 2 on the factor whose partner is still zero.
 
 Which factor is active never touches the moments, and at full rank either factor realizes the full
 step, so the rule keeps every exactness of the method. Bias corrections count all steps, as AdamW's.

@@ -1,4 +1,4 @@
-"""The bases of all factors of a tree, calibrated with those of the last step, and block 6's norm."""
+"""The bases of all factors of a tree, related to the last step's, and the norm of block 6."""
 
 import functools
 from collections.abc import Sequence
@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from loft_jax.algorithm.basis import Basis, orthonormal_bases, scale_gradient
+from loft_jax.algorithm.pair import Blocks, CalibratedBasis, FactorPair
 from loft_jax.algorithm.sharded_dim import ShardedDim
-from loft_jax.algorithm.step import Blocks, CalibratedBasis, FactorPair, calibrate_basis
+from loft_jax.algorithm.step import calibrate_basis
 from loft_jax.execution.batching import batched_over_groups
 from loft_jax.execution.chunks import map_in_chunks, num_chunks
 from loft_jax.execution.groups import Group, PairKind, compute_dtype
@@ -159,7 +160,7 @@ def _calibrated(
             Basis(None, basis.l_inv, None, basis.dim), calibrated.calibration, None
         )
         found.append((matrix, small, changed))
-    return GroupBases(*map(FactorPair._make, zip(*found, strict=True)))
+    return GroupBases(*(FactorPair(*pair) for pair in zip(*found, strict=True)))
 
 
 def _bases_in_chunks(

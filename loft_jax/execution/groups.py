@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from loft_jax.algorithm.pair import FactorPair
 from loft_jax.algorithm.platform import traced_platform
 from loft_jax.algorithm.sharded_dim import ShardedDim
-from loft_jax.algorithm.step import FactorPair
 from loft_jax.pairs.axes import FactorLayout
 from loft_jax.pairs.find import Pair, PairedTree
 

@@ -14,8 +14,8 @@ def stochastic_round(
     are further apart than that: rounded to nearest, it would never change. Rounded up with
     the probability of the part that is cut off, it is right on average, with some noise.
 
-    The random bits come from a hash of the number and of the step, so that the same numbers round the
-    same way on any mesh and after any restart, and no random key is needed. Without the step, a
+    The random bits come from a hash of the number and of the step, so that the same numbers round
+    the same way on any mesh and after any restart, and no random key is needed. Without the step, a
     moment that no gradient changes would be rounded the same way at every step, and stand still.
 
     Args:

@@ -1,6 +1,5 @@
 """One step of a LoFT optimizer on the leaves of a tree: `loft_step` mapped over all pairs."""
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -9,14 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from loft_jax.algorithm.step import (
-    Blocks,
-    CalibratedBasis,
-    FactorPair,
-    MomentRule,
-    Moments,
-    loft_step,
-)
+from loft_jax.algorithm.pair import Blocks, CalibratedBasis, FactorPair, MomentRule, Moments
+from loft_jax.algorithm.step import loft_step
 from loft_jax.execution.alternation import A_IS_ACTIVE, next_active
 from loft_jax.execution.arguments import check_rank_axes
 from loft_jax.execution.bases import (
@@ -48,16 +41,11 @@ class LeafStates(NamedTuple):
     Attributes:
       basis: for a factor its basis matrix at the last step, of the factor's shape;
         `optax.MaskedNode` for a leaf outside pairs.
-      mu, nu: the moments; None where the method does not keep them.
+      moments: the first moments and the second, as far as the method keeps them.
     """
 
     basis: list[Any]
-    mu: list[Any] | None
-    nu: list[Any] | None
-
-    @property
-    def kept(self) -> list[list[Any]]:
-        return [moments for moments in (self.mu, self.nu) if moments is not None]
+    moments: tuple[list[Any], ...] = ()
 
 
 class Method(NamedTuple):
@@ -133,8 +121,7 @@ def update_leaves(
     """One step on flat lists of leaves: the directions, the next active factor, the new state."""
     groups, blocks = group_pairs(tree), method.blocks
     stacks = [group.stack(params) for group in groups]
-    keeps_basis = before.mu is not None
-    previous = [group.stack(before.basis) for group in groups] if keeps_basis else None
+    previous = [group.stack(before.basis) for group in groups] if before.basis else None
     bases = group_bases(groups, stacks, previous, blocks)
     a_is_active = active == A_IS_ACTIVE
 
@@ -145,25 +132,32 @@ def update_leaves(
     upcoming = next_active(active, tree, groups, gradient_stacks)
 
     directions = list(gradients)
-    after = LeafStates(list(before.basis), *(x and list(x) for x in (before.mu, before.nu)))
+    after = LeafStates(list(before.basis), tuple(map(list, before.moments)))
     for k in tree.others:
-        directions[k], *new = method.update_other(gradients[k], *(x[k] for x in before.kept))
-        for moments, value in zip(after.kept, new, strict=True):
+        directions[k], *new = method.update_other(gradients[k], *(x[k] for x in before.moments))
+        for moments, value in zip(after.moments, new, strict=True):
             moments[k] = value
     indices = opaque_indices(groups, active)
     rules = {kind.dtype: method.rule(kind.dtype) for group in groups for kind in group.kind.factors}
     for group, of_gradients, of_bases in zip(groups, gradient_stacks, bases, strict=True):
-        state = (of_gradients, *(x and group.stack(x) for x in (before.mu, before.nu)))
         rule = rules[group.kind.factors.a.dtype]
-        moved, *moments = traced_once(
-            _step_of_group, group.kind, rule, blocks, method.count, a_is_active, state, of_bases
+        state = of_gradients, tuple(group.stack(moments) for moments in before.moments)
+        moved, new = traced_once(
+            _step_of_group,
+            group.kind,
+            rule,
+            blocks,
+            _chunks_of_group(group.kind, rule, state),
+            method.count,
+            a_is_active,
+            state,
+            of_bases,
         )
         group.unstack(moved, directions, gradients, indices)
-        if keeps_basis:
+        if before.basis:
             group.unstack(of_bases.matrices, after.basis, before.basis, indices)
-        for stack, new, old in zip(moments, after[1:], before[1:], strict=True):
-            if stack is not None:
-                group.unstack(stack, new, old, indices)
+        for stack, moments, old in zip(new, after.moments, before.moments, strict=True):
+            group.unstack(stack, moments, old, indices)
     return directions, upcoming, after
 
 
@@ -190,61 +184,70 @@ def clip_gradients(
     return [(g * factor).astype(g.dtype) for g in gradients]
 
 
-GroupState = tuple[Stacks, Stacks | None, Stacks | None]
-"""Gradients before the step, in whose place the directions come; first and second moments."""
+GroupState = tuple[Stacks, tuple[Stacks, ...]]
+"""Gradients before the step, in whose place the directions come; the moments that are kept."""
+
+
+def _chunks_of_group(kind: PairKind, rule: MomentRule, state: GroupState) -> int:
+    """Returns in how many chunks to take the layers of a group."""
+    (m, r), (n, _) = (factor.matrix_shape for factor in kind.factors)
+    peak = rule.second_moment.peak_elements
+    widest = [x.size // math.prod(kind.batch) for x in jax.tree.leaves(state[1])]
+    return num_chunks(kind.batch, peak=max(peak(m, n, r), peak(n, m, r), *widest))
 
 
 def _step_of_group(
     kind: PairKind,
     rule: MomentRule,
     blocks: Blocks,
+    chunks: int,
     count: jax.Array | None,
     a_is_active: jax.Array,
     state: GroupState,
     bases: GroupBases,
 ) -> GroupState:
-    """One step of the pairs of a group, in chunks of layers where it is long.
+    """One step of the pairs of a group, a chunk of layers at a time.
 
     The moments of a pair and its direction are computed together, while the moments are at hand: a
     second pass over them costs more than the arithmetic does where memory is slow.
     """
-    (m, r), (n, _) = (factor.matrix_shape for factor in kind.factors)
-    pairs = math.prod(kind.batch)
-    peak = rule.second_moment.peak_elements
-    widest = [x.size // pairs for x in jax.tree.leaves(state[1:])]
-    chunks = num_chunks(kind.batch, peak=max(peak(m, n, r), peak(n, m, r), *widest))
 
     def step_of_pair(
         state: GroupState, matrices: Stacks, small: FactorPair[CalibratedBasis]
     ) -> GroupState:
-        gradients, mu, nu = state
-        of_factor = lambda stored, k: stored and kind.factors[k].matricize(stored[k])
-        directions, new = loft_step(
+        gradients, stored = state
+        matrices_of = [kind.matricize(stacks) for stacks in stored]
+        moments = (Moments(*(x.a for x in matrices_of)), Moments(*(x.b for x in matrices_of)))
+        directions, (new_a, new_b) = loft_step(
             rule,
             blocks,
             a_is_active,
             kind.matricize(gradients),
             whole_bases(kind, blocks, matrices, small, bases.changed),
-            FactorPair(*(Moments(of_factor(mu, k), of_factor(nu, k)) for k in range(2))),
+            FactorPair(*moments),
             kind.dims,
-            pairs // chunks,
+            math.prod(kind.batch) // chunks,
         )
-        store = functools.partial(map, _store, kind.factors)
-        moved = FactorPair(*store(directions, gradients))
-        new_mu = mu and FactorPair(*store((new.a.mu, new.b.mu), mu))
-        new_nu = nu and FactorPair(*store((new.a.nu, new.b.nu), nu, (count, count)))
-        return moved, new_mu, new_nu
+        moved = FactorPair(*map(_store, kind.factors, directions, gradients))
+        return moved, tuple(
+            FactorPair(
+                _store(kind.factors.a, of_a, old.a, k), _store(kind.factors.b, of_b, old.b, k)
+            )
+            # The second moment, which changes by a thousandth a step, is rounded stochastically.
+            for of_a, of_b, old, k in zip(new_a, new_b, stored, (None, count), strict=False)
+        )
 
     over_chunk = kind.over_batch(step_of_pair)
     return map_in_chunks(over_chunk, kind.batch, chunks)(state, bases.matrices, bases.small)
 
 
 def _store(
-    factor: FactorKind, x: jax.Array, old: jax.Array, count: jax.Array | None = None
+    factor: FactorKind, x: jax.Array | None, old: jax.Array, count: jax.Array | None = None
 ) -> jax.Array:
     """Lays a matrix out like the array that it replaces, in its dtype.
 
     With the step's ``count`` it is rounded stochastically.
     """
+    assert x is not None
     x = x if count is None else stochastic_round(x, old.dtype, count)
     return factor.unmatricize(x, old.dtype)

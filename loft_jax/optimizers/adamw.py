@@ -7,9 +7,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from loft_jax.algorithm.adam import adam_ratio, adam_scalars, as_scalar, first_moment_estimate
+from loft_jax.algorithm.adam import (
+    AdamScalars,
+    adam_ratio,
+    adam_scalars,
+    as_scalar,
+    first_moment_estimate,
+)
+from loft_jax.algorithm.pair import Blocks, MomentRule
 from loft_jax.algorithm.second_moment import SECOND_MOMENTS, Entrywise, SecondMomentName
-from loft_jax.algorithm.step import Blocks, MomentRule
 from loft_jax.execution.alternation import FactorName, check_factor_name, first_active
 from loft_jax.execution.arguments import check_state, leaves_like
 from loft_jax.execution.explicit_mesh import in_auto_axes
@@ -253,32 +259,35 @@ def _adam_core(settings: _Settings) -> Core:
     def init(tree: PairedTree) -> ScaleByLoftAdamState:
         mu_dtype, nu_dtype = settings.mu_dtype, settings.nu_dtype
         leaves = zero_state(tree, widths, (mu_dtype, None), (mu_dtype, nu_dtype))
-        trees = map(tree.treedef.unflatten, leaves)
+        basis, mu, nu = map(tree.treedef.unflatten, leaves)
         # Two arrays: a buffer that served twice could not be donated.
         count, active = jnp.zeros([], jnp.int32), first_active(settings.moves_first)
-        return ScaleByLoftAdamState(count, active, *trees, options)
+        return ScaleByLoftAdamState(count, active, basis, mu, nu, options)
 
     def step(
         tree: PairedTree, gradients: list[Any], state: Any
     ) -> tuple[list[Any], ScaleByLoftAdamState]:
         check_options(state.options, options)
         fields = (state.basis, state.mu, state.nu)
-        before = LeafStates(*(leaves_like(tree, field, "states") for field in fields))
-        check_state(tree, before.basis, (before.mu, before.nu), widths)
+        basis, *moments = (leaves_like(tree, field, "states") for field in fields)
+        check_state(tree, basis, moments, widths)
+        before = LeafStates(basis, tuple(moments))
         count = jnp.asarray(optax.safe_increment(state.count))
 
         def update(params, gradients, active, before, count, hyperparams):
             b1, b2, eps, eps_root, max_norm = hyperparams
 
-            def rule(dtype: jnp.dtype) -> MomentRule:
-                scalars = adam_scalars(
+            def scalars(dtype: jnp.dtype) -> AdamScalars:
+                return adam_scalars(
                     count, b1, b2, eps, dtype, eps_root=eps_root, nesterov=settings.nesterov
                 )
-                decay1, decay2 = as_scalar(b1, dtype), as_scalar(b2, dtype)
-                return MomentRule(decay1, 1 - decay1, decay2, scalars, second)
+
+            def rule(dtype: jnp.dtype) -> MomentRule:
+                decay = as_scalar(b1, dtype)
+                return MomentRule(decay, 1 - decay, as_scalar(b2, dtype), scalars(dtype), second)
 
             def update_other(gradient, mu, nu):
-                return _adam(rule(nu.dtype), gradient, mu, nu)
+                return _adam(b1, b2, scalars(nu.dtype), gradient, mu, nu)
 
             method = Method(rule, update_other, blocks, max_norm, count)
             return update_leaves(tree, method, params, gradients, active, before)
@@ -293,19 +302,25 @@ def _adam_core(settings: _Settings) -> Core:
             hyperparams,
             out_like=(tree.leaves, state.active, before),
         )
-        trees = map(tree.treedef.unflatten, after)
-        return directions, ScaleByLoftAdamState(count, active, *trees, options)
+        basis, mu, nu = map(tree.treedef.unflatten, (after.basis, *after.moments))
+        return directions, ScaleByLoftAdamState(count, active, basis, mu, nu, options)
 
     return Core(init, step)
 
 
 def _adam(
-    rule: MomentRule, gradient: jax.Array, mu: jax.Array, nu: jax.Array
+    b1: Number,
+    b2: Number,
+    scalars: AdamScalars,
+    gradient: jax.Array,
+    mu: jax.Array,
+    nu: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Adam's own direction and moments, for a leaf outside pairs."""
     g = gradient.astype(nu.dtype)
-    first = rule.decay * mu.astype(nu.dtype) + rule.weight * g
-    nu = rule.b2 * nu + (1 - rule.b2) * g * g
-    m_hat = first_moment_estimate(first, g, rule.scalars)
-    direction = adam_ratio(m_hat, nu / rule.scalars.correction2, rule.scalars)
+    b1, b2 = as_scalar(b1, nu.dtype), as_scalar(b2, nu.dtype)
+    first = b1 * mu.astype(nu.dtype) + (1 - b1) * g
+    nu = b2 * nu + (1 - b2) * g * g
+    m_hat = first_moment_estimate(first, g, scalars)
+    direction = adam_ratio(m_hat, nu / scalars.correction2, scalars)
     return direction.astype(gradient.dtype), first.astype(mu.dtype), nu

@@ -1,11 +1,11 @@
-"""Clipping by the norm that full fine-tuning would see (block 6), as a transformation of its own."""
+"""Clipping by the norm that full fine-tuning would see (block 6), as its own transformation."""
 
 from typing import Any, NamedTuple
 
 import jax
 import optax
 
-from loft_jax.algorithm.step import Blocks
+from loft_jax.algorithm.pair import Blocks
 from loft_jax.execution.alternation import (
     A_IS_ACTIVE,
     FactorName,

@@ -10,7 +10,7 @@ import optax
 from loft_jax.algorithm.adam import MomentumScalars, as_scalar, one_minus_power
 from loft_jax.algorithm.momentum import OrthogonalizeMoment
 from loft_jax.algorithm.newton_schulz import Coefficients
-from loft_jax.algorithm.step import Blocks, MomentRule
+from loft_jax.algorithm.pair import Blocks, MomentRule
 from loft_jax.execution.alternation import FactorName, check_factor_name, first_active
 from loft_jax.execution.arguments import check_state, leaves_like
 from loft_jax.execution.explicit_mesh import in_auto_axes
@@ -35,8 +35,8 @@ class ScaleByLoftMuonState(NamedTuple):
       active: ``()`` int32, the factor that moves at the next step: 0 for ``a``, 1 for ``b``.
       basis: for a factor its orthonormal basis at the last step, of the factor's shape;
         `optax.MaskedNode` for a leaf outside pairs.
-      mu: the moment, of the parameter's shape, in ``mu_dtype``. A factor's is expressed in ``basis``
-        of its partner. In `loft_muon` `optax.MaskedNode` for a leaf outside pairs.
+      mu: the moment, of the parameter's shape, in ``mu_dtype``. A factor's is expressed in
+        ``basis`` of its partner. In `loft_muon` `optax.MaskedNode` for a leaf outside pairs.
     """
 
     count: jax.Array
@@ -257,7 +257,7 @@ def _muon_core(settings: _Settings, *, trains_others: bool) -> Core:
             method = Method(rule, update_other, blocks, max_norm)
             return update_leaves(tree, method, params, gradients, active, before)
 
-        before = LeafStates(basis, mu, None)
+        before = LeafStates(basis, (mu,))
         directions, active, after = in_auto_axes(
             update,
             tree.leaves,
@@ -268,7 +268,7 @@ def _muon_core(settings: _Settings, *, trains_others: bool) -> Core:
             hyperparams,
             out_like=(tree.leaves, state.active, before),
         )
-        trees = map(tree.treedef.unflatten, after[:2])
+        trees = map(tree.treedef.unflatten, (after.basis, *after.moments))
         return directions, ScaleByLoftMuonState(count, active, *trees)
 
     return Core(init, step)

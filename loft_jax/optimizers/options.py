@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from loft_jax.algorithm.step import Blocks
+from loft_jax.algorithm.pair import Blocks
 
 
 class CalibratedMoment(NamedTuple):

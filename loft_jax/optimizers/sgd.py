@@ -7,7 +7,7 @@ import optax
 
 from loft_jax.algorithm.adam import MomentumScalars, as_scalar, first_moment_estimate
 from loft_jax.algorithm.momentum import FollowMoment
-from loft_jax.algorithm.step import Blocks, MomentRule
+from loft_jax.algorithm.pair import Blocks, MomentRule
 from loft_jax.execution.alternation import FactorName, check_factor_name, first_active
 from loft_jax.execution.arguments import check_state, leaves_like
 from loft_jax.execution.explicit_mesh import in_auto_axes
@@ -162,11 +162,11 @@ def _momentum_core(
                 f"The state has {'no' if state.mu is None else 'a'} moment, but momentum is "
                 f"{momentum}: make it anew with init"
             )
-        before = LeafStates([], None, None)
+        before = LeafStates([])
         if momentum is not None:
             basis, mu = (leaves_like(tree, field, "states") for field in (state.basis, state.mu))
             check_state(tree, basis, (mu,), widths)
-            before = LeafStates(basis, mu, None)
+            before = LeafStates(basis, (mu,))
 
         def update(params, gradients, active, before, momentum, max_norm):
             def rule(dtype: Any) -> MomentRule:
@@ -192,7 +192,7 @@ def _momentum_core(
         )
         if momentum is None:
             return directions, ScaleByLoftMomentumState(active, None, None)
-        trees = map(tree.treedef.unflatten, after[:2])
+        trees = map(tree.treedef.unflatten, (after.basis, *after.moments))
         return directions, ScaleByLoftMomentumState(active, *trees)
 
     return Core(init, step)

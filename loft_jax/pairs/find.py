@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -275,8 +276,8 @@ def match_names(
         raise ValueError(
             _listing(
                 "No low-rank pair was found. Name the factors with LoraPairs(rules=((regex of a, "
-                "regex of b),)); LoraPairs(required=False) falls back to the update of other leaves, "
-                "AdamW's in loft_adamw. The leaves are:",
+                "regex of b),)); LoraPairs(required=False) falls back to the update of other "
+                "leaves, AdamW's in loft_adamw. The leaves are:",
                 list(paths),
             )
         )

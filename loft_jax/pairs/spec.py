@@ -12,7 +12,7 @@ from loft_jax.pairs.axes import LoraAxes
 from loft_jax.pairs.names import DEFAULT_RULES
 
 PerPair = Any
-"""A value for all pairs, ``(regex, value)`` entries, or a pytree or a callable of the parameters."""
+"""A value for all pairs, ``(regex, value)`` entries, a pytree or a callable of the parameters."""
 
 
 @runtime_checkable
@@ -124,7 +124,8 @@ def as_pairs(pairs: Any) -> LoraPairs:
     ):
         raise TypeError(
             "pairs= takes a LoraPairs, a LoraRule or a sequence of LoraRules (those that the model "
-            f"was adapted with), or None for adapters with standard names and scale 1; got {pairs!r}"
+            "was adapted with), or None for adapters with standard names and scale 1; got "
+            f"{pairs!r}"
         )
     return join_pairs([source.lora_pairs() for source in sources])
 

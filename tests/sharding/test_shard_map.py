@@ -15,9 +15,9 @@ from optimizers import LOFT, PEERS, every_loft_kind, random_like, small_gradient
 from optimizers import hasty_compiler as hasty_compiler
 
 from loft_jax import LoraPairs, loft_adamw
-from loft_jax._rows import Rows, beside
+from loft_jax.algorithm.sharded_dim import ShardedDim, gather_shared_axes
+from loft_jax.execution import chunks
 from loft_jax.sharding import shard_map_pairs, state_shardings
-from loft_jax.transforms import _turns
 
 SHAPES = {
     "both": {"lora_a": (16, 2), "lora_b": (2, 24)},  # one mesh axis splits either factor
@@ -54,12 +54,14 @@ def in_shard_map(make, params, **options):
 
 
 @every_loft_kind
-@pytest.mark.parametrize("in_turns", [False, True], ids=["at once", "in turns"])
-def test_parts_of_the_factors_do_what_whole_ones_do(make, in_turns, x64, assert_close, monkeypatch):
+@pytest.mark.parametrize("in_chunks", [False, True], ids=["at once", "in chunks"])
+def test_shards_of_the_factors_do_what_whole_ones_do(
+    make, in_chunks, x64, assert_close, monkeypatch
+):
     """In float64, and without Optax's state of another layout: parameters and state are equal."""
-    if in_turns:
-        for entries in ("_FACTOR_ENTRIES", "_TURN_ENTRIES"):
-            monkeypatch.setattr(_turns, entries, {"cpu": 1})
+    if in_chunks:
+        for elements in ("_FACTOR_ELEMENTS", "_PEAK_ELEMENTS"):
+            monkeypatch.setattr(chunks, elements, {"cpu": 1})
     params = parameters()
     whole = jax.jit(make().update)
     split = in_shard_map(make, params)
@@ -181,7 +183,7 @@ def test_a_split_that_is_not_said_or_wrongly_is_refused(specs, told, message):
 def test_a_split_of_heads_within_is_refused():
     params = {"lora_a": np.ones((6, 3)), "lora_b": np.ones((3, 4, 4))}
     specs = {"lora_a": P(), "lora_b": P(None, None, "x")}
-    with pytest.raises(ValueError, match=r"lora_b: .*axis 2 over .*first of its rows"):
+    with pytest.raises(ValueError, match=r"lora_b: .*axis 2 over .*first row axis"):
         trace(params, specs, specs)
 
 
@@ -221,13 +223,13 @@ def test_specs_are_one_for_each_parameter():
 
 def test_rows_know_all_rows():
     """The first rows of all and the own part are each other's inverse, over two mesh axes."""
-    rows = Rows(("y", "x"))
+    rows = ShardedDim(("y", "x"))
 
     def on_device(x):
-        whole = rows.head(x, rows.count(x.shape[0]))
-        other, left = beside(Rows(("x",)), rows, x)
-        assert left == Rows(("y",))
-        return whole, rows.own(whole), left.sum(other.sum(axis=0))
+        whole = rows.take_first(x, rows.size(x.shape[0]))
+        other, left = gather_shared_axes(ShardedDim(("x",)), rows, x)
+        assert left == ShardedDim(("y",))
+        return whole, rows.take_local(whole), left.sum(other.sum(axis=0))
 
     x = jnp.arange(32.0).reshape(16, 2)
     out = (P(), P(("y", "x")), P())
