@@ -4,8 +4,8 @@
 process for each. A fork costs none of the seconds that imports take. JAX's backend starts after the
 fork, so each process is as new as one from the command line. The commands of an order:
 
-  continuous SETUP FOLDER   trains 2k steps without interruption, and saves after k
-  resumed SETUP FOLDER      restores and trains the other k steps
+  continuous FOLDER     trains each setup 2k steps without interruption, and saves after k
+  resumed FOLDER        restores each setup and trains the other k steps
   until_preempted FOLDER UNTIL
   killed_run FOLDER UNTIL SAVE_EVERY ASYNCHRONOUS PAUSE
 """
@@ -150,25 +150,29 @@ class Trainer:
         return whole.hexdigest()
 
 
-def continuous(tell: Callable[[str], None], setup: str, folder: str) -> None:
+def continuous(tell: Callable[[str], None], folder: str) -> None:
     """Trains without interruption, and saves each half to a folder of its own."""
-    found, trainer = {}, Trainer(setup)
-    for half in sorted({*HALVES, *(2 * half for half in HALVES)}):
-        trainer.train(half - trainer.step)
-        found[f"{setup} {half}"] = trainer.fingerprint()
-        if half in HALVES:
-            with Checkpoints(Path(folder) / setup / str(half)) as checkpoints:
-                trainer.save(checkpoints)
+    found = {}
+    for setup in SETUPS:
+        trainer = Trainer(setup)
+        for half in sorted({*HALVES, *(2 * half for half in HALVES)}):
+            trainer.train(half - trainer.step)
+            found[f"{setup} {half}"] = trainer.fingerprint()
+            if half in HALVES:
+                with Checkpoints(Path(folder) / setup / str(half)) as checkpoints:
+                    trainer.save(checkpoints)
     tell(json.dumps(found))
 
 
-def resumed(tell: Callable[[str], None], setup: str, folder: str) -> None:
+def resumed(tell: Callable[[str], None], folder: str) -> None:
     """Resumes where `continuous` saved."""
-    found, trainer = {}, Trainer(setup)
-    for half in HALVES:
-        with Checkpoints(Path(folder) / setup / str(half), read_only=True) as checkpoints:
-            trainer.restore(checkpoints)
-        found[f"{setup} {2 * half}"] = trainer.train(half).fingerprint()
+    found = {}
+    for setup in SETUPS:
+        trainer = Trainer(setup)
+        for half in HALVES:
+            with Checkpoints(Path(folder) / setup / str(half), read_only=True) as checkpoints:
+                trainer.restore(checkpoints)
+            found[f"{setup} {2 * half}"] = trainer.train(half).fingerprint()
     tell(json.dumps(found))
 
 
