@@ -1,7 +1,7 @@
-"""Checkpoints of a LoRA or LoFT fine-tuning run: adapter, optimizer state, and no base.
+"""Checkpoints of a LoRA or LoFT fine-tuning run, without the frozen base weights.
 
-A thin layer on Orbax's `CheckpointManager`, which only this package imports; `import loft_jax` does
-not. See `docs/checkpoints.md` for what is guaranteed at which fault.
+A thin layer over Orbax's `CheckpointManager`. Only this package imports Orbax; `import loft_jax`
+does not. `docs/checkpoints.md` lists the guarantees and the behavior under each fault.
 """
 
 from loft_jax.checkpoint._base import BaseReference as BaseReference

@@ -1,4 +1,4 @@
-"""The frozen base of a run, by name and checksums."""
+"""References to the frozen base of a run, by name and checksums."""
 
 import dataclasses
 import hashlib
@@ -11,11 +11,11 @@ from loft_jax.checkpoint._leaves import LeafRecord, named_leaves, records
 
 @dataclasses.dataclass(frozen=True)
 class BaseReference:
-    """Says which frozen weights an adapter belongs to. Made by `base_reference`.
+    """Identifies the frozen weights that an adapter belongs to. Create it with `base_reference`.
 
     Attributes:
-      name: what the weights are called, such as a repository and its revision.
-      leaves: shape, dtype and digest of each weight by its path.
+      name: name of the weights, such as a repository and its revision.
+      leaves: shape, dtype and digest of each weight, by path.
     """
 
     name: str
@@ -27,28 +27,31 @@ class BaseReference:
         return hashlib.sha256(json.dumps(self.to_json()["leaves"]).encode()).hexdigest()[:16]
 
     def to_json(self) -> dict[str, Any]:
-        """As `from_json` reads it."""
+        """Returns a JSON object that `from_json` reads."""
         leaves = {path: self.leaves[path].to_json() for path in sorted(self.leaves)}
         return {"name": self.name, "leaves": leaves}
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> "BaseReference":
-        """The inverse of `to_json`."""
+        """Inverse of `to_json`."""
         leaves = {path: LeafRecord.from_json(leaf) for path, leaf in value["leaves"].items()}
         return BaseReference(value["name"], leaves)
 
 
 def base_reference(name: str, params: Any) -> BaseReference:
-    """Describes frozen weights so that a checkpoint can tell them from others.
+    """Computes a reference to frozen weights, which checkpoints record and compare.
 
     Args:
-      name: what the weights are called.
-      params: a pytree of arrays: the base as it is loaded, quantized if it is, on any mesh. In a
-        run of several processes all call this together.
+      name: name of the weights, such as a repository and its revision.
+      params: a pytree of arrays: the base as loaded (quantized or not), on any mesh. In a
+        multi-process run, all processes must call this function together.
+
+    Returns:
+      The reference. Pass it as ``base`` to `Checkpoints`.
 
     Raises:
-      ValueError: two leaves with the same path.
-      TypeError: a leaf that is no array.
+      ValueError: two leaves have the same path.
+      TypeError: a leaf is not an array or a number.
 
     Example:
       >>> import jax.numpy as jnp
@@ -60,9 +63,9 @@ def base_reference(name: str, params: Any) -> BaseReference:
 
 
 def base_differences(saved: BaseReference | None, wanted: BaseReference) -> list[str]:
-    """What differs between two bases, in words; empty if nothing does."""
+    """Returns the differences between two bases, one line each."""
     if saved is None:
-        return ["it was saved without one: if all is well, open the folder without one"]
+        return ["it was saved without base=; to skip the comparison, open the folder without base="]
     lines = []
     if saved.name != wanted.name:
         lines.append(f"name: {saved.name!r} saved, {wanted.name!r} wanted")

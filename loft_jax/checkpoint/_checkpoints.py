@@ -1,4 +1,4 @@
-"""A folder of checkpoints: saves, keeps the last and the best, restores the newest good one."""
+"""A folder of checkpoints: saving, keeping the newest and the best, restoring."""
 
 import contextlib
 import operator
@@ -21,39 +21,45 @@ from loft_jax.checkpoint._errors import (
     brief,
     listing,
 )
-from loft_jax.checkpoint._leaves import check_equal_everywhere, named_leaves, records
-from loft_jax.checkpoint._manager import end_failed, open_manager
+from loft_jax.checkpoint._leaves import (
+    check_equal_everywhere,
+    named_leaves,
+    options_by_path,
+    records,
+)
+from loft_jax.checkpoint._manager import close_failed, open_manager
 from loft_jax.checkpoint._reading import Restored
-from loft_jax.checkpoint._record import NotWhole, Record, encode_data, parse
-from loft_jax.checkpoint._retention import Kept
+from loft_jax.checkpoint._record import Damaged, Record, encode_data, parse
+from loft_jax.checkpoint._retention import Retention
 
-# How often to look again for a checkpoint when those that were there are deleted meanwhile.
+# How many times to list the folder anew when all listed checkpoints were deleted meanwhile.
 _ATTEMPTS = 5
 
 
 class Checkpoints:
     """The checkpoints of one run, in one folder.
 
-    It keeps what a fine-tuning run needs and no more: the adapter, the optimizer's state, the step,
-    the position in the data and the random key; the frozen base by its name and checksums. One run
-    writes to a folder; others may read it (``read_only=True``). In a run of several processes the
-    folder is on a file system that all share, and all processes call each method together, with
-    the same arguments.
+    A checkpoint contains the adapter, the optimizer state, the step, the position in the data, the
+    random key and metrics. It identifies the frozen base by name and checksums. Only one run writes
+    to a folder; others can read it with ``read_only=True``. In a multi-process run, the folder must
+    be on a shared file system, and all processes must call each method together with the same
+    arguments.
 
     Args:
-      folder: a local or mounted folder; made if need be.
-      base: the frozen base, from `base_reference`; a checkpoint of another base is then refused.
-      keep: how many of the newest checkpoints to keep. With 2, the run survives one damaged.
-      best: name of a metric; the checkpoint with the best is kept besides.
-      best_mode: "min" or "max", what is best.
-      save_every: `save` passes over steps that are no multiple, unless forced.
-      asynchronous: write in the background, while the next steps train and donate the arrays.
-      read_only: change nothing in the folder.
-      timeout_s: how long a save in the background may wait for the other processes.
+      folder: a local or mounted folder, created if it does not exist.
+      base: reference to the frozen base, from `base_reference`. Checkpoints of another base are
+        refused; None skips the comparison.
+      keep: number of newest checkpoints to keep. With 2, the run survives one damaged checkpoint.
+      best: name of a metric. The checkpoint with its best value is kept in addition.
+      best_mode: "min" or "max".
+      save_every: `save` skips steps that are not a multiple of this, unless forced.
+      asynchronous: write in the background. The next steps may donate the saved arrays.
+      read_only: never change the folder.
+      timeout_s: how long a background save may wait for the other processes, in seconds.
 
     Raises:
-      CheckpointError: the folder cannot be made or written to.
-      ValueError: an argument out of range.
+      CheckpointError: the folder cannot be created or is not writable.
+      ValueError: an argument is out of range.
 
     Example:
       >>> import tempfile, jax.numpy as jnp, optax
@@ -84,13 +90,13 @@ class Checkpoints:
         if keep < 1 or save_every < 1 or timeout_s < 1:
             raise ValueError(
                 f"keep, save_every and timeout_s must be at least 1, got {keep}, {save_every} and "
-                f"{timeout_s}"
+                f"{timeout_s}."
             )
         if best_mode not in ("min", "max"):
-            raise ValueError(f"best_mode must be 'min' or 'max', got {best_mode!r}")
+            raise ValueError(f"best_mode must be 'min' or 'max', got {best_mode!r}.")
         self.folder = Path(folder).absolute()
         self._base, self._best = base, best
-        self._kept = Kept(self.folder, keep, best, best_mode)
+        self._retention = Retention(self.folder, keep, best, best_mode)
         self._save_every, self._asynchronous = save_every, asynchronous
         self._read_only, self._timeout_s = read_only, timeout_s
         self._manager: ocp.CheckpointManager | None = None
@@ -112,58 +118,73 @@ class Checkpoints:
     ) -> bool:
         """Saves the state after ``step`` updates.
 
-        Returns when the arrays may be donated; what is written in the background is whole after
-        `wait` or the next `save`. A checkpoint is never overwritten.
+        Returns as soon as the arrays may be donated. A background save is complete after `wait` or
+        the next `save`. Checkpoints are never overwritten.
 
         Args:
           step: number of updates made.
           adapter, opt_state: pytrees of arrays and numbers, of any dtype and on any mesh.
-          key: random keys, typed or not: a pytree.
-          data: position in the data: bytes, or what JSON can hold. Process 0's is saved.
-          metrics: numbers or scalar arrays by name. NaN is never best.
-          force: also at a step that ``save_every`` passes over.
+          key: a pytree of random keys, typed or raw.
+          data: position in the data: bytes or a JSON-serializable value, of process 0.
+          metrics: numbers or scalar arrays by name. NaN never counts as best.
+          force: save also at a step that ``save_every`` would skip.
 
         Returns:
-          Whether it was saved: False at a step between, or if the same is saved already.
+          Whether a checkpoint was saved. False if ``save_every`` skips the step, or if the same
+          state was saved already.
 
         Raises:
-          CheckpointError: this save, or the one in the background before it, could not be written
-            (earlier checkpoints are whole; later saves may succeed); the step is saved with other
-            values, or lies before the newest.
-          ValueError: two leaves with one path; values that differ between processes where all
-            should hold the same; ``metrics`` without the metric named by ``best``.
-          TypeError: a leaf that is no array or number; ``data`` that JSON cannot hold.
+          CheckpointError: this save or the previous background save failed (earlier checkpoints
+            remain intact, later saves may succeed); or the step was saved with other values; or the
+            step is older than the newest checkpoint.
+          ValueError: two leaves have the same path; process-local values differ between processes;
+            or ``metrics`` lacks the metric named by ``best``.
+          TypeError: a leaf is not an array or a number, or ``data`` is not JSON-serializable.
+
+        Example:
+          >>> import tempfile, jax.numpy as jnp
+          >>> with Checkpoints(tempfile.mkdtemp(), save_every=10) as checkpoints:
+          ...     for step in range(1, 31):
+          ...         adapter = {"lora_a": jnp.full((3, 1), step), "lora_b": jnp.zeros((1, 2))}
+          ...         _ = checkpoints.save(step, adapter=adapter, opt_state=())
+          ...     checkpoints.steps()
+          (20, 30)
         """
         if self._read_only:
-            raise CheckpointError(f"{self.folder} was opened with read_only=True: nothing is saved")
-        step = operator.index(step)  # NumPy's too, which JSON does not know
+            raise CheckpointError(
+                f"{self.folder} was opened with read_only=True and cannot be saved to."
+            )
+        step = operator.index(step)  # also of NumPy, which JSON cannot encode
         if step < 0:
-            raise ValueError(f"step must not be negative, got {step}")
+            raise ValueError(f"step must not be negative, got {step}.")
         if step % self._save_every and not force:
             return False
         measured = {name: float(np.asarray(value)) for name, value in (metrics or {}).items()}
         if measured and self._best is not None and self._best not in measured:
-            raise ValueError(f"metrics {list(measured)} lack {self._best!r}, which tells the best")
+            raise ValueError(
+                f"metrics {list(measured)} lack {self._best!r}, the metric named by best."
+            )
         encode_data(data)
         trees = {"adapter": adapter, "opt_state": opt_state, "key": key}
         named = {item: named_leaves(tree, item) for item, tree in trees.items()}
-        # Those on disk: another run may have saved there, and Orbax would write over it.
+        # Listed from disk: another run may have saved there, and Orbax would overwrite it.
         steps = self.steps()
         manager = self._open()
         measured = _processes.on_first_process(lambda: measured)
         described = {item: records(*leaves) for item, leaves in named.items()}
         check_equal_everywhere(named, described)
-        record = Record(step, described, data, measured, self._base)
+        options = {item: options_by_path(tree) for item, tree in trees.items()}
+        record = Record(step, described, options, data, measured, self._base)
         if not self._is_new(record, steps):
             return False
-        # JAX copies what a step donates while Orbax still reads it, so that we need not.
-        # Orbax takes neither empty arrays nor empty trees; the record says all there is to say.
+        # No copy is needed: JAX does not reuse a donated buffer while Orbax still reads it.
+        # Orbax accepts neither empty arrays nor empty trees. The record describes those in full.
         arrays = {
             item: {path: x for path, x in leaves.items() if x.size}
             for item, (leaves, _) in named.items()
         }
         parts = {item: ocp.args.StandardSave(leaves) for item, leaves in arrays.items() if leaves}
-        self._kept.add(record)
+        self._retention.add(record)
         self._saving = step
         try:
             manager.save(
@@ -178,29 +199,37 @@ class Checkpoints:
     def restore(
         self, *, adapter: Any, opt_state: Any = None, key: Any = None, step: int | None = None
     ) -> Restored | None:
-        """Restores the newest good checkpoint.
+        """Restores the newest intact checkpoint.
 
-        One that is damaged (a file missing, cut short, or with a bit flipped) is moved to the
-        folder ``damaged``, with a `DamagedCheckpointWarning`, and the next older one is tried. One
-        that is whole but of another setup is never passed over.
+        A damaged checkpoint (a file missing, truncated or corrupted) is moved to the folder
+        ``damaged`` with a `DamagedCheckpointWarning`, and the next older one is tried. An intact
+        checkpoint of another setup is an error and never skipped.
 
         Args:
-          adapter, opt_state, key: what is wanted: trees like those that were saved, of arrays or
-            `jax.ShapeDtypeStruct`. Each array comes back in the target's dtype and sharding (on the
-            default device if it has none); they need not be those it was saved in. With None, the
-            part is left out.
-          step: this one and no other.
+          adapter, opt_state, key: targets: trees like the saved ones, of arrays or
+            `jax.ShapeDtypeStruct`. Each array is restored in the target's dtype and sharding (the
+            default device if it has none), whatever it was saved in. None skips the item.
+          step: restore this step only; None restores the newest.
 
         Returns:
-          What was saved, or None if the folder has no checkpoint.
+          What was saved; None if the folder has no checkpoint.
 
         Raises:
-          CheckpointMismatch: it is of another setup; the message names the paths that differ.
-          CheckpointDamaged: there are or were checkpoints, but none is whole; or not this ``step``.
-          CheckpointError: there is no such ``step``; or it cannot be read (no permission, a failing
-            disk) or put where the target says, which says nothing of what is in it: it stays where
-            it is.
-          ValueError: two leaves with one path.
+          CheckpointMismatch: the checkpoint is of another setup. The message lists the paths or the
+            options that differ.
+          CheckpointDamaged: no checkpoint is intact, or ``step`` is not.
+          CheckpointError: ``step`` does not exist; or a checkpoint cannot be read now (permissions,
+            disk) or placed in the target's shardings. It is not moved.
+          ValueError: two leaves have the same path.
+
+        Example:
+          >>> import tempfile, jax, jax.numpy as jnp
+          >>> adapter = {"lora_a": jnp.ones((3, 1)), "lora_b": jnp.zeros((1, 2))}
+          >>> with Checkpoints(tempfile.mkdtemp()) as checkpoints:
+          ...     _ = checkpoints.save(7, adapter=adapter, opt_state=())
+          ...     restored = checkpoints.restore(adapter=jax.eval_shape(lambda: adapter))
+          >>> restored.step, restored.adapter["lora_b"]
+          (7, Array([[0., 0.]], dtype=float32))
         """
         targets = {"adapter": adapter, "opt_state": opt_state, "key": key}
         targets = {item: tree for item, tree in targets.items() if tree is not None}
@@ -209,67 +238,70 @@ class Checkpoints:
             steps, vanished = self.steps(), False
             if step is not None and step not in steps:
                 found = f"{list(steps) or 'none'}"
-                raise CheckpointError(f"{self.folder} has no step {step}, but {found}")
+                raise CheckpointError(f"{self.folder} has no step {step}. Saved steps: {found}.")
             for candidate in reversed(steps) if step is None else [step]:
                 try:
                     return _reading.read(self.folder, candidate, targets, self._base)
                 except _reading.Vanished:
-                    vanished = True  # its run deleted it meanwhile, having saved a newer one
-                except NotWhole as damage:
+                    vanished = True  # deleted by its run, which saved a newer one
+                except Damaged as damage:
                     if self._read_only and candidate not in self.steps():
-                        vanished = True  # half of it was deleted already
+                        vanished = True  # read while it was being deleted
                         continue
                     reasons[candidate] = self._set_aside(candidate, str(damage))
             if not vanished:
                 break
         else:
             raise CheckpointError(
-                f"{self.folder}: its run deletes checkpoints faster than they are read; try again, "
-                "or let it keep more"
+                f"{self.folder}: its run deletes checkpoints faster than they are read. Try again, "
+                "or increase keep."
             )
         aside = _processes.on_first_process(lambda: _folder.set_aside(self.folder))
         if not reasons and not aside:
             return None
         lines = [f"step {step}: {reason}" for step, reason in reasons.items()]
         headline = (
-            "no checkpoint is whole. Look for copies of the folder, or start again in another one."
+            "no checkpoint is intact. Restore the folder from a backup, or start in another one."
             if step is None
-            else f"step {step} is not whole. Leave it out to restore the newest that is."
+            else f"step {step} is damaged. Omit step= to restore the newest intact one."
         )
         raise CheckpointDamaged(
             listing(
                 f"{self.folder}: {headline}",
-                lines or [f"damaged/{name}: moved there before" for name in aside],
+                lines or [f"damaged/{name}: moved there earlier" for name in aside],
             )
         )
 
     def steps(self) -> tuple[int, ...]:
-        """The steps that are saved, in order; waits for a save in the background.
+        """Returns the saved steps in order, after waiting for a background save.
 
         Raises:
-          CheckpointError: the folder cannot be read, or that save could not be written.
+          CheckpointError: the folder cannot be read, or the background save failed.
         """
         self.wait()
         try:
             return tuple(_processes.on_first_process(lambda: _folder.steps(self.folder)))
         except OSError as error:
             raise CheckpointError(
-                f"{self.folder} cannot be read ({error}): see to its permissions and the disk"
+                f"{self.folder} cannot be read ({error}). Check its permissions and the disk."
             ) from error
 
     def latest_step(self) -> int | None:
-        """The newest step that is saved, if any; raises as `steps` does."""
+        """Returns the newest saved step; None if there is none. Raises as `steps`."""
         return max(self.steps(), default=None)
 
     def best_step(self) -> int | None:
-        """The saved step with the best metric (the first, of equals); raises as `steps` does."""
-        return self._kept.best_of(self.steps())
+        """Returns the step with the best metric, the first of equals; None if none has it.
+
+        Raises as `steps`.
+        """
+        return self._retention.best_of(self.steps())
 
     def wait(self) -> None:
-        """Waits until what is being saved is whole.
+        """Waits until the background save is complete.
 
         Raises:
-          CheckpointError: it could not be written.
+          CheckpointError: the save failed.
         """
         if self._manager is None:
             return
@@ -279,14 +311,14 @@ class Checkpoints:
             raise self._not_saved(error) from error
 
     def close(self) -> None:
-        """Waits until what is being saved is whole, and ends; as `wait`, it may raise."""
+        """Waits for the background save and releases all resources. Raises as `wait`."""
         try:
             self.wait()
         finally:
             if self._manager is not None:
                 self._manager.close()
             if self._failed is not None:
-                end_failed(self._failed)
+                close_failed(self._failed)
             self._manager = self._failed = None
 
     def __enter__(self) -> "Checkpoints":
@@ -301,13 +333,15 @@ class Checkpoints:
             error.add_note(str(of_close))
 
     def _open(self) -> ocp.CheckpointManager:
-        """Orbax's manager, made anew after a failure: that also clears what it left half done."""
+        """Returns Orbax's manager, after a failure a new one. Opening deletes unfinished saves."""
         if self._manager is not None:
             return self._manager
         if self._failed is not None:
-            end_failed(self._failed)
+            close_failed(self._failed)
             self._failed = None
-        self._manager = open_manager(self.folder, self._kept, self._asynchronous, self._timeout_s)
+        self._manager = open_manager(
+            self.folder, self._retention, self._asynchronous, self._timeout_s
+        )
         return self._manager
 
     def _is_new(self, record: Record, steps: Sequence[int]) -> bool:
@@ -316,42 +350,41 @@ class Checkpoints:
             return True
         if record.step not in steps:
             raise CheckpointError(
-                f"{self.folder}: step {record.step} comes before the newest checkpoint, {newest}, "
-                "and would not be kept. To go on from an older step, save to another folder."
+                f"{self.folder}: step {record.step} is older than the newest checkpoint, {newest}, "
+                "and would not be kept. To continue from an older step, save to another folder."
             )
         text = _processes.on_first_process(lambda: _folder.record_text(self.folder, record.step))
-        with contextlib.suppress(NotWhole, ValueError):
+        with contextlib.suppress(Damaged, ValueError):
             there = parse(text or "", record.step)
-            if there.items == record.items and _processes.on_first_process(
-                lambda: there.data == record.data
-            ):
+            same = (there.items, there.options) == (record.items, record.options)
+            if same and _processes.on_first_process(lambda: there.data == record.data):
                 return False
         raise CheckpointError(
-            f"{self.folder}: step {record.step} is saved already, with other values. A checkpoint "
-            "is never overwritten: restore before training on, or save to another folder."
+            f"{self.folder}: step {record.step} was saved already, with other values. Checkpoints "
+            "are never overwritten: restore before continuing, or save to another folder."
         )
 
     def _not_saved(self, error: Exception) -> CheckpointError:
-        # What Orbax has in memory now differs from what is on disk: `_open` begins anew.
+        # Orbax's list of steps now differs from the disk. `_open` opens a new manager.
         self._failed, self._manager = self._manager, None
-        self._kept.remove(self._saving)
+        self._retention.remove(self._saving)
         return CheckpointError(
             f"step {self._saving} could not be saved to {self.folder}: {brief(error)}\n"
-            "Earlier checkpoints are whole. See that the disk has room, that the folder is there "
-            "and may be written to, and that all processes are alive; then save again."
+            "Earlier checkpoints are intact. Check that the disk has space, that the folder exists "
+            "and is writable, and that all processes are alive. Then save again."
         )
 
     def _set_aside(self, step: int, reason: str) -> str:
-        message = f"{self.folder / str(step)} is damaged and passed over: {reason}"
+        message = f"{self.folder / str(step)} is damaged and was skipped: {reason}"
         if not self._read_only:
             try:
                 to = _processes.on_first_process(lambda: _folder.move_to_damaged(self.folder, step))
             except OSError as error:
                 raise CheckpointError(
-                    f"{message}\nIt cannot be moved out of the way ({error}): move it by hand."
+                    f"{message}\nIt could not be moved away ({error}). Move it manually."
                 ) from error
-            message = f"{message}\nIt is kept in {to}."
-            self._kept.remove(step)
+            message = f"{message}\nIt was moved to {to}."
+            self._retention.remove(step)
             if self._manager is not None:
                 self._manager.reload()
         warnings.warn(message, DamagedCheckpointWarning, stacklevel=3)

@@ -1,9 +1,9 @@
-"""A digest of an array's values that does not depend on how the array is split over devices.
+"""A digest of an array's values that is independent of its sharding.
 
 Each 32-bit lane is mixed with its position by a bijection, and the results are summed modulo 2^32.
-A changed lane therefore always changes the sum; lanes that changed places, or several changed ones,
-escape both of two such sums with a chance of 2^-64. Sums need no order, so that each device adds up
-its own part and no array is gathered.
+Changing one lane therefore always changes the sum. Two such sums miss swapped lanes, or several
+changed ones, with probability 2^-64. Sums are order-independent: each device sums its own shard and
+no array is gathered.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Odd multipliers for the position, and the constants of two 32-bit finalizers (Murmur3's, and
+# Odd multipliers of the position, and the constants of two 32-bit finalizers (Murmur3's, and
 # "lowbias32" of https://github.com/skeeto/hash-prospector).
 _SUMS = (
     (0x9E3779B1, 16, 0x85EBCA6B, 13, 0xC2B2AE35, 16),
@@ -21,20 +21,23 @@ _SUMS = (
 
 
 def digests(leaves: dict[str, Any]) -> dict[str, str]:
-    """Digests the bits of each array: 16 hexadecimal digits.
+    """Computes a digest of the bits of each array.
 
-    Neither shape nor dtype are part of it. Arrays that span processes are digested where they are,
-    so that all processes must call this together; NumPy arrays are digested on the host.
+    Shape and dtype are not part of the digest. NumPy arrays are digested on the host, jax.Arrays on
+    their devices. If an array spans several processes, all of them must call this together.
 
     Args:
-      leaves: jax.Arrays and NumPy arrays, of any shape and any dtype but that of a random key.
+      leaves: jax.Arrays and NumPy arrays by name, of any shape and any dtype except random keys.
+
+    Returns:
+      16 hexadecimal digits for each name.
 
     Example:
       >>> x = jnp.arange(6.0)
       >>> digests({"x": x, "y": np.arange(6, dtype=np.float32), "z": x[::-1]})
       {'x': '5e44f811b63dcce9', 'y': '5e44f811b63dcce9', 'z': '6f63f487b0524836'}
     """
-    # All are dispatched before the first is waited for.
+    # Dispatch all before waiting for the first.
     sums = {
         path: _compiled(x) if isinstance(x, jax.Array) else _sums(np.asarray(x), np)
         for path, x in leaves.items()
@@ -46,9 +49,9 @@ def digests(leaves: dict[str, Any]) -> dict[str, str]:
 
 
 def _sums(x: Any, xp: Any) -> tuple[Any, Any]:
-    """The two sums of an array; ``xp`` is NumPy or jax.numpy."""
+    """Returns the two sums of an array. ``xp`` is NumPy or jax.numpy."""
     lanes = _lanes(x, xp)
-    # From 1, so that a zero in the first place counts.
+    # Counted from 1, so that a leading zero changes the sums.
     position = _linear_index(x.shape, xp) * np.uint32(len(lanes)) + np.uint32(1)
     with np.errstate(over="ignore"):
         first, second = (
@@ -58,13 +61,13 @@ def _sums(x: Any, xp: Any) -> tuple[Any, Any]:
             )
             for constants in _SUMS
         )
-    # Rank 0 each, and so on all devices in full, whatever the compiler chooses.
+    # Scalars, which are replicated on all devices.
     return first, second
 
 
 @jax.jit
 def _compiled(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    # Compiled once for each shape, dtype and sharding, which the layers of a model share.
+    # Compiled once per shape, dtype and sharding, which the layers of a model share.
     return _sums(x, jnp)
 
 
@@ -76,7 +79,7 @@ def _mix(lane, position, odd, shift1, factor1, shift2, factor2, shift3):
 
 
 def _linear_index(shape: tuple[int, ...], xp: Any) -> Any:
-    """Row-major position of each element, modulo 2^32."""
+    """Returns the row-major position of each element, modulo 2^32."""
     index = xp.zeros(shape, np.uint32)
     for axis, size in enumerate(shape):
         along = xp.arange(size, dtype=np.uint32).reshape([-1] + [1] * (len(shape) - axis - 1))
@@ -85,13 +88,13 @@ def _linear_index(shape: tuple[int, ...], xp: Any) -> Any:
 
 
 def _lanes(x: Any, xp: Any) -> list[Any]:
-    """The bits of the elements as arrays of uint32, each in the shape of ``x``."""
+    """Returns the bits of the elements as arrays of uint32, each of the shape of ``x``."""
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         return [*_lanes(xp.real(x), xp), *_lanes(xp.imag(x), xp)]
     if x.dtype == jnp.bool_:
         x = x.astype(np.uint8)
     elif jnp.issubdtype(x.dtype, jnp.integer) and jnp.iinfo(x.dtype).bits < 8:
-        x = x.astype(np.int8)  # as NumPy stores them, a byte each
+        x = x.astype(np.int8)  # NumPy stores them in a byte each
     elif jnp.issubdtype(x.dtype, jnp.floating) and jnp.finfo(x.dtype).bits < 8:
         x = x.astype(np.float32)
     bits = 8 * x.dtype.itemsize

@@ -1,12 +1,14 @@
-"""The folder of a run's checkpoints, as process 0 sees it."""
+"""Operations on the folder of a run. Process 0 performs them."""
 
 import os
 import shutil
 from pathlib import Path
 
+import orbax.checkpoint as ocp
+
 
 def steps(folder: Path) -> list[int]:
-    """The steps in a folder; what is half written has a longer name."""
+    """Returns the saved steps, sorted. Unfinished saves have longer names."""
     if not folder.is_dir():
         return []
     names = [path.name for path in folder.iterdir() if path.is_dir()]
@@ -14,40 +16,40 @@ def steps(folder: Path) -> list[int]:
 
 
 def record_text(folder: Path, step: int) -> str | None:
-    """The record of a step as it is on disk, None if it has none."""
+    """Returns the text of a step's record; None if the file is missing."""
     try:
-        # As Orbax lays out a JSON item. A flipped bit may leave no valid UTF-8.
+        # Orbax stores a JSON item at this path. A flipped bit can make the UTF-8 invalid.
         return (folder / str(step) / "meta" / "metadata").read_text("utf-8", errors="replace")
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return None
 
 
 def names(folder: Path) -> list[str] | None:
-    """What is in a folder, None if there is no such folder."""
+    """Returns the names in a folder; None if it does not exist."""
     return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else None
 
 
 def set_aside(folder: Path) -> list[str]:
-    """What has been moved out of the way for being damaged."""
+    """Returns the names of the checkpoints in ``damaged``."""
     return names(folder / "damaged") or []
 
 
 def make(folder: Path) -> None:
-    """Makes the folder if need be, and sees that it may be written to."""
+    """Creates the folder if it does not exist, and checks that it is writable."""
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK | os.X_OK):
         raise PermissionError(13, "no permission to write", str(folder))
 
 
-def clear_half_written(folder: Path) -> None:
-    """Deletes what killed saves left, under the name that Orbax gives a step until it is whole."""
-    for path in folder.glob("*.orbax-checkpoint-tmp*"):
+def clear_unfinished(folder: Path) -> None:
+    """Deletes the temporary folders of killed saves."""
+    for path in folder.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
         if path.is_dir():
             shutil.rmtree(path)
 
 
 def move_to_damaged(folder: Path, step: int) -> str:
-    """Moves a checkpoint out of the way, and says where to; nothing is overwritten."""
+    """Moves a step to ``damaged`` under an unused name, and returns its new path."""
     aside = folder / "damaged"
     aside.mkdir(exist_ok=True)
     candidates = (str(step), *(f"{step}-{count}" for count in range(1, 10_000)))

@@ -1,7 +1,7 @@
-"""The leaves of a pytree by their paths: how they are recorded, compared and put back.
+"""Leaves of a pytree by path: recording, comparing and restoring them.
 
-A checkpoint names arrays by path and holds nothing of the Python classes around them; a target
-tree gives those back, and says where each array goes and in which dtype.
+A checkpoint stores arrays by path, without the Python classes around them. The target tree supplies
+the classes, and the dtype and sharding of each array.
 """
 
 import dataclasses
@@ -21,12 +21,12 @@ from loft_jax.pairs.find import path_string
 
 @dataclasses.dataclass(frozen=True)
 class LeafRecord:
-    """What a checkpoint says of one array.
+    """The record of one stored array.
 
     Attributes:
-      shape, dtype: of the stored array; of a typed random key, those of its data.
+      shape, dtype: those of the stored array; for a typed random key, those of its data.
       digest: see `digests`.
-      key: the implementation of a typed random key, None for arrays.
+      key: the implementation of a typed random key; None for arrays.
     """
 
     shape: tuple[int, ...]
@@ -35,47 +35,62 @@ class LeafRecord:
     key: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """As `from_json` reads it."""
+        """Returns a JSON object that `from_json` reads."""
         return dataclasses.asdict(self) | {"shape": list(self.shape)}
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> "LeafRecord":
-        """The inverse of `to_json`."""
+        """Inverse of `to_json`."""
         return LeafRecord(tuple(value["shape"]), value["dtype"], value["digest"], value["key"])
 
 
 def by_path(tree: Any, item: str) -> dict[str, Any]:
-    """The leaves of a tree by their paths.
+    """Returns the leaves of a tree by path.
 
     Raises:
-      ValueError: two leaves with the same path.
+      ValueError: two leaves have the same path.
     """
     leaves: dict[str, Any] = {}
     for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         path = path_string(keys) or "value"  # a tree that is one leaf
         if path in leaves:
             raise ValueError(
-                f"{item}: two leaves have the path {path!r}, so that one would overwrite the "
-                "other; rename a key"
+                f"{item}: two leaves have the path {path!r}, and one would overwrite the other. "
+                "Rename a key."
             )
         leaves[path] = leaf
     return leaves
 
 
-def named_leaves(tree: Any, item: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """The arrays of a tree by their paths, and the implementations of those that were typed keys.
+def options_by_path(tree: Any) -> dict[str, str]:
+    """Returns the options in a tree as text, by path.
 
-    What only this process holds in a run of several (scalars made outside of jit) becomes NumPy
-    arrays, of which a checkpoint keeps those of process 0.
+    Options are this package's NamedTuples without leaves, such as those of `ScaleByLoftAdamState`.
+    They determine what the arrays beside them mean, in states of equal paths and shapes.
+    """
+    is_options = lambda x: (
+        isinstance(x, tuple)
+        and type(x).__module__.startswith("loft_jax.")
+        and not jax.tree.leaves(x)
+    )
+    found = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_options)[0]
+    return {path_string(keys) or "value": str(x) for keys, x in found if is_options(x)}
+
+
+def named_leaves(tree: Any, item: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """Returns the arrays of a tree by path, and the implementations of typed keys by path.
+
+    In a multi-process run, arrays that are local to a process (such as scalars created outside of
+    jit) become NumPy arrays. A checkpoint keeps those of process 0.
 
     Raises:
-      ValueError: two leaves with the same path.
-      TypeError: a leaf that is no array or number.
+      ValueError: two leaves have the same path.
+      TypeError: a leaf is not an array or a number.
     """
     arrays, impls = {}, {}
     for path, leaf in by_path(tree, item).items():
         if isinstance(leaf, jax.ShapeDtypeStruct):
-            raise TypeError(f"{item}: {path} is abstract: there are no values to save")
+            raise TypeError(f"{item}: {path} is abstract and has no values to save")
         if impl := key_impl(leaf):
             impls[path], leaf = impl, jax.random.key_data(leaf)
         if isinstance(leaf, jax.Array):
@@ -84,17 +99,19 @@ def named_leaves(tree: Any, item: str) -> tuple[dict[str, Any], dict[str, str]]:
         elif isinstance(leaf, (np.ndarray, np.generic, bool, int, float, complex)):
             arrays[path] = np.asarray(leaf)
         else:
-            raise TypeError(f"{item}: {path} is no array or number, but a {type(leaf).__name__}")
+            raise TypeError(
+                f"{item}: {path} is not an array or a number, but a {type(leaf).__name__}"
+            )
         dtype = arrays[path].dtype
         if dtype.kind in "OUSMm":
-            raise TypeError(f"{item}: {path} has dtype {dtype}, which is not saved")
-        if not dtype.isnative:  # read back in this machine's order of bytes
+            raise TypeError(f"{item}: {path} has dtype {dtype}, which cannot be saved")
+        if not dtype.isnative:  # stored in this machine's byte order
             arrays[path] = arrays[path].astype(dtype.newbyteorder("="))
     return arrays, impls
 
 
 def records(arrays: Mapping[str, Any], impls: Mapping[str, str]) -> dict[str, LeafRecord]:
-    """Describes and digests the arrays of `named_leaves`."""
+    """Returns the records of the arrays of `named_leaves`."""
     digest = digests(dict(arrays))
     return {
         path: LeafRecord(tuple(x.shape), np.dtype(x.dtype).name, digest[path], impls.get(path))
@@ -103,7 +120,7 @@ def records(arrays: Mapping[str, Any], impls: Mapping[str, str]) -> dict[str, Le
 
 
 def key_impl(leaf: Any) -> str | None:
-    """The implementation of a typed random key, which may be abstract; None for anything else."""
+    """Returns the implementation of a typed random key, also an abstract one; None otherwise."""
     dtype = getattr(leaf, "dtype", None)
     if dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key):
         return None
@@ -117,7 +134,7 @@ def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 def _stored(leaf: Any) -> tuple[tuple[int, ...], np.dtype]:
-    """Shape and dtype of the array that is stored for a leaf."""
+    """Returns the shape and dtype of the array that is stored for a leaf."""
     if key_impl(leaf):
         leaf = jax.eval_shape(jax.random.key_data, _abstract(leaf))
     elif not hasattr(leaf, "dtype"):
@@ -126,10 +143,10 @@ def _stored(leaf: Any) -> tuple[tuple[int, ...], np.dtype]:
 
 
 def differences(saved: Mapping[str, LeafRecord], wanted: Mapping[str, Any], item: str) -> list[str]:
-    """What differs between a checkpoint's arrays and the leaves of a target, in words.
+    """Returns the differences between the stored arrays and the target's leaves, one line each.
 
-    Dtypes of one kind may differ (float32 and bfloat16): they are cast. Floats and integers are not
-    taken for one another.
+    Dtypes of one kind, such as float32 and bfloat16, are cast and do not count as different. Floats
+    and integers do.
     """
     lines = [f"{item}: {path}: wanted, but not saved" for path in wanted if path not in saved]
     lines += [f"{item}: {path}: saved, but not wanted" for path in saved if path not in wanted]
@@ -149,29 +166,58 @@ def differences(saved: Mapping[str, LeafRecord], wanted: Mapping[str, Any], item
             _on_host(wanted[path])
         ):
             lines.append(
-                f"{item}: {path}: {record.dtype} saved, which JAX cannot hold until "
+                f"{item}: {path}: {record.dtype} saved, for which JAX needs "
                 "jax.config.update('jax_enable_x64', True)"
             )
     return lines
 
 
+def options_differences(
+    saved: Mapping[str, str] | None, wanted: Mapping[str, str], item: str
+) -> list[str]:
+    """Returns the differences between the recorded options and the target's, one line each.
+
+    Args:
+      saved: None if the checkpoint has no record of options.
+      wanted: of the target.
+      item: name of the tree.
+    """
+    if saved is None:
+        return [f"{item}: {path}: no options recorded, {wanted[path]} wanted" for path in wanted]
+    return [
+        f"{item}: {path}: {saved.get(path, 'no options')} saved, "
+        f"{wanted.get(path, 'no options')} wanted"
+        for path in sorted({*saved, *wanted})
+        if saved.get(path) != wanted.get(path)
+    ]
+
+
 def rank_hint(saved: Mapping[str, LeafRecord], wanted: Mapping[str, Any]) -> str | None:
-    """Says so if two trees differ in one size alone, which is then the rank of the adapters."""
+    """Returns a message if two adapters differ only in their rank.
+
+    They do if one size changes to the same other size in every array whose shape differs, on the
+    last axis of some (one factor) and on another axis of the others (its partner). A rank does not
+    exceed the other sizes of a factor, which distinguishes it from the width of a layer.
+    """
     if set(saved) != set(wanted):
         return None
-    changes = set()
+    changes, on_last_axis = set(), set()
     for path in wanted:
         old, new = saved[path].shape, _stored(wanted[path])[0]
         if old == new:
             continue
-        sizes = [pair for pair in zip(old, new, strict=False) if pair[0] != pair[1]]
-        if len(old) != len(new) or len(sizes) != 1:
+        axes = [k for k, sizes in enumerate(zip(old, new, strict=False)) if len({*sizes}) == 2]
+        if len(old) != len(new) or len(axes) != 1:
             return None
-        changes.add(sizes[0])
-    if len(changes) != 1:
+        (axis,) = axes
+        if min(old[axis], new[axis]) > max((*old[:axis], *old[axis + 1 :]), default=0):
+            return None
+        changes.add((old[axis], new[axis]))
+        on_last_axis.add(axis == len(old) - 1)
+    if len(changes) != 1 or len(on_last_axis) != 2:
         return None
-    ((old, new),) = changes
-    return f"rank {old} saved, {new} wanted"
+    ((before, after),) = changes
+    return f"rank {before} saved, {after} wanted"
 
 
 def _kind(dtype: np.dtype) -> str:
@@ -184,10 +230,10 @@ def _on_host(leaf: Any) -> bool:
 
 
 def read_sharding(leaf: Any) -> jax.sharding.Sharding | None:
-    """Where the stored array of a target leaf is read to; None for the host.
+    """Returns the sharding in which to read the array of a target leaf; None for the host.
 
-    The host, too, is where arrays begin that are bound to no device (`optax`'s counters): read to
-    one device, they could not meet arrays of a mesh in one computation.
+    Arrays that are not committed to a device, such as Optax's counters, are read to the host: read
+    to one device, they would be incompatible with arrays on a mesh.
     """
     sharding = getattr(leaf, "sharding", None)
     if sharding is None or _on_host(leaf):
@@ -203,10 +249,10 @@ def read_sharding(leaf: Any) -> jax.sharding.Sharding | None:
 
 
 def put_back(x: Any, leaf: Any) -> Any:
-    """A stored array as the kind of leaf that the target has there, in its dtype and sharding.
+    """Returns a stored array as the type of the target's leaf, in its dtype and sharding.
 
     Args:
-      x: what was read, on the device or the host as `read_sharding` said.
+      x: the array, read in the sharding that `read_sharding` returned.
       leaf: the target's leaf.
     """
     if impl := key_impl(leaf):
@@ -217,8 +263,8 @@ def put_back(x: Any, leaf: Any) -> Any:
         return x.astype(leaf.dtype)[()]
     if isinstance(leaf, np.ndarray):
         return x.astype(leaf.dtype)
-    # A number that gives way to the dtypes that it meets must go on doing so: a learning rate in
-    # float32 would otherwise turn bfloat16 updates into float32.
+    # Weakly typed scalars stay weakly typed: a float32 learning rate would otherwise promote
+    # bfloat16 updates to float32.
     if getattr(leaf, "weak_type", False) and x.shape == ():
         weak, sharding = jnp.asarray(np.asarray(x).item()), read_sharding(leaf)
         if weak.dtype == leaf.dtype:
@@ -230,7 +276,7 @@ def check_equal_everywhere(
     named: Mapping[str, tuple[Mapping[str, Any], Any]],
     described: Mapping[str, Mapping[str, LeafRecord]],
 ) -> None:
-    """Of what each process holds for itself, that of process 0 is saved: all must hold the same."""
+    """Raises ValueError if process-local leaves, saved by process 0, differ between processes."""
     local = {
         f"{item}: {path}": described[item][path].digest
         for item, (leaves, _) in named.items()
@@ -240,8 +286,8 @@ def check_equal_everywhere(
     if paths := _processes.differing(local):
         raise ValueError(
             listing(
-                "These leaves are no global arrays, and their values differ between the processes, "
-                "so that only those of process 0 would be saved. Make them under jax.jit:",
+                "The values of these leaves differ between the processes, and only those of "
+                "process 0 would be saved. Create them as global arrays, under jax.jit:",
                 paths,
             )
         )

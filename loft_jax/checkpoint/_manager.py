@@ -1,4 +1,4 @@
-"""Orbax's manager as the checkpoints of a run need it."""
+"""Opening and closing Orbax's checkpoint manager."""
 
 import contextlib
 import threading
@@ -9,34 +9,34 @@ import orbax.checkpoint as ocp
 
 from loft_jax.checkpoint import _folder, _processes
 from loft_jax.checkpoint._errors import CheckpointError
-from loft_jax.checkpoint._retention import Kept
+from loft_jax.checkpoint._retention import Retention
 
 
 def open_manager(
     folder: Path,
-    kept: Kept,
+    retention: Retention,
     asynchronous: bool,
     timeout_s: int,
 ) -> ocp.CheckpointManager:
-    """Makes the folder if need be, and clears away what killed saves left there.
+    """Creates the folder if needed, deletes unfinished saves and returns a manager.
 
     Raises:
-      CheckpointError: the folder cannot be made or written to.
+      CheckpointError: the folder cannot be created or is not writable.
     """
     try:
         _processes.on_first_process(lambda: _folder.make(folder))
-        _processes.on_first_process(lambda: _folder.clear_half_written(folder))
+        _processes.on_first_process(lambda: _folder.clear_unfinished(folder))
         options = ocp.CheckpointManagerOptions(
             create=False,
-            # Orbax would clear them in the background, after this returns, and with them what a
-            # run that took this one's place had begun to save.
+            # Orbax would delete unfinished saves in the background after this function returns. By
+            # then they can be the saves of a run that replaced this one.
             cleanup_tmp_directories=False,
-            # Metrics are in our own record; Orbax need not read any, which might be damaged.
+            # Metrics are in our record. Orbax's own metrics files have no checksum.
             lightweight_initialize=True,
-            preservation_policy=kept,
+            preservation_policy=retention,
             enable_async_checkpointing=asynchronous,
-            # Made in the background, folders that cannot be made leave threads that wait for them,
-            # and keep the program from ending, for minutes.
+            # If a folder cannot be created in the background, Orbax's threads wait for it for
+            # minutes and keep the program from exiting.
             async_options=ocp.AsyncOptions(
                 timeout_secs=timeout_s, create_directories_asynchronously=False
             ),
@@ -44,19 +44,24 @@ def open_manager(
         return ocp.CheckpointManager(folder, options=options)
     except OSError as error:
         raise CheckpointError(
-            f"checkpoints cannot be written to {folder} ({error}): name a folder that can be, or "
-            "open it with read_only=True"
+            f"Cannot write checkpoints to {folder} ({error}). Use a writable folder, or open this "
+            "one with read_only=True."
         ) from error
 
 
-def end_failed(manager: ocp.CheckpointManager, timeout_s: float = 60.0) -> None:
-    """Ends a manager whose save failed, and waits for what still writes to its folder.
+def close_failed(manager: ocp.CheckpointManager, timeout_s: float = 60.0) -> None:
+    """Closes a manager whose save failed, and waits for the threads that still write.
 
-    Orbax gives up at the first part that fails. The threads of the others go on, and would run
-    into those that clear the folder, or into the next save of the same step.
+    Orbax stops waiting at the first item that fails, while the threads of the other items go on.
+    They would collide with the deletion of the unfinished save or with a new save of the same step.
     """
     with contextlib.suppress(Exception):  # the failure was raised before
         manager.close()
+    # Orbax has no public way to wait for all of these threads. The futures of its handlers, the
+    # closest, are chains that also stop at the first failure. Other threads that began during the
+    # save cannot be joined either: the workers of its pools live on. So the threads are found by
+    # the package that defines their class. If that changes, only this wait is lost: the digests
+    # still detect a checkpoint with parts of another save.
     end = time.monotonic() + timeout_s
     for thread in threading.enumerate():
         if (

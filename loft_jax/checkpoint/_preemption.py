@@ -1,4 +1,4 @@
-"""Notice of preemption: the SIGTERM that a cluster sends before it takes a machine away."""
+"""Preemption notices: the SIGTERM that a cluster sends before it reclaims a machine."""
 
 import signal
 import threading
@@ -9,14 +9,14 @@ from jax.experimental import multihost_utils
 
 
 class Preemption:
-    """Turns SIGTERM into a question that the training loop asks after each step.
+    """Reports whether the run was asked to stop. Check it after every step.
 
-    In one process it catches the signal while it is open. In a run of several (after
-    `jax.distributed.initialize`) JAX catches it, in whichever process it arrives, and all processes
-    are told to stop after the same step; there, ask in all of them after every step.
+    In a single-process run, it catches SIGTERM while the context is open, in the main thread only:
+    Python delivers signals to no other thread, where `reached` is always False.
 
-    In a run of one process it never reports one outside of the main thread, where Python takes no
-    signals.
+    In a multi-process run (after `jax.distributed.initialize`), JAX catches the signal in any
+    process and makes all processes stop after the same step. All processes must call `reached`
+    after every step.
 
     Example:
       >>> with Preemption() as preemption:
@@ -24,7 +24,7 @@ class Preemption:
       ...         if step == 2:
       ...             signal.raise_signal(signal.SIGTERM)
       ...         if preemption.reached(step):
-      ...             break  # save, close, and end the program
+      ...             break  # save, close, and exit
       >>> step
       2
     """
@@ -42,12 +42,16 @@ class Preemption:
         return self
 
     def reached(self, step: int) -> bool:
-        """Whether the run is to save and end after this step."""
+        """Returns whether to save and stop after this step.
+
+        Args:
+          step: number of updates made.
+        """
         if not jax.distributed.is_initialized():
             return self._received
         try:
             return multihost_utils.reached_preemption_sync_point(step)
-        except RuntimeError:  # switched off by JAX's own option
+        except RuntimeError:  # the preemption service is disabled in JAX's options
             return False
 
     def _receive(self, *_: Any) -> None:
@@ -55,5 +59,5 @@ class Preemption:
 
     def __exit__(self, *_: Any) -> None:
         if self._catches:
-            # None is a handler that was not installed from Python, and cannot be put back.
+            # None is a handler that was not installed from Python. It cannot be reinstalled.
             signal.signal(signal.SIGTERM, self._previous or signal.SIG_DFL)

@@ -1,4 +1,4 @@
-"""Agreement between the processes of a run; with one process, nothing is to be agreed on."""
+"""Agreement between the processes of a run. In a single-process run these are no-ops."""
 
 import json
 from collections.abc import Callable
@@ -10,12 +10,13 @@ from jax.experimental import multihost_utils
 
 
 def on_first_process(fn: Callable[[], Any]) -> Any:
-    """Runs ``fn`` in process 0 alone; all processes return its result or raise its `OSError`.
+    """Calls ``fn`` in process 0 and returns its result in all processes.
 
-    Any other error is raised there, and as a `RuntimeError` in the other processes.
+    An `OSError` of ``fn`` is raised in all processes. Any other error is raised in process 0, and
+    as a `RuntimeError` in the others.
 
     Args:
-      fn: returns what JSON can hold.
+      fn: a function whose result is JSON-serializable.
     """
     if jax.process_count() == 1:
         return fn()
@@ -25,7 +26,7 @@ def on_first_process(fn: Callable[[], Any]) -> Any:
             reply = json.dumps({"value": fn()}).encode()
         except OSError as error:
             reply = json.dumps({"errno": error.errno, "text": str(error)}).encode()
-        except Exception as error:  # told to the others first: they are waiting
+        except Exception as error:  # raised after the broadcast: the other processes are waiting
             failure = error
             reply = json.dumps({"failed": f"{type(error).__name__}: {error}"}).encode()
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(reply))))
@@ -34,21 +35,21 @@ def on_first_process(fn: Callable[[], Any]) -> Any:
     if failure is not None:
         raise failure
     if "failed" in message:
-        raise RuntimeError(f"process 0 could not go on: {message['failed']}")
+        raise RuntimeError(f"process 0 failed: {message['failed']}")
     if "errno" in message:
         raise OSError(message["errno"], message["text"])
     return message["value"]
 
 
 def worst(code: int) -> int:
-    """The largest of the processes' codes."""
+    """Returns the largest code of all processes."""
     if jax.process_count() == 1:
         return code
     return int(np.max(multihost_utils.process_allgather(np.int32(code))))
 
 
 def differing(values: dict[str, str]) -> list[str]:
-    """The keys under which the processes hold different digests; the keys must be the same."""
+    """Returns the keys whose digests differ between processes. All must pass the same keys."""
     if jax.process_count() == 1 or not values:
         return []
     local = np.array([[int(v[:8], 16), int(v[8:], 16)] for v in values.values()], np.uint32)

@@ -1,4 +1,4 @@
-"""Reads one checkpoint and sees that it is whole and the one that is wanted."""
+"""Reading one checkpoint, and checking that it is intact and fits the targets."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from etils import epath  # of Orbax: what its handlers take for a path
+from etils import epath  # the paths of Orbax's handlers
 
 from loft_jax.checkpoint import _folder, _processes
 from loft_jax.checkpoint._base import BaseReference, base_differences
@@ -18,22 +18,24 @@ from loft_jax.checkpoint._leaves import (
     LeafRecord,
     by_path,
     differences,
+    options_by_path,
+    options_differences,
     put_back,
     rank_hint,
     read_sharding,
 )
-from loft_jax.checkpoint._record import NotWhole, Record, parse
+from loft_jax.checkpoint._record import Damaged, Record, parse
 
 _GOOD, _DAMAGED, _UNREADABLE = range(3)
 
 
 class Restored(NamedTuple):
-    """What `Checkpoints.restore` returns.
+    """The result of `Checkpoints.restore`.
 
     Attributes:
       step: number of updates made.
-      adapter, opt_state, key: in the structure, dtypes and shardings of the targets; None where
-        no target was given.
+      adapter, opt_state, key: in the structure, dtypes and shardings of the targets; None without a
+        target.
       data: position in the data, as saved.
       metrics: as saved.
     """
@@ -47,7 +49,7 @@ class Restored(NamedTuple):
 
 
 class Vanished(Exception):
-    """The checkpoint is not there any more."""
+    """The checkpoint was deleted while it was read."""
 
 
 def read(
@@ -56,20 +58,30 @@ def read(
     """Reads the checkpoint of a step.
 
     Args:
-      folder: of all checkpoints.
-      step: which.
-      targets: the wanted tree of each item.
-      base: the run's base, None if it is not to be compared.
+      folder: the folder of the run.
+      step: the step to read.
+      targets: the target tree of each item.
+      base: the run's base; None skips the comparison.
 
     Raises:
-      NotWhole: it is damaged.
-      Vanished: it was deleted.
-      CheckpointMismatch: it is whole, but not what is wanted.
-      CheckpointError: it cannot be read.
+      Damaged: the checkpoint is damaged.
+      Vanished: the checkpoint was deleted.
+      CheckpointMismatch: the checkpoint is intact but does not fit.
+      CheckpointError: the checkpoint cannot be read now.
     """
     record = _read_record(folder, step)
     leaves = {item: by_path(tree, item) for item, tree in targets.items()}
-    _check(f"{folder / str(step)}", record, leaves, base)
+    where = f"{folder / str(step)} (saved by loft_jax {record.version})"
+    _check_trees(where, record, leaves, targets)
+    _check_placement(where, record, leaves)
+    if base is not None and (lines := base_differences(record.base, base)):
+        raise CheckpointMismatch(
+            listing(
+                f"{where} belongs to another base. Load the weights it was trained on, or use "
+                "another folder for the new run.",
+                lines,
+            )
+        )
     arrays = {
         item: _read_arrays(folder / str(step) / item, record.items[item], wanted)
         for item, wanted in leaves.items()
@@ -94,10 +106,10 @@ def _read_record(folder: Path, step: int) -> Record:
                 raise Vanished
             if names and not {"meta", "adapter", "opt_state"} & set(names):
                 raise CheckpointMismatch(
-                    f"{folder / str(step)} was not written by loft_jax.checkpoint: it holds "
-                    f"{', '.join(names)}. Name another folder."
+                    f"{folder / str(step)} was not written by loft_jax.checkpoint: it contains "
+                    f"{', '.join(names)}. Use another folder."
                 )
-            raise NotWhole("its record (meta) is missing")
+            raise Damaged("its record (meta) is missing")
     except OSError as error:
         raise _unreadable(folder / str(step), error) from error
     try:
@@ -106,45 +118,62 @@ def _read_record(folder: Path, step: int) -> Record:
         raise CheckpointMismatch(f"{folder / str(step)}: {error}") from error
 
 
-def _check(
+def _check_trees(
     where: str,
     record: Record,
     leaves: Mapping[str, Mapping[str, Any]],
-    base: BaseReference | None,
+    targets: Mapping[str, Any],
 ) -> None:
-    """Raises `CheckpointMismatch` if the checkpoint is of another setup."""
-    lines, hint = [], None
+    """Raises `CheckpointMismatch` if paths, shapes, kinds of dtypes or options differ."""
+    found: dict[str, list[str]] = {}
     for item, wanted in leaves.items():
-        if record.items.get(item) or not wanted:
-            saved = record.items.get(item, {})
-            lines += differences(saved, wanted, item)
-            if item == "adapter" and lines:
-                hint = rank_hint(saved, wanted)
-        else:
-            lines.append(f"{item}: wanted, but nothing of it was saved")
+        saved = record.items.get(item, {})
+        if not saved and wanted:
+            found[item] = [f"{item}: wanted, but not saved"]
+            continue
+        options = None if record.options is None else record.options.get(item, {})
+        found[item] = options_differences(options, options_by_path(targets[item]), item)
+        found[item] += differences(saved, wanted, item)
+    lines = [line for of_item in found.values() for line in of_item]
     if not lines:
-        _check_placement(where, record, leaves)
-    if lines:
+        return
+    hint = None
+    if found.get("adapter"):
+        hint = rank_hint(record.items.get("adapter", {}), leaves["adapter"])
+    elif _has_old_layout(record.items.get("opt_state", {}), leaves.get("opt_state", {})):
         raise CheckpointMismatch(
             listing(
-                f"{where} (of loft_jax {record.version}) is whole, but of another setup"
-                f"{f': {hint}' if hint else ''}. Restore it with the adapter and the optimizer "
-                "that saved it, or let the new run have another folder.",
+                f"{where} has the layout of optimizer states before this version (`turn` where "
+                "`active` is wanted). That state cannot be continued. To keep the weights, restore "
+                "the adapter alone with `restore(adapter=...)`, create a new state with the "
+                "optimizer's `init`, and save to another folder.",
                 lines,
             )
         )
-    if base is not None and (lines := base_differences(record.base, base)):
-        raise CheckpointMismatch(
-            listing(
-                f"{where} belongs to another base. Load the weights that it was trained on, or let "
-                "the new run have another folder.",
-                lines,
-            )
+    raise CheckpointMismatch(
+        listing(
+            f"{where} is intact, but of another setup{f': {hint}' if hint else ''}. Restore it "
+            "with the adapter and the optimizer that saved it, or use another folder for the new "
+            "run.",
+            lines,
         )
+    )
+
+
+def _has_old_layout(saved: Mapping[str, LeafRecord], wanted: Mapping[str, Any]) -> bool:
+    """Whether a LoFT state was saved with ``turn`` in place of ``active``.
+
+    ``turn`` was 0 for the factor that moved first and ``active`` is 0 for ``a``, so the one cannot
+    be read as the other.
+    """
+    fields = lambda paths: {path.rpartition("/")[2] for path in paths}
+    return "turn" in fields(set(saved) - set(wanted)) and "active" in fields(
+        set(wanted) - set(saved)
+    )
 
 
 def _check_placement(where: str, record: Record, leaves: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raises `CheckpointMismatch` if an array cannot be split as its target is."""
+    """Raises `CheckpointMismatch` if a target's sharding does not divide the stored shape."""
     lines = []
     for item, wanted in leaves.items():
         for path, leaf in wanted.items():
@@ -157,8 +186,8 @@ def _check_placement(where: str, record: Record, leaves: Mapping[str, Mapping[st
     if lines:
         raise CheckpointMismatch(
             listing(
-                f"{where} is whole, but cannot be split as the targets are. Give them shardings "
-                "that divide their shapes; loft_jax.sharding.state_shardings does.",
+                f"{where} is intact, but cannot be sharded like the targets. Use shardings that "
+                "divide the shapes, such as those of loft_jax.sharding.state_shardings.",
                 lines,
             )
         )
@@ -167,18 +196,18 @@ def _check_placement(where: str, record: Record, leaves: Mapping[str, Mapping[st
 def _read_arrays(
     folder: Path, saved: Mapping[str, LeafRecord], wanted: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The stored arrays of an item, in the dtypes they were saved in, checked by their digests."""
+    """Returns the arrays of an item in the dtypes they were saved in, verified by their digests."""
     if not saved:
         return {}
-    # Orbax's manager would wait for the other processes at the end, and for ever if one of them
-    # alone finds a file damaged. The handler waits for nobody; the processes agree here.
+    # Orbax's manager and checkpointers end with a barrier, which hangs if only one process finds a
+    # damaged file. The handler has no barrier; `_agree` synchronizes the processes.
     code, reason, arrays = _GOOD, "", {}
     try:
         arrays = _restore(folder, saved, wanted)
     except Exception as error:
         code, reason = _classify(folder, error)
         if code == _DAMAGED and _whole_on_the_host(folder, saved):
-            code = _UNREADABLE  # it is not the files that are wrong
+            code = _UNREADABLE  # the files are intact
     _agree(folder, code, reason)
     found = digests(arrays)
     wrong = [path for path, leaf in saved.items() if found[path] != leaf.digest]
@@ -192,7 +221,7 @@ def _read_arrays(
 
 
 def _whole_on_the_host(folder: Path, saved: Mapping[str, LeafRecord]) -> bool:
-    """Whether the arrays are read well where no device and no sharding takes part."""
+    """Whether the arrays are intact when read to the host, without devices and shardings."""
     try:
         found = digests(_restore(folder, saved, dict.fromkeys(saved)))
     except Exception:
@@ -206,11 +235,13 @@ def _restore(
     item, how, arrays = {}, {}, {}
     for path, leaf in saved.items():
         dtype, sharding = jnp.dtype(leaf.dtype), read_sharding(wanted[path])
-        if 0 in leaf.shape:  # only the record has it
+        if 0 in leaf.shape:  # stored in the record only
             empty = np.zeros(leaf.shape, dtype)
             arrays[path] = empty if sharding is None else jax.device_put(empty, sharding)
             continue
-        item[path] = jax.ShapeDtypeStruct(leaf.shape, np.uint8)  # a place; `how` has the dtype
+        item[path] = jax.ShapeDtypeStruct(
+            leaf.shape, np.uint8
+        )  # a placeholder; `how` has the dtype
         how[path] = (
             ocp.RestoreArgs(restore_type=np.ndarray, dtype=dtype)
             if sharding is None
@@ -230,14 +261,14 @@ def _restore(
     for path, leaf in saved.items():
         if tuple(arrays[path].shape) != leaf.shape or arrays[path].dtype != jnp.dtype(leaf.dtype):
             raise ValueError(
-                f"{path} is {arrays[path].dtype}{tuple(arrays[path].shape)}, recorded as "
+                f"{path} is {arrays[path].dtype}{tuple(arrays[path].shape)} but was recorded as "
                 f"{leaf.dtype}{leaf.shape}"
             )
     return arrays
 
 
 def _classify(folder: Path, error: Exception) -> tuple[int, str]:
-    """Tells damage, which is for ever, from what may be otherwise at the next attempt."""
+    """Distinguishes permanent damage from failures that may pass. Returns a code and a reason."""
     reason = f"{folder.name}: {brief(error)}"
     if isinstance(error, (MemoryError, jax.errors.JaxRuntimeError)):
         return _UNREADABLE, reason
@@ -248,26 +279,26 @@ def _classify(folder: Path, error: Exception) -> tuple[int, str]:
                     while file.read(1 << 22):
                         pass
     except FileNotFoundError:
-        pass  # deleted while we looked
+        pass  # deleted meanwhile
     except OSError as problem:
         return _UNREADABLE, str(problem)
     return _DAMAGED, reason
 
 
 def _agree(folder: Path, code: int, reason: str) -> None:
-    """Raises, in all processes, what the worst code says."""
+    """Raises the error of the worst code in all processes."""
     worst = _processes.worst(code)
     if code != worst:
-        reason = "another process found it so"
+        reason = "found by another process"
     if worst == _UNREADABLE:
         raise _unreadable(folder.parent, reason)
     if worst == _DAMAGED:
         gone = _processes.on_first_process(lambda: not folder.parent.exists())
-        raise Vanished if gone else NotWhole(reason)
+        raise Vanished if gone else Damaged(reason)
 
 
 def _unreadable(where: Path, why: object) -> CheckpointError:
     return CheckpointError(
-        f"{where} cannot be read ({why}). It may be whole, and stays where it is: see to the "
-        "permissions, the disk or the memory, and run again."
+        f"{where} cannot be read ({why}). It may be intact and was not moved. Check "
+        "permissions, disk and memory, and run again."
     )

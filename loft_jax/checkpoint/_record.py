@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself: one JSON object, committed together with the arrays."""
+"""The record of a checkpoint: one JSON object, committed together with the arrays."""
 
 import base64
 import contextlib
@@ -12,35 +12,38 @@ import loft_jax
 from loft_jax.checkpoint._base import BaseReference
 from loft_jax.checkpoint._leaves import LeafRecord
 
-FORMAT = 1
+# Format 1 did not have the options.
+FORMAT = 2
 
 
-class NotWhole(Exception):
-    """A record is no valid one."""
+class Damaged(Exception):
+    """A checkpoint is damaged. The message says how."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """Everything of a checkpoint but the arrays.
+    """Everything in a checkpoint except the arrays.
 
     Attributes:
       step: number of updates made.
-      items: for each item ("adapter", "opt_state", "key") its arrays by path.
+      items: the arrays of each item ("adapter", "opt_state", "key"), by path.
+      options: the options of each item by path, see `options_by_path`; None in format 1.
       data: position in the data.
       metrics: by name.
-      base: the frozen base, None if none was named.
-      version: of the package that wrote it.
+      base: the frozen base; None if the run did not specify one.
+      version: version of the package that wrote the checkpoint.
     """
 
     step: int
     items: Mapping[str, Mapping[str, LeafRecord]]
+    options: Mapping[str, Mapping[str, str]] | None
     data: Any = None
     metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
     base: BaseReference | None = None
     version: str = loft_jax.__version__
 
     def to_json(self) -> dict[str, Any]:
-        """As `parse` reads it."""
+        """Returns a JSON object that `parse` reads."""
         content = {
             "format": FORMAT,
             "loft_jax": self.version,
@@ -52,31 +55,32 @@ class Record:
                 item: {path: leaf.to_json() for path, leaf in leaves.items()}
                 for item, leaves in self.items.items()
             },
+            "options": self.options,
         }
         return {"content": content, "sha256": _checksum(content)}
 
 
 def parse(text: str, step: int) -> Record:
-    """Reads a record.
+    """Parses and verifies a record.
 
     Raises:
-      NotWhole: it is not what `Record.to_json` made for that step.
-      ValueError: a later version of this package wrote it.
+      Damaged: the text is not what `Record.to_json` returned for that step.
+      ValueError: a later version of this package wrote the record.
     """
     try:
         whole = json.loads(text)
         content = whole["content"]
         if whole["sha256"] != _checksum(content):
-            raise NotWhole("its record (meta) does not match its own checksum")
+            raise Damaged("its record (meta) does not match its checksum")
         if content["format"] > FORMAT:
             raise ValueError(
-                f"written in format {content['format']} by loft_jax {content['loft_jax']}; this "
-                f"version reads up to format {FORMAT}: update loft_jax"
+                f"written in format {content['format']} by loft_jax {content['loft_jax']}. This "
+                f"version reads up to format {FORMAT}: update loft_jax."
             )
         if content["step"] != step:
-            raise NotWhole(f"its record (meta) is that of step {content['step']}")
+            raise Damaged(f"its record (meta) belongs to step {content['step']}")
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise NotWhole(f"its record (meta) is not readable: {error}") from error
+        raise Damaged(f"its record (meta) is unreadable: {error}") from error
     base = content["base"]
     return Record(
         step,
@@ -84,6 +88,7 @@ def parse(text: str, step: int) -> Record:
             item: {path: LeafRecord.from_json(leaf) for path, leaf in leaves.items()}
             for item, leaves in content["items"].items()
         },
+        content.get("options"),
         decode_data(content["data"]),
         content["metrics"],
         None if base is None else BaseReference.from_json(base),
@@ -96,10 +101,10 @@ def _checksum(content: Mapping[str, Any]) -> str:
 
 
 def encode_data(data: Any) -> dict[str, Any]:
-    """The position in the data for JSON.
+    """Encodes the position in the data as JSON.
 
     Raises:
-      TypeError: it is neither bytes nor what JSON gives back unchanged (tuples become lists).
+      TypeError: the position is neither bytes nor unchanged by JSON (tuples become lists).
     """
     if isinstance(data, bytes):
         return {"bytes": base64.b64encode(data).decode()}
@@ -112,9 +117,9 @@ def encode_data(data: Any) -> dict[str, Any]:
             f"data must be bytes, or numbers, strings, lists and dicts with string keys (no "
             f"tuples, arrays or NaN), got {data!r}"
         )
-    return {"json": copy}  # The caller's may have moved on before the background has written it.
+    return {"json": copy}  # a copy: the caller may change the original before it is written
 
 
 def decode_data(value: Mapping[str, Any]) -> Any:
-    """The inverse of `encode_data`."""
+    """Inverse of `encode_data`."""
     return base64.b64decode(value["bytes"]) if "bytes" in value else value["json"]

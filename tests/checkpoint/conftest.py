@@ -1,4 +1,4 @@
-"""The runs that these tests start, kill and resume are in `tiny_run.py`."""
+"""Fixtures. `tiny_run.py` has the runs that these tests start, kill and resume."""
 
 import sys
 import time
@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 @pytest.fixture
 def fault(report):
-    """Adds a line to the table of faults: the fault, how it was made, what came of it, the loss."""
+    """Adds a line to the table of faults: fault, how it was injected, outcome, loss."""
     widths = (40, 48, 60, 0)
 
     def add(*cells: str) -> None:
@@ -23,10 +23,9 @@ def fault(report):
 
 @pytest.fixture
 def dropped_io_ends():
-    """Lets what a failed read or write left behind end in the test that made it fail.
+    """Waits for reads and writes that Orbax abandoned after a failure.
 
-    Orbax drops the other reads and writes, and TensorStore then finds nobody to tell of their end:
-    pytest would hold that against the next test.
+    Nothing receives their errors, and pytest would attribute the warning to the next test.
     """
     yield
     time.sleep(0.1)

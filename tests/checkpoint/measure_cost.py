@@ -1,4 +1,4 @@
-"""What a checkpoint of a 5M-parameter adapter costs: the figures of docs/checkpoints.md.
+"""Cost of a checkpoint of a 5M-parameter adapter: the figures of docs/checkpoints.md.
 
 python tests/checkpoint/measure_cost.py
 """
@@ -28,13 +28,13 @@ def random_adapter() -> Any:
 
 
 def random_like(tree: Any) -> Any:
-    # Zeros, of which a fresh state is made, would compress to nothing.
+    # A fresh state consists of zeros, which would compress to nothing.
     draw = lambda x: jax.random.normal(jax.random.key(x.size), x.shape, x.dtype) if x.ndim else x
     return jax.tree.map(draw, tree)
 
 
 def seconds(fn: Callable[[], Any], times: int = 5) -> float:
-    """The median of a few calls."""
+    """Returns the median of a few calls."""
     taken = []
     for _ in range(times):
         start = time.perf_counter()

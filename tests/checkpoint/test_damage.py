@@ -1,5 +1,6 @@
-"""Whatever happens to a file of the newest checkpoint, no wrong value is ever restored."""
+"""No damage to a file of the newest checkpoint leads to a wrong value."""
 
+import functools
 import os
 import random
 import shutil
@@ -33,8 +34,9 @@ pytestmark = [
 PARAMS = {"head": (5, 3), "layer": {"lora_a": (6, 2), "lora_b": (2, 5)}}
 
 
+@functools.cache
 def state_of(step: int) -> dict:
-    """A state like no other step's."""
+    """Returns the state of a step, unlike that of any other step. Do not modify it."""
     zeros = jax.tree.map(jnp.zeros, PARAMS, is_leaf=lambda x: isinstance(x, tuple))
     adapter = random_like(zeros, step)
     state = random_like(jax.eval_shape(loft_adamw(0.1).init, adapter), step + 100)
@@ -43,7 +45,7 @@ def state_of(step: int) -> dict:
 
 @pytest.fixture(scope="module")
 def two_checkpoints(tmp_path_factory) -> Path:
-    """A folder with the steps 1 and 2."""
+    """A folder with steps 1 and 2."""
     folder = tmp_path_factory.mktemp("two")
     with Checkpoints(folder) as checkpoints:
         for step in (1, 2):
@@ -57,7 +59,7 @@ def folder(two_checkpoints, tmp_path) -> Path:
 
 
 def restore_and_check(folder: Path) -> int:
-    """Restores, sees that each value is that of its step, and returns the step."""
+    """Restores, checks that each value is that of its step, and returns the step."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         with Checkpoints(folder) as checkpoints:
@@ -79,7 +81,7 @@ def restore_and_check(folder: Path) -> int:
 
 
 def damages(content: bytes, draw: random.Random) -> dict[str, bytes | None]:
-    """What may become of a file: gone, cut short, or with one bit flipped."""
+    """Returns damaged versions of a file: missing, truncated, or with one bit flipped."""
     found: dict[str, bytes | None] = {"missing": None}
     if content:
         found |= {"truncated to half": content[: len(content) // 2], "truncated to 0": b""}
@@ -94,14 +96,16 @@ def test_every_file_missing_cut_or_flipped(two_checkpoints, tmp_path, fault):
     draw, outcomes = random.Random(0), {}
     files = sorted(p for p in (two_checkpoints / "2").rglob("*") if p.is_file())
     assert len(files) > 10
+    folder = Path(shutil.copytree(two_checkpoints, tmp_path / "run"))
     for number, file in enumerate(files):
         name = file.relative_to(two_checkpoints)
         for kind, content in damages(file.read_bytes(), draw).items():
-            # A folder of its own each: TensorStore remembers what it has read at a path.
-            folder = tmp_path / f"{number} {kind}"
-            shutil.copytree(two_checkpoints, folder, copy_function=os.link)
-            (folder / name).unlink()
-            if content is not None:
+            # A new path for each case: TensorStore caches what it has read at a path.
+            folder = folder.rename(tmp_path / f"{number} {kind}")
+            original = (folder / name).read_bytes()
+            if content is None:
+                (folder / name).unlink()
+            else:
                 (folder / name).write_bytes(content)
             try:
                 step = restore_and_check(folder)
@@ -109,12 +113,16 @@ def test_every_file_missing_cut_or_flipped(two_checkpoints, tmp_path, fault):
                 raise AssertionError(f"{name}: {kind}") from error
             group = "with a bit flipped" if "flipped" in kind else kind
             outcomes.setdefault(group, {1: 0, 2: 0})[step] += 1
-            shutil.rmtree(folder)
+            if step == 1:
+                (folder / "damaged" / "2").rename(folder / "2")
+                (folder / "damaged").rmdir()
+            (folder / name).write_bytes(original)
+    assert restore_and_check(folder) == 2
     for kind, counts in outcomes.items():
         fault(
             f"file {kind}",
             f"{sum(counts.values())} cases in all {len(files)} files",
-            f"{counts[1]} set aside, the older restored; {counts[2]} harmless",
+            f"{counts[1]} moved away, older one restored; {counts[2]} harmless",
             "at most one save",
         )
     assert all(counts[1] for counts in outcomes.values())
@@ -122,8 +130,8 @@ def test_every_file_missing_cut_or_flipped(two_checkpoints, tmp_path, fault):
 
 @pytest.mark.parametrize("item", ["adapter", "opt_state", "key"])
 def test_a_flipped_bit_in_a_value_is_found_though_the_file_is_well_formed(folder, tmp_path, item):
-    """The arrays of another run under the record of this one: nothing but the digests can tell."""
-    other = state_of(2)
+    """Arrays of another run under the record of this one. Only the digests detect it."""
+    other = dict(state_of(2))
     leaves, treedef = jax.tree.flatten(other[item])
     if item == "key":
         leaves[0] = jax.random.key(3)
@@ -162,8 +170,8 @@ def test_all_damaged_is_an_error_that_lists_each(folder):
         checkpoints.restore(**state_of(0))
     assert all(text in str(error.value) for text in (str(folder), "step 2: ", "step 1: ", "record"))
     assert sorted(path.name for path in (folder / "damaged").iterdir()) == ["1", "2"]
-    with Checkpoints(folder) as checkpoints:  # nor does a second start begin anew in silence
-        with pytest.raises(CheckpointDamaged, match="damaged/1: moved there before"):
+    with Checkpoints(folder) as checkpoints:  # a second start raises as well
+        with pytest.raises(CheckpointDamaged, match="damaged/1: moved there earlier"):
             checkpoints.restore(**state_of(0))
         assert checkpoints.save(1, **state_of(1))
         assert checkpoints.restore(**state_of(0)).step == 1
@@ -202,7 +210,7 @@ def test_a_later_format_is_refused_and_not_moved(folder, monkeypatch):
     from loft_jax.checkpoint import _record
 
     with monkeypatch.context() as patch, Checkpoints(folder) as checkpoints:
-        patch.setattr(_record, "FORMAT", 2)
+        patch.setattr(_record, "FORMAT", _record.FORMAT + 1)
         checkpoints.save(3, **state_of(3))
     with Checkpoints(folder) as checkpoints, pytest.raises(CheckpointMismatch, match="update loft"):
         checkpoints.restore(**state_of(0))
@@ -211,7 +219,7 @@ def test_a_later_format_is_refused_and_not_moved(folder, monkeypatch):
 
 @pytest.mark.parametrize("name", ["meta/metadata", "adapter/_METADATA"])
 def test_what_cannot_be_read_now_is_neither_moved_nor_passed_over(folder, monkeypatch, name, fault):
-    """As with a lost mount or a failing disk; a file's own permissions do not bind root."""
+    """Simulates a lost mount or a failing disk. File permissions do not apply to root."""
     opened = Path.open
     file = folder / "2" / name
 
@@ -230,7 +238,7 @@ def test_what_cannot_be_read_now_is_neither_moved_nor_passed_over(folder, monkey
         checkpoints.restore(**state_of(0))
     assert type(error.value) is CheckpointError
     assert (folder / "2").is_dir() and not (folder / "damaged").exists()
-    fault("input/output error", f"at {name}", "an error; nothing is moved", "nothing")
+    fault("input/output error", f"at {name}", "error; nothing moved", "nothing")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become a user without permissions")
@@ -239,7 +247,7 @@ def test_files_of_another_user_are_not_taken_for_damage(folder):
         path.chmod(0o755)
     for path in (folder / "2" / "adapter").rglob("*"):
         path.chmod(0o600 if path.is_file() else 0o755)
-    # Once as root, so that all modules are imported: the other user may not read those either.
+    # First as root, so that all modules are imported: the other user cannot read them either.
     script = f"""
         import os
         import jax.numpy as jnp
@@ -262,24 +270,24 @@ def test_files_of_another_user_are_not_taken_for_damage(folder):
 
 
 def test_a_checkpoint_deleted_meanwhile_is_no_damage(folder, monkeypatch):
-    """Its run, in another process, has saved a newer one and deletes this."""
+    """Its run, in another process, saved a newer one and deletes this one."""
     from loft_jax.checkpoint import _reading
 
-    checked = _reading._check
+    parse = _reading.parse
 
-    def deleting(where, *rest):
-        if where.endswith("2"):
-            shutil.rmtree(where)
-        return checked(where, *rest)
+    def deleting(text, step):
+        if step == 2:
+            shutil.rmtree(folder / "2")
+        return parse(text, step)
 
-    monkeypatch.setattr(_reading, "_check", deleting)
+    monkeypatch.setattr(_reading, "parse", deleting)
     with Checkpoints(folder, read_only=True) as checkpoints:
         assert checkpoints.restore(**state_of(0)).step == 1
 
 
 @pytest.mark.parametrize("step", [None, 2])
 def test_where_all_that_was_listed_is_deleted_it_is_looked_again(folder, monkeypatch, step):
-    """A reader of a running training must not take the race for an empty folder."""
+    """A reader of a running training must not mistake the race for an empty folder."""
     from loft_jax.checkpoint import _reading
 
     read, times = _reading.read, []
@@ -301,7 +309,7 @@ def test_where_all_that_was_listed_is_deleted_it_is_looked_again(folder, monkeyp
 
 
 def test_targets_that_do_not_divide_are_no_damage(folder):
-    """A resume with a wrong sharding must not cost the run its checkpoints."""
+    """Resuming with a wrong sharding must not move the checkpoints away."""
     mesh = jax.make_mesh((4,), ("x",))
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
     wanted = jax.tree.map(
@@ -309,14 +317,14 @@ def test_targets_that_do_not_divide_are_no_damage(folder):
     )
     with (
         Checkpoints(folder) as checkpoints,
-        pytest.raises(CheckpointMismatch, match="(?s)cannot be split as the targets.*lora_a"),
+        pytest.raises(CheckpointMismatch, match="(?s)cannot be sharded like the targets.*lora_a"),
     ):
         checkpoints.restore(adapter=wanted)
     assert (folder / "2").is_dir() and not (folder / "damaged").exists()
 
 
 def test_a_device_that_cannot_take_the_arrays_is_no_damage(folder, monkeypatch):
-    """Whatever fails on the way to the devices: on the host the files are found to be whole."""
+    """If placing the arrays on devices fails, the files are read on the host and found intact."""
     from loft_jax.checkpoint import _reading
 
     restore = _reading._restore

@@ -1,4 +1,4 @@
-"""The digests tell every change of an array, and are the same wherever it is."""
+"""Digests detect every change of an array and do not depend on where it is."""
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +52,7 @@ def test_places_lengths_and_zeros_count():
 
 
 def test_both_halves_are_independent():
-    """Of 6000 digests of close values, neither half has more equal ones than chance has it."""
+    """Neither half of 6000 digests of close values has more collisions than expected by chance."""
     found = [digest(np.array([k & 1, k >> 1], np.uint32)) for k in range(6000)]
     assert len(set(found)) == len(found)
     for half in (slice(0, 8), slice(8, 16)):

@@ -1,4 +1,4 @@
-"""Saves that cannot be written are errors that name the folder, and cost no earlier checkpoint."""
+"""A failed save raises an error that names the folder, and leaves earlier checkpoints intact."""
 
 import contextlib
 import os
@@ -25,7 +25,7 @@ every_mode = pytest.mark.parametrize("asynchronous", [True, False], ids=["async"
 
 
 def state_of(step: int, size: int = 100) -> dict:
-    """Values that do not compress."""
+    """Returns values that do not compress."""
     draw = np.random.default_rng(step).integers(0, 2**31, size)
     return {"adapter": {"w": jnp.asarray(draw, jnp.int32)}, "opt_state": {"n": jnp.int32(step)}}
 
@@ -53,7 +53,7 @@ def full_disk(tmp_path: Path):
 
 @contextlib.contextmanager
 def short_files(tmp_path: Path):
-    """Files may grow to 1 MB: a write beyond fails as on a full disk."""
+    """Limits files to 1 MB: larger writes fail as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))
@@ -76,7 +76,7 @@ def test_a_save_without_room_is_an_error_and_the_next_with_room_succeeds(
             with pytest.raises(CheckpointError, match="step 2 could not be saved") as error:
                 checkpoints.save(2, **state_of(2, 2_000_000))
                 checkpoints.wait()
-            assert str(folder) in str(error.value) and "room" in str(error.value)
+            assert str(folder) in str(error.value) and "space" in str(error.value)
             assert checkpoints.steps() == (1,)
             restore_and_check(folder, 1)
             assert checkpoints.save(3, **state_of(3))
@@ -87,7 +87,7 @@ def test_a_save_without_room_is_an_error_and_the_next_with_room_succeeds(
         "no room",
         {"full_disk": "tmpfs of 2 MB", "short_files": "RLIMIT_FSIZE of 1 MB"}[limit.__name__]
         + f", {'a' if asynchronous else ''}synchronous",
-        "an error; earlier ones whole; saves once there is room",
+        "error; earlier ones intact; saves once there is space",
         "that save",
     )
 
@@ -133,12 +133,12 @@ def test_a_folder_that_vanishes_is_an_error_and_is_made_again(tmp_path, asynchro
         assert checkpoints.save(3, **state_of(3))
         checkpoints.wait()
     restore_and_check(folder, 3)
-    # A thread that still waited for the folder would keep the program from ending.
+    # A thread that still waits for the folder would keep the program from exiting.
     assert not [t for t in set(threading.enumerate()) - before if not t.daemon and t.is_alive()]
     fault(
         "folder vanished",
         f"a file in its place, {'a' if asynchronous else ''}synchronous",
-        "an error; saves once it can be made again",
+        "error; saves once it can be created",
         "what was in it",
     )
 
@@ -149,15 +149,17 @@ def test_a_folder_that_cannot_be_is_an_error_at_once(tmp_path, where, fault):
     folder = {"file": tmp_path / "file", "below a file": tmp_path / "file" / "run"}.get(
         where, where
     )
-    with pytest.raises(CheckpointError, match="(?s)cannot be written.*name a folder") as error:
+    with pytest.raises(
+        CheckpointError, match="(?s)Cannot write checkpoints.*Use a writable folder"
+    ) as error:
         Checkpoints(folder)
     assert str(folder) in str(error.value)
-    fault("folder cannot be written", where, "an error at the start", "nothing")
+    fault("folder cannot be written", where, "error at the start", "nothing")
 
 
 def test_a_folder_without_permission_is_an_error_at_once(tmp_path, monkeypatch):
     tmp_path.chmod(0o555)
-    if os.geteuid() == 0:  # whom permissions do not bind
+    if os.geteuid() == 0:  # permissions do not apply to root
         monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(CheckpointError, match="no permission"):
         Checkpoints(tmp_path)
@@ -171,7 +173,7 @@ def test_a_reader_needs_no_folder(tmp_path):
 
 
 def test_what_killed_saves_left_is_cleared_away(tmp_path, monkeypatch):
-    """At once, not in the background: that might delete what another run saves by then."""
+    """At once: in the background, it could delete what another run saves by then."""
     rmtree = shutil.rmtree
 
     def slow_rmtree(*args, **options):

@@ -1,4 +1,4 @@
-"""Which checkpoints are kept, which is the best, and that none is overwritten."""
+"""Which checkpoints are kept, which is best, and that none is overwritten."""
 
 import json
 import math
@@ -66,7 +66,7 @@ def test_a_run_taken_up_again_knows_the_best(tmp_path):
 
 
 def test_the_older_one_is_kept_until_the_new_one_is_whole(tmp_path):
-    """With keep=1: a save that fails may not have deleted its predecessor."""
+    """With keep=1: a failed save must not delete its predecessor."""
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         checkpoints.save(1, **state_of(1))
         checkpoints.wait()
@@ -103,7 +103,7 @@ def test_the_same_state_is_not_saved_twice_and_no_other_takes_its_place(tmp_path
         assert checkpoints.save(4, **state_of(4), data={"batch": 1})
         assert not checkpoints.save(4, **state_of(4), data={"batch": 1})
         for other in ({**state_of(5), "data": {"batch": 1}}, {**state_of(4), "data": None}):
-            with pytest.raises(CheckpointError, match="saved already, with other values"):
+            with pytest.raises(CheckpointError, match="was saved already, with other values"):
                 checkpoints.save(4, **other)
         found = checkpoints.restore(**state_of(0))
         assert found is not None and int(found.opt_state["count"]) == 4
@@ -116,9 +116,9 @@ def test_a_step_before_the_newest_is_refused_rather_than_lost(tmp_path):
         save_all(checkpoints, {3: None, 6: None})
         found = checkpoints.restore(**state_of(0), step=3)
         assert found is not None and found.step == 3
-        with pytest.raises(CheckpointError, match="step 4 comes before the newest checkpoint, 6"):
+        with pytest.raises(CheckpointError, match="step 4 is older than the newest checkpoint, 6"):
             checkpoints.save(4, **state_of(4))
-        with pytest.raises(CheckpointError, match=r"no step 5, but \[3, 6\]"):
+        with pytest.raises(CheckpointError, match=r"no step 5. Saved steps: \[3, 6\]"):
             checkpoints.restore(**state_of(0), step=5)
 
 
@@ -172,8 +172,8 @@ def test_arguments_that_cannot_be_saved_are_refused_and_nothing_is_written(tmp_p
             (TypeError, {"data": {"position": (1, 2)}}, "data must be"),
             (TypeError, {"data": {1: 2}}, "data must be"),
             (TypeError, {"data": math.nan}, "data must be"),
-            (TypeError, {"adapter": {"w": "text"}}, "adapter: w is no array"),
-            (TypeError, {"adapter": {"w": jnp.ones(2), "f": len}}, "adapter: f is no array"),
+            (TypeError, {"adapter": {"w": "text"}}, "adapter: w is not an array"),
+            (TypeError, {"adapter": {"w": jnp.ones(2), "f": len}}, "adapter: f is not an array"),
             (ValueError, {"adapter": {"a/b": 1.0, "a": {"b": 2.0}}}, "adapter: two leaves.*'a/b'"),
         ]:
             with pytest.raises(error, match=text):
@@ -182,7 +182,7 @@ def test_arguments_that_cannot_be_saved_are_refused_and_nothing_is_written(tmp_p
 
 
 def test_a_best_whose_record_cannot_be_read_now_is_not_deleted(tmp_path, monkeypatch):
-    """As with a mount that is lost for a moment: it may still be the best."""
+    """Simulates a mount that is lost for a moment. The checkpoint may still be the best."""
     with Checkpoints(tmp_path, keep=1, best="loss") as checkpoints:
         save_all(checkpoints, {1: 0.1, 2: 0.5})
     read = _folder.record_text
@@ -203,19 +203,19 @@ def test_a_best_whose_record_cannot_be_read_now_is_not_deleted(tmp_path, monkeyp
 
 
 def test_a_step_that_another_run_has_saved_is_not_overwritten(tmp_path):
-    """A run that hung, and the one that was started in its place."""
+    """A run that hung, and the run that replaced it."""
     with Checkpoints(tmp_path, keep=4) as hung, Checkpoints(tmp_path, keep=4) as successor:
         save_all(hung, {1: None})
         hung.wait()
         save_all(successor, {2: None})
         successor.wait()
-        with pytest.raises(CheckpointError, match="step 2 is saved already, with other values"):
+        with pytest.raises(CheckpointError, match="step 2 was saved already, with other values"):
             hung.save(2, **state_of(7))
         assert_trees_identical(successor.restore(**state_of(0)).adapter, state_of(2)["adapter"])
 
 
 def test_a_position_that_moves_on_at_once_is_saved_as_it_was(tmp_path, monkeypatch):
-    """It is written in the background, here as late as can be."""
+    """The record is written in the background, here as late as possible."""
     written, dumps = threading.Event(), json.dumps
 
     def late_dumps(*args, **options):
@@ -245,7 +245,7 @@ def test_of_a_damaged_step_that_was_asked_for_others_are_not_given_up(tmp_path):
         save_all(checkpoints, {1: None, 2: None})
         checkpoints.wait()
         (tmp_path / "2" / "meta" / "metadata").write_text("{}")
-        whole = pytest.raises(CheckpointDamaged, match="step 2 is not whole. Leave it out")
+        whole = pytest.raises(CheckpointDamaged, match="step 2 is damaged. Omit step=")
         with pytest.warns(DamagedCheckpointWarning), whole:
             checkpoints.restore(**state_of(0), step=2)
         assert checkpoints.restore(**state_of(0)).step == 1

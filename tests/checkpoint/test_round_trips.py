@@ -1,4 +1,4 @@
-"""Whatever is saved comes back to the bit: any tree, dtype, optimizer and mesh."""
+"""Save and restore are bit-exact for any tree, dtype, optimizer and mesh."""
 
 import functools
 import os
@@ -24,7 +24,9 @@ from optimizers import hasty_compiler as hasty_compiler
 
 from loft_jax import loft_adamw
 from loft_jax.adapters import LoraRule, add_lora, lora_pairs
+from loft_jax.algorithm.step import Blocks
 from loft_jax.checkpoint import CheckpointMismatch, Checkpoints, digests
+from loft_jax.optimizers.options import make_options
 
 WRAPPERS = {
     "MultiSteps": lambda: optax.MultiSteps(loft_adamw(0.1), 2),
@@ -43,7 +45,7 @@ every_wrapper = pytest.mark.parametrize("make", WRAPPERS.values(), ids=WRAPPERS.
 
 
 def round_trip(folder, wanted=None, **state):
-    """Saves, and restores in a manager of its own as ``wanted`` or as it was."""
+    """Saves, and restores in a new manager to ``wanted``, by default to the saved state."""
     with Checkpoints(folder) as checkpoints:
         assert checkpoints.save(1, **state)
     with Checkpoints(folder, read_only=True) as checkpoints:
@@ -53,7 +55,7 @@ def round_trip(folder, wanted=None, **state):
 
 
 def like(tree):
-    """A tree of other values, with which nothing comes back by chance."""
+    """Returns a tree of other values, so that nothing is restored by chance."""
     return jax.tree.map(jnp.zeros_like, tree)
 
 
@@ -78,7 +80,7 @@ def check_state(tx, params, folder):
     )
     assert_trees_identical(found.adapter, params)
     assert_trees_identical(found.opt_state, state)
-    assert types(found.opt_state) == types(state)  # weak ones stay weak
+    assert types(found.opt_state) == types(state)  # including weak types
 
 
 def test_the_state_of_a_flax_optimizer(tmp_path):
@@ -113,6 +115,22 @@ def test_the_state_of_a_flax_optimizer(tmp_path):
     assert int(other_optimizer.step[...]) == 1
     names = {path.name for path in (tmp_path / "1").iterdir()}
     assert {"adapter", "opt_state", "meta"} <= names
+
+    # `nnx.state` drops the options of the state; the optimizer's attributes have them.
+    state["opt_state"] = (optimizer.opt_state, optimizer.step)
+    _, fresh = make(3)
+    found = round_trip(
+        tmp_path / "2", state | {"opt_state": (fresh.opt_state, fresh.step)}, **state
+    )
+    fresh.opt_state, fresh.step = found.opt_state
+    assert_trees_identical(nnx.state(fresh), nnx.state(optimizer))
+    other = fresh.opt_state[0]._replace(options=make_options("diagonal", Blocks()))
+    wanted = (other, *fresh.opt_state[1:]), fresh.step
+    with (
+        Checkpoints(tmp_path / "2") as checkpoints,
+        pytest.raises(CheckpointMismatch, match="0/0/options: .*'calibrated' saved"),
+    ):
+        checkpoints.restore(**state | {"opt_state": wanted})
 
 
 class Fields(NamedTuple):
@@ -239,7 +257,7 @@ def test_from_any_mesh_to_any_other(of, to, axis_types, tmp_path):
         assert_trees_identical(jax.device_get(found.adapter), jax.device_get(host))
         assert all(x.sharding == sharding for x in jax.tree.leaves(found.adapter))
         assert found.key.sharding.is_equivalent_to(wanted_key.sharding, 0)
-        # A counter that is bound to no device meets the arrays of any mesh.
+        # An uncommitted counter combines with arrays on any mesh.
         assert not found.opt_state["count"].committed
         assert (found.adapter["w"] * found.opt_state["count"]).sharding.mesh == sharding.mesh
 
@@ -272,7 +290,7 @@ def test_the_targets_dtypes_are_followed(of, to, tmp_path):
 
 
 def test_a_number_that_gives_way_to_other_dtypes_goes_on_doing_so(tmp_path):
-    """As injected learning rates do: else bfloat16 updates would become float32."""
+    """As injected learning rates: otherwise they would promote bfloat16 updates to float32."""
     rate = jnp.asarray(0.1)
     assert rate.weak_type
     found = round_trip(tmp_path, adapter={"rate": rate}, opt_state=())
@@ -281,7 +299,7 @@ def test_a_number_that_gives_way_to_other_dtypes_goes_on_doing_so(tmp_path):
 
 
 def test_steps_may_donate_what_is_being_saved(tmp_path):
-    """A step whose donated buffers Orbax still reads must write elsewhere."""
+    """A step must not write to donated buffers that Orbax still reads."""
     mesh = mesh_of("8", AxisType.Auto)
     step = jax.jit(lambda tree: jax.tree.map(lambda x: x * 1.5 + 1, tree), donate_argnums=0)
     draw = functools.partial(jax.random.normal, shape=(512, 512))
@@ -306,7 +324,7 @@ def test_steps_may_donate_what_is_being_saved(tmp_path):
 
 
 def test_what_the_host_reads_is_never_donated_in_place():
-    """What the test above relies on, shown without a race."""
+    """The property the test above relies on, without a race."""
     step = jax.jit(lambda x: x + 1, donate_argnums=0)
     for x in (jnp.zeros((512, 512)), jax.device_put(jnp.zeros((8, 512)), jax.devices()[3])):
         before, after = step(x), None
@@ -316,7 +334,7 @@ def test_what_the_host_reads_is_never_donated_in_place():
 
 
 def test_the_folder_is_readable_by_orbax_alone(tmp_path):
-    """No pickles and no classes of ours: plain Orbax reads the adapter by its paths."""
+    """No pickles, no classes of this package: plain Orbax reads the adapter by path."""
     import orbax.checkpoint as ocp
 
     adapter = {"layer": {"lora_a": jnp.ones((3, 2)), "lora_b": jnp.zeros((2, 3))}}

@@ -1,15 +1,24 @@
-"""A whole checkpoint of another setup is refused by the names of what differs, and left alone."""
+"""Intact checkpoints of another setup are refused by the names of what differs, and not moved."""
 
+import hashlib
+import json
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from optimizers import random_like
+from optimizers import assert_trees_identical, random_like
 
-from loft_jax import LoraPairs, loft_adamw, loft_muon
-from loft_jax.checkpoint import CheckpointMismatch, Checkpoints, base_reference
+from loft_jax import LoraPairs, ScaleByLoftAdamState, loft_adamw, loft_muon
+from loft_jax.checkpoint import (
+    CheckpointError,
+    CheckpointMismatch,
+    Checkpoints,
+    _record,
+    base_reference,
+)
 
 
 def adapter_of(rank: int = 2, rows: int = 8, layers: int = 2) -> dict:
@@ -23,7 +32,7 @@ def state_of(adapter: dict, tx: Any = None) -> dict:
 
 
 def refusal(folder, saved: dict, wanted: dict, bases=(None, None)) -> str:
-    """The message with which a checkpoint is refused; it stays where it is, and the only one."""
+    """Returns the message of the refusal. The checkpoint is not moved and no older one restored."""
     with Checkpoints(folder, base=bases[0]) as checkpoints:
         checkpoints.save(1, **state_of(adapter_of()))
         checkpoints.save(2, **saved)
@@ -49,6 +58,12 @@ def test_another_rank(tmp_path, fault):
 def test_other_sizes_are_not_taken_for_another_rank(tmp_path):
     text = refusal(tmp_path, state_of(adapter_of(rows=6)), state_of(adapter_of()))
     assert "adapter: layer0/lora_a: shape (6, 2) saved, (8, 2) wanted" in text
+    assert " saved, " not in text.partition("\n")[0]
+    square = lambda width: {"lora_a": jnp.ones((width, 2)), "lora_b": jnp.ones((2, width))}
+    text = refusal(tmp_path / "square", state_of(square(6)), state_of(square(8)))
+    assert " saved, " not in text.partition("\n")[0]
+    layers = lambda n: {"lora_a": jnp.ones((n, 6, 2)), "lora_b": jnp.ones((n, 2, 6))}
+    text = refusal(tmp_path / "layers", state_of(layers(3)), state_of(layers(4)))
     assert " saved, " not in text.partition("\n")[0]
 
 
@@ -78,22 +93,153 @@ def test_another_optimizer(tmp_path, fault):
 
 
 class OldState(NamedTuple):
+    """The state of `scale_by_loft_adam` before the fields ``active`` and ``options``."""
+
     count: Any
+    turn: Any
     basis: Any
-    momentum: Any
+    mu: Any
     nu: Any
 
 
-def test_an_older_layout_of_the_optimizer_state(tmp_path, fault):
+def in_old_layout(state: Any) -> Any:
+    """Returns a state of `loft_adamw` or `loft_muon` as the layout before this version had it."""
+    core, *rest = state
+    if isinstance(core, ScaleByLoftAdamState):
+        return (OldState(core.count, core.active, core.basis, core.mu, core.nu), *rest)
+    factors = {"turn": core.active, "basis": core.basis, "mu": core.mu}
+    inner = {"factors": {"inner_state": (factors,)}, "rest": {"inner_state": rest[2]}}
+    return {"inner_states": inner}
+
+
+def save_old_layout(folder: Path, adapter: dict, tx: Any) -> None:
+    """Saves step 2 as the layout before this version, with a record of format 1."""
+    with Checkpoints(folder) as checkpoints, pytest.MonkeyPatch.context() as patch:
+        checkpoints.save(1, **state_of(adapter, tx))
+        patch.setattr(_record, "FORMAT", 1)
+        old = state_of(adapter, tx) | {"opt_state": in_old_layout(tx.init(adapter))}
+        checkpoints.save(2, **old, data={"batch": 2})
+    without_options(folder / "2")
+
+
+def without_options(checkpoint: Path) -> None:
+    """Removes the options from a record, as format 1 had none."""
+    file = checkpoint / "meta" / "metadata"
+    content = json.loads(file.read_text())["content"]
+    del content["options"]
+    content["format"] = 1
+    text = json.dumps(content, sort_keys=True)
+    checksum = hashlib.sha256(text.encode()).hexdigest()
+    file.write_text(json.dumps({"content": content, "sha256": checksum}))
+
+
+@pytest.mark.parametrize("make", [loft_adamw, loft_muon])
+def test_the_layout_before_this_version(tmp_path, make, fault):
+    adapter, tx = random_like(adapter_of(), 0) | {"head": jnp.ones((5, 3))}, make(0.1)
+    save_old_layout(tmp_path, adapter, tx)
+    wanted = state_of(random_like(adapter, 1), tx)
+    for targets in (wanted, jax.eval_shape(lambda: wanted)):
+        with Checkpoints(tmp_path) as checkpoints, pytest.raises(CheckpointMismatch) as error:
+            checkpoints.restore(**targets)
+        text = str(error.value)
+        headline, *lines = text.splitlines()
+        assert str(tmp_path / "2") in headline and "saved by loft_jax 0." in headline
+        for said in (
+            "layout of optimizer states before this version (`turn` where `active` is wanted)",
+            "cannot be continued",
+            "`restore(adapter=...)`",
+            "`init`",
+        ):
+            assert said in headline
+        assert "  opt_state: 0/active: wanted, but not saved" in lines
+    # The error ends the search, and nothing is moved. The remedy of the message works.
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
+    with Checkpoints(tmp_path) as checkpoints:
+        found = checkpoints.restore(adapter=wanted["adapter"], key=wanted["key"])
+    assert (found.step, found.opt_state, found.data) == (2, None, {"batch": 2})
+    assert_trees_identical(found.adapter, adapter)
+    fault("layout before this version", make.__name__, "refused by its name", "optimizer state")
+
+
+def test_another_rank_in_the_layout_before_this_version(tmp_path):
+    """The remedy of the old layout does not apply: the adapter does not fit either."""
+    save_old_layout(tmp_path, adapter_of(2), loft_adamw(0.1))
+    with (
+        Checkpoints(tmp_path) as checkpoints,
+        pytest.raises(CheckpointMismatch, match="rank 2 saved, 1 wanted"),
+    ):
+        checkpoints.restore(**state_of(adapter_of(1)))
+
+
+def test_a_parameter_may_be_called_turn(tmp_path):
+    adapter = {"turn": {"lora_a": jnp.ones((6, 2)), "lora_b": jnp.ones((2, 5))}, "active": {}}
+    text = refusal(tmp_path, state_of(adapter), state_of(adapter_of()))
+    assert "before this version" not in text
+
+
+# Each has the shapes of the calibrated state of rank 1.
+OPTIONS = {
+    "second_moment='diagonal'": {"second_moment": "diagonal"},
+    "second_moment='calibrated', calibrate=False": {"calibrate": False},
+    "second_moment='calibrated', scale_gradient=False": {"scale_gradient": False},
+}
+WRAPPED = {
+    "0/options": lambda tx: tx,
+    "inner_opt_state/0/options": lambda tx: optax.MultiSteps(tx, 2),
+    "1/0/options": lambda tx: optax.chain(optax.clip(1.0), tx),
+}
+
+
+@pytest.mark.parametrize("path", WRAPPED)
+@pytest.mark.parametrize("said", OPTIONS)
+def test_other_options_of_equal_shapes(tmp_path, said, path, fault):
+    adapter = adapter_of(rank=1)
+    wrap, default = WRAPPED[path], "second_moment='calibrated'"
+    saved = state_of(adapter, wrap(loft_adamw(0.1, **OPTIONS[said])))
+    wanted = state_of(adapter, wrap(loft_adamw(0.1)))
+    assert jax.tree.leaves(jax.eval_shape(lambda: saved)) == jax.tree.leaves(
+        jax.eval_shape(lambda: wanted)
+    )
+    line = f"opt_state: {path}: {said} saved, {default} wanted"
+    assert refusal(tmp_path / "arrays", saved, wanted).splitlines()[1:] == [f"  {line}"]
+    abstract = jax.eval_shape(lambda: wanted)
+    assert refusal(tmp_path / "abstract", saved, abstract).splitlines()[1:] == [f"  {line}"]
+    assert refusal(tmp_path / "reverse", wanted, saved).splitlines()[1:] == [
+        f"  opt_state: {path}: {default} saved, {said} wanted"
+    ]
+    fault("other options", said, "refused by both options", "nothing")
+
+
+def test_other_options_are_another_state_of_the_same_step(tmp_path):
+    adapter = adapter_of(rank=1)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, **state_of(adapter))
+        with pytest.raises(CheckpointError, match="was saved already, with other values"):
+            checkpoints.save(1, **state_of(adapter, loft_adamw(0.1, calibrate=False)))
+
+
+def test_options_and_other_shapes_are_both_named(tmp_path):
     adapter = adapter_of()
-    new = loft_adamw(0.1).init(adapter)
-    old = (OldState(new[0].count, new[0].basis, new[0].mu, new[0].nu), *new[1:])
-    text = refusal(tmp_path, state_of(adapter) | {"opt_state": old}, state_of(adapter))
-    assert "opt_state: 0/turn: wanted, but not saved" in text
-    assert "opt_state: 0/mu/layer0/lora_a: wanted, but not saved" in text
-    assert "opt_state: 0/momentum/layer0/lora_a: saved, but not wanted" in text
-    assert "of loft_jax 0." in text
-    fault("older layout of the state", "fields renamed", "refused by their names", "nothing")
+    factored = state_of(adapter, loft_adamw(0.1, second_moment="factored"))
+    text = refusal(tmp_path, factored, state_of(adapter))
+    assert "0/options: second_moment='factored' saved, second_moment='calibrated' wanted" in text
+    assert "opt_state: 0/nu/layer0/lora_a: shape" in text
+
+
+@pytest.mark.parametrize("tx", [loft_adamw(0.1), loft_muon(0.1)], ids=["options", "no options"])
+def test_options_that_were_not_recorded_are_not_assumed(tmp_path, tx):
+    """A record of format 1 fits only a state without options."""
+    state = state_of(adapter_of(), tx)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, **state)
+    without_options(tmp_path / "1")
+    with Checkpoints(tmp_path) as checkpoints:
+        if isinstance(state["opt_state"][0], ScaleByLoftAdamState):
+            said = "0/options: no options recorded, second_moment='calibrated' wanted"
+            with pytest.raises(CheckpointMismatch, match=said):
+                checkpoints.restore(**state)
+        else:
+            assert checkpoints.restore(**state).step == 1
 
 
 def test_numbers_of_another_kind(tmp_path):
@@ -107,7 +253,7 @@ def test_numbers_of_another_kind(tmp_path):
     [
         (jax.random.PRNGKey(0), jax.random.key(0), "no typed key saved, a .* key wanted"),
         (jax.random.key(0, impl="rbg"), jax.random.key(0), "a rbg key saved, a .* key wanted"),
-        (None, jax.random.key(0), "nothing of it was saved"),
+        (None, jax.random.key(0), "wanted, but not saved"),
     ],
 )
 def test_other_random_keys(tmp_path, saved, wanted, said):
@@ -144,9 +290,11 @@ def test_another_base(tmp_path, change, said, fault, request):
     fault("another base", request.node.callspec.id, "refused by name or path", "nothing")
 
 
-def test_a_base_that_was_not_recorded_is_not_taken_on_trust(tmp_path):
+def test_a_base_that_was_not_recorded_is_not_assumed(tmp_path):
     state = state_of(adapter_of())
-    assert "saved without one" in refusal(tmp_path, state, state, (None, base_reference("b", BASE)))
+    assert "saved without base=" in refusal(
+        tmp_path, state, state, (None, base_reference("b", BASE))
+    )
 
 
 def test_the_same_base_is_accepted_in_any_place_and_none_is_not_compared(tmp_path):
@@ -164,7 +312,7 @@ def test_a_long_list_is_cut_short(tmp_path):
 
 
 def test_a_mismatch_of_the_newest_is_not_hidden_by_an_older_match(tmp_path):
-    """`refusal` saves a fitting step 1 below each: it must not be what is restored."""
+    """`refusal` saves a fitting step 1 first, which must not be restored."""
     refusal(tmp_path, state_of(random_like(adapter_of(3), 0)), state_of(adapter_of()))
 
 
@@ -176,4 +324,5 @@ def test_ranks_of_stacked_factors_and_of_factors_by_other_names(tmp_path):
     named = lambda rank: {"down": jnp.ones((6, rank)), "up": jnp.ones((rank, 5))}
     state = lambda rank: state_of(named(rank), loft_adamw(0.1, pairs=pairs))
     text = refusal(tmp_path / "named", state(2), state(1))
+    assert "rank 2 saved, 1 wanted" in text
     assert "adapter: down: shape (6, 2) saved, (6, 1) wanted" in text
