@@ -1,4 +1,4 @@
-"""The README's Python runs as printed."""
+"""The Python of the README runs as printed, and the links of all pages resolve."""
 
 import re
 from pathlib import Path
@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 X, Y = jnp.ones((8, 64)), jnp.ones((8, 32))
 
@@ -54,3 +55,29 @@ def test_the_qwix_use_trains_with_the_step_of_the_nnx_one():
     step, names = run(BLOCKS[0])["train_step"], run(BLOCKS[2])
     losses = [step(names["model"], names["optimizer"], X, Y) for _ in range(9)]
     assert losses[-1] < losses[0]
+
+
+def test_the_test_command_is_that_of_ci():
+    """It runs the commands of the README, in an environment of its own."""
+    ci = (ROOT / ".ci" / "run").read_text()
+    (command,) = re.findall(r"^python3 -m venv .* && pytest$", README, flags=re.MULTILINE)
+    assert '-c constraints.txt -e ".[test]"' in command and '-c constraints.txt -e ".[test]"' in ci
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives to the headings of a page."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_relative_links_resolve(page):
+    links = re.findall(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"", page.read_text())
+    for link in {first or second for first, second in links}:
+        if re.match(r"https?:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
