@@ -88,4 +88,4 @@ def test_the_way_from_update_to_the_step(monkeypatch, report):
     report(f"frames of loft_jax from update to loft_step: {len(frames)}")
     for frame in frames:
         report(f"  {frame}")
-    assert inside[0] and len(frames) <= 10
+    assert inside[0] and len(frames) <= 8

@@ -19,7 +19,6 @@ from loft_jax.execution.alternation import (
     next_active,
 )
 from loft_jax.execution.arguments import check_state, leaves_like
-from loft_jax.execution.explicit_mesh import in_auto_axes
 from loft_jax.execution.groups import Group, group_pairs
 from loft_jax.execution.transformation import Core, as_transformation, descend
 from loft_jax.execution.update import zero_state
@@ -214,33 +213,21 @@ def _altlora_core(hyperparams: tuple[Any, ...], alternate: bool, moves_first: Fa
         seen, *kept = zero_state(tree, [lambda m, r: r] * moments, [None] * moments)
         return _state(tree, first_active(moves_first), [seen, *kept])
 
+    @jax.default_matmul_precision("highest")
     def step(
-        tree: PairedTree, gradients: list[Any], state: Any
+        hyperparams: tuple[Any, ...], tree: PairedTree, gradients: list[Any], state: Any
     ) -> tuple[list[Any], ScaleByAltLoraState]:
         fields = [leaves_like(tree, field, "states") for field in state[1 : 2 + moments]]
         check_state(tree, fields[0], fields[1:], [lambda m, r: r] * moments)
-
-        @jax.default_matmul_precision("highest")
-        def update(params, gradients, active, fields, hyperparams):
-            a_is_active = active == A_IS_ACTIVE
-            moves = (a_is_active | (not alternate), ~a_is_active | (not alternate))
-            groups = group_pairs(tree)
-            directions, fields = _step(groups, params, gradients, fields, moves, hyperparams)
-            stacks = [group.stack(gradients) for group in groups]
-            return directions, next_active(active, tree, groups, stacks), fields
-
-        directions, active, fields = in_auto_axes(
-            update,
-            tree.leaves,
-            gradients,
-            state.active,
-            fields,
-            hyperparams,
-            out_like=(tree.leaves, state.active, fields),
-        )
+        a_is_active = state.active == A_IS_ACTIVE
+        moves = (a_is_active | (not alternate), ~a_is_active | (not alternate))
+        groups = group_pairs(tree)
+        directions, fields = _step(groups, tree.leaves, gradients, fields, moves, hyperparams)
+        stacks = [group.stack(gradients) for group in groups]
+        active = next_active(state.active, tree, groups, stacks)
         return directions, _state(tree, active, fields)
 
-    return Core(init, step, sharded=False)
+    return Core(init, step, hyperparams, sharded=False)
 
 
 def _state(tree: PairedTree, active: jax.Array, fields: list[list[Any]]) -> ScaleByAltLoraState:

@@ -12,7 +12,6 @@ from loft_jax.algorithm.adam import AdamScalars, adam_ratio, adam_scalars, as_sc
 from loft_jax.baselines._checked import check_shapes
 from loft_jax.baselines._matrices import Spectrum, gram_spectra, inverse_gram
 from loft_jax.execution.arguments import leaves_like
-from loft_jax.execution.explicit_mesh import in_auto_axes
 from loft_jax.execution.groups import compute_dtype, group_pairs
 from loft_jax.execution.transformation import Core, as_transformation, descend
 from loft_jax.execution.update import resize_axis
@@ -136,26 +135,16 @@ def _lora_pro_core(hyperparams: tuple[Any, ...]) -> Core:
         return ScaleByLoraProState(jnp.zeros([], jnp.int32), mu, nu)
 
     def step(
-        tree: PairedTree, gradients: list[Any], state: Any
+        hyperparams: tuple[Any, ...], tree: PairedTree, gradients: list[Any], state: Any
     ) -> tuple[list[Any], ScaleByLoraProState]:
-        zeros = jax.eval_shape(lambda leaves: init(tree._replace(leaves=leaves)), tree.leaves)
-        check_shapes(tree, state, zeros)
+        check_shapes(tree, state, jax.eval_shape(init, tree))
         mu, nu = (leaves_like(tree, field, "states") for field in (state.mu, state.nu))
         count = jnp.asarray(optax.safe_increment(state.count))
-        directions, mu, nu = in_auto_axes(
-            functools.partial(_step, tree),
-            tree.leaves,
-            gradients,
-            mu,
-            nu,
-            count,
-            hyperparams,
-            out_like=(tree.leaves, mu, nu),
-        )
+        directions, mu, nu = _step(tree, tree.leaves, gradients, mu, nu, count, hyperparams)
         unflatten = tree.treedef.unflatten
         return directions, ScaleByLoraProState(count, unflatten(mu), unflatten(nu))
 
-    return Core(init, step, sharded=False)
+    return Core(init, step, hyperparams, sharded=False)
 
 
 def _dense_zeros(tree: PairedTree) -> list[Any]:

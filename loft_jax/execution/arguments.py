@@ -1,5 +1,6 @@
 """Checks of what a user passes to `update`, with errors that name the path."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -43,7 +44,8 @@ def read_arguments(
             )
     # Python numbers may be parameters outside pairs, as in Optax.
     as_array = lambda x: jnp.asarray(x) if isinstance(x, float) else x
-    return tree._replace(leaves=list(map(as_array, tree.leaves))), list(map(as_array, gradients))
+    leaves = [as_array(leaf) for leaf in tree.leaves]
+    return dataclasses.replace(tree, leaves=leaves), [as_array(x) for x in gradients]
 
 
 def leaves_like(tree: PairedTree, other: Any, name: str) -> list[Any]:

@@ -13,6 +13,7 @@ import optax
 
 from loft_jax.execution.alternation import A_IS_ACTIVE
 from loft_jax.execution.arguments import leaves_like, read_arguments
+from loft_jax.execution.explicit_mesh import in_auto_axes
 from loft_jax.pairs.find import PairedTree, find_pairs, warn_of_pairs
 
 Mask = Any | Callable[[optax.Params], Any] | None
@@ -23,13 +24,15 @@ class Core(NamedTuple):
 
     Attributes:
       init: ``(tree) -> state``.
-      step: ``(tree, gradients, state) -> (directions, state)`` on flat lists of leaves; the tree
-        holds the parameters.
+      step: ``(hyperparams, tree, gradients, state) -> (directions, state)`` on flat lists of
+        leaves; the tree holds the parameters.
+      hyperparams: a pytree of numbers, which `optax.inject_hyperparams` may have made arrays.
       sharded: whether it sums over the shards of a shard_map.
     """
 
     init: Callable[[PairedTree], Any]
-    step: Callable[[PairedTree, list[Any], Any], tuple[list[Any], Any]]
+    step: Callable[[Any, PairedTree, list[Any], Any], tuple[list[Any], Any]]
+    hyperparams: Any = ()
     sharded: bool = True
 
 
@@ -43,7 +46,9 @@ def as_transformation(core: Core, pairs: Any) -> optax.GradientTransformationExt
         updates: optax.Updates, state: Any, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.OptState]:
         tree, gradients = read_arguments(params, updates, pairs, sharded=core.sharded)
-        directions, state = core.step(tree, gradients, state)
+        directions, state = in_auto_axes(
+            core.step, core.hyperparams, tree, gradients, state, out_like=(tree.leaves, state)
+        )
         return tree.treedef.unflatten(directions), state
 
     return optax.with_extra_args_support(optax.GradientTransformation(init, update))
@@ -89,7 +94,14 @@ def descend(
     ) -> tuple[optax.Updates, optax.OptState]:
         tree, gradients = read_arguments(params, updates, pairs, sharded=core.sharded)
         core_state, decay_state, rate_state, *others_state = state
-        leaves, after = core.step(tree, gradients, core_state)
+        leaves, after = in_auto_axes(
+            core.step,
+            core.hyperparams,
+            tree,
+            gradients,
+            core_state,
+            out_like=(tree.leaves, core_state),
+        )
         own, rest = _separate(tree, tree.leaves, others)
         directions, of_rest = _separate(tree, leaves, others)
         decayed, decay_state = decay.update(directions, decay_state, own)
@@ -104,11 +116,7 @@ def descend(
         )
         return _join(tree, updates, of_rest), (*states, rest_state)
 
-    return optax.GradientTransformationExtraArgs(init, update if others else _plain(update))
-
-
-def _plain(update: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda updates, state, params=None, **extra: update(updates, state, params)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _pairs_of(params: optax.Params, pairs: Any) -> PairedTree:

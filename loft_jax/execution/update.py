@@ -113,14 +113,13 @@ def resize_axis(zeros: jax.Array, axis: int, size: int) -> jax.Array:
 def update_leaves(
     tree: PairedTree,
     method: Method,
-    params: list[jax.Array],
     gradients: list[jax.Array],
     active: jax.Array,
     before: LeafStates,
 ) -> tuple[list[jax.Array], jax.Array, LeafStates]:
     """One step on flat lists of leaves: the directions, the next active factor, the new state."""
     groups, blocks = group_pairs(tree), method.blocks
-    stacks = [group.stack(params) for group in groups]
+    stacks = [group.stack(tree.leaves) for group in groups]
     previous = [group.stack(before.basis) for group in groups] if before.basis else None
     bases = group_bases(groups, stacks, previous, blocks)
     a_is_active = active == A_IS_ACTIVE

@@ -18,7 +18,6 @@ from loft_jax.algorithm.pair import Blocks, MomentRule
 from loft_jax.algorithm.second_moment import SECOND_MOMENTS, Entrywise, SecondMomentName
 from loft_jax.execution.alternation import FactorName, check_factor_name, first_active
 from loft_jax.execution.arguments import check_state, leaves_like
-from loft_jax.execution.explicit_mesh import in_auto_axes
 from loft_jax.execution.transformation import Core, as_transformation, descend
 from loft_jax.execution.update import LeafStates, Method, update_leaves, zero_state
 from loft_jax.optimizers.options import Options, check_options, make_options
@@ -265,47 +264,35 @@ def _adam_core(settings: _Settings) -> Core:
         return ScaleByLoftAdamState(count, active, basis, mu, nu, options)
 
     def step(
-        tree: PairedTree, gradients: list[Any], state: Any
+        hyperparams: tuple[Any, ...], tree: PairedTree, gradients: list[Any], state: Any
     ) -> tuple[list[Any], ScaleByLoftAdamState]:
+        b1, b2, eps, eps_root, max_norm = hyperparams
         check_options(state.options, options)
         fields = (state.basis, state.mu, state.nu)
         basis, *moments = (leaves_like(tree, field, "states") for field in fields)
         check_state(tree, basis, moments, widths)
-        before = LeafStates(basis, tuple(moments))
         count = jnp.asarray(optax.safe_increment(state.count))
 
-        def update(params, gradients, active, before, count, hyperparams):
-            b1, b2, eps, eps_root, max_norm = hyperparams
+        def scalars(dtype: jnp.dtype) -> AdamScalars:
+            nesterov = settings.nesterov
+            return adam_scalars(count, b1, b2, eps, dtype, eps_root=eps_root, nesterov=nesterov)
 
-            def scalars(dtype: jnp.dtype) -> AdamScalars:
-                return adam_scalars(
-                    count, b1, b2, eps, dtype, eps_root=eps_root, nesterov=settings.nesterov
-                )
+        def rule(dtype: jnp.dtype) -> MomentRule:
+            decay = as_scalar(b1, dtype)
+            return MomentRule(decay, 1 - decay, as_scalar(b2, dtype), scalars(dtype), second)
 
-            def rule(dtype: jnp.dtype) -> MomentRule:
-                decay = as_scalar(b1, dtype)
-                return MomentRule(decay, 1 - decay, as_scalar(b2, dtype), scalars(dtype), second)
+        def update_other(
+            gradient: jax.Array, mu: jax.Array, nu: jax.Array
+        ) -> tuple[jax.Array, ...]:
+            return _adam(b1, b2, scalars(nu.dtype), gradient, mu, nu)
 
-            def update_other(gradient, mu, nu):
-                return _adam(b1, b2, scalars(nu.dtype), gradient, mu, nu)
-
-            method = Method(rule, update_other, blocks, max_norm, count)
-            return update_leaves(tree, method, params, gradients, active, before)
-
-        directions, active, after = in_auto_axes(
-            update,
-            tree.leaves,
-            gradients,
-            state.active,
-            before,
-            count,
-            hyperparams,
-            out_like=(tree.leaves, state.active, before),
-        )
+        method = Method(rule, update_other, blocks, max_norm, count)
+        before = LeafStates(basis, tuple(moments))
+        directions, active, after = update_leaves(tree, method, gradients, state.active, before)
         basis, mu, nu = map(tree.treedef.unflatten, (after.basis, *after.moments))
         return directions, ScaleByLoftAdamState(count, active, basis, mu, nu, options)
 
-    return Core(init, step)
+    return Core(init, step, hyperparams)
 
 
 def _adam(

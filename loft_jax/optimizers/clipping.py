@@ -14,7 +14,6 @@ from loft_jax.execution.alternation import (
     next_active,
 )
 from loft_jax.execution.bases import group_bases
-from loft_jax.execution.explicit_mesh import in_auto_axes
 from loft_jax.execution.groups import group_pairs
 from loft_jax.execution.transformation import Core, as_transformation
 from loft_jax.execution.update import clip_gradients
@@ -79,23 +78,18 @@ def clip_by_projected_global_norm(
     def init(tree: PairedTree) -> ClipByProjectedGlobalNormState:
         return ClipByProjectedGlobalNormState(first_active(moves_first))
 
+    @jax.default_matmul_precision("highest")
     def step(
-        tree: PairedTree, gradients: list[Any], state: Any
+        max_norm: Any, tree: PairedTree, gradients: list[Any], state: Any
     ) -> tuple[list[Any], ClipByProjectedGlobalNormState]:
-        @jax.default_matmul_precision("highest")
-        def clip(params, gradients, active, max_norm):
-            groups = group_pairs(tree)
-            stacks = [group.stack(params) for group in groups]
-            bases = group_bases(groups, stacks, None, Blocks())
-            a_is_active = active == A_IS_ACTIVE if alternate else None
-            clipped = clip_gradients(tree, groups, gradients, bases, a_is_active, max_norm)
-            # As the optimizer behind it sees them: an infinite norm clips all gradients to zero.
-            upcoming = next_active(active, tree, groups, [group.stack(clipped) for group in groups])
-            return clipped, upcoming
-
-        clipped, active = in_auto_axes(
-            clip, tree.leaves, gradients, state.active, max_norm, out_like=(gradients, state.active)
-        )
+        groups = group_pairs(tree)
+        stacks = [group.stack(tree.leaves) for group in groups]
+        bases = group_bases(groups, stacks, None, Blocks())
+        a_is_active = state.active == A_IS_ACTIVE if alternate else None
+        clipped = clip_gradients(tree, groups, gradients, bases, a_is_active, max_norm)
+        # As the optimizer behind it sees them: an infinite norm clips all gradients to zero.
+        stacks = [group.stack(clipped) for group in groups]
+        active = next_active(state.active, tree, groups, stacks)
         return clipped, ClipByProjectedGlobalNormState(active)
 
-    return as_transformation(Core(init, step), pairs)
+    return as_transformation(Core(init, step, max_norm), pairs)

@@ -13,7 +13,6 @@ from loft_jax.algorithm.newton_schulz import Coefficients
 from loft_jax.algorithm.pair import Blocks, MomentRule
 from loft_jax.execution.alternation import FactorName, check_factor_name, first_active
 from loft_jax.execution.arguments import check_state, leaves_like
-from loft_jax.execution.explicit_mesh import in_auto_axes
 from loft_jax.execution.groups import compute_dtype
 from loft_jax.execution.transformation import Core, as_transformation, descend
 from loft_jax.execution.update import LeafStates, Method, update_leaves, zero_state
@@ -220,7 +219,6 @@ def loft_muon(
 def _muon_core(settings: _Settings, *, trains_others: bool) -> Core:
     check_factor_name(settings.moves_first)
     widths, blocks = (lambda m, r: r,), Blocks(alternate=settings.alternate)
-    hyperparams = settings[:6]
 
     def init(tree: PairedTree) -> ScaleByLoftMuonState:
         basis, mu = zero_state(tree, widths, (settings.mu_dtype,))
@@ -232,43 +230,29 @@ def _muon_core(settings: _Settings, *, trains_others: bool) -> Core:
         )
 
     def step(
-        tree: PairedTree, gradients: list[Any], state: Any
+        hyperparams: tuple[Any, ...], tree: PairedTree, gradients: list[Any], state: Any
     ) -> tuple[list[Any], ScaleByLoftMuonState]:
+        coeffs, steps, beta, eps, rms, max_norm = hyperparams
         basis, mu = (leaves_like(tree, field, "states") for field in (state.basis, state.mu))
         check_state(tree, basis, (mu,), widths, others=trains_others)
         count = jnp.asarray(optax.safe_increment(state.count))
 
-        def update(params, gradients, active, before, count, hyperparams):
-            coeffs, steps, beta, eps, rms, max_norm = hyperparams
+        def rule(dtype: Any) -> MomentRule:
+            decay, ahead = as_scalar(beta, dtype), None
+            if settings.nesterov:
+                k = jnp.asarray(count, dtype)
+                ahead = decay / one_minus_power(decay, k + 1), 1 / one_minus_power(decay, k)
+            direction = OrthogonalizeMoment(steps, coeffs, eps, rms)
+            return MomentRule(decay, 1.0, None, MomentumScalars(ahead=ahead), direction)
 
-            def rule(dtype: Any) -> MomentRule:
-                decay, ahead = as_scalar(beta, dtype), None
-                if settings.nesterov:
-                    k = jnp.asarray(count, dtype)
-                    ahead = decay / one_minus_power(decay, k + 1), 1 / one_minus_power(decay, k)
-                direction = OrthogonalizeMoment(steps, coeffs, eps, rms)
-                return MomentRule(decay, 1.0, None, MomentumScalars(ahead=ahead), direction)
+        def update_other(gradient: jax.Array, mu: Any) -> tuple[Any, ...]:
+            if not trains_others:
+                return gradient, mu
+            return momentum_of_other(rule(compute_dtype(gradient)), gradient, mu)
 
-            def update_other(gradient, mu):
-                if not trains_others:
-                    return gradient, mu
-                return momentum_of_other(rule(compute_dtype(gradient)), gradient, mu)
+        method, before = Method(rule, update_other, blocks, max_norm), LeafStates(basis, (mu,))
+        directions, active, after = update_leaves(tree, method, gradients, state.active, before)
+        basis, mu = map(tree.treedef.unflatten, (after.basis, *after.moments))
+        return directions, ScaleByLoftMuonState(count, active, basis, mu)
 
-            method = Method(rule, update_other, blocks, max_norm)
-            return update_leaves(tree, method, params, gradients, active, before)
-
-        before = LeafStates(basis, (mu,))
-        directions, active, after = in_auto_axes(
-            update,
-            tree.leaves,
-            gradients,
-            state.active,
-            before,
-            count,
-            hyperparams,
-            out_like=(tree.leaves, state.active, before),
-        )
-        trees = map(tree.treedef.unflatten, (after.basis, *after.moments))
-        return directions, ScaleByLoftMuonState(count, active, *trees)
-
-    return Core(init, step)
+    return Core(init, step, settings[:6])

@@ -10,7 +10,6 @@ from loft_jax.algorithm.momentum import FollowMoment
 from loft_jax.algorithm.pair import Blocks, MomentRule
 from loft_jax.execution.alternation import FactorName, check_factor_name, first_active
 from loft_jax.execution.arguments import check_state, leaves_like
-from loft_jax.execution.explicit_mesh import in_auto_axes
 from loft_jax.execution.groups import compute_dtype
 from loft_jax.execution.transformation import Core, as_transformation, descend
 from loft_jax.execution.update import LeafStates, Method, update_leaves, zero_state
@@ -155,8 +154,9 @@ def _momentum_core(
         return ScaleByLoftMomentumState(first_active(moves_first), *trees)
 
     def step(
-        tree: PairedTree, gradients: list[Any], state: Any
+        hyperparams: tuple[Any, ...], tree: PairedTree, gradients: list[Any], state: Any
     ) -> tuple[list[Any], ScaleByLoftMomentumState]:
+        momentum, max_norm = hyperparams
         if (state.mu is None) != (momentum is None):
             raise ValueError(
                 f"The state has {'no' if state.mu is None else 'a'} moment, but momentum is "
@@ -168,34 +168,22 @@ def _momentum_core(
             check_state(tree, basis, (mu,), widths)
             before = LeafStates(basis, (mu,))
 
-        def update(params, gradients, active, before, momentum, max_norm):
-            def rule(dtype: Any) -> MomentRule:
-                decay = None if momentum is None else as_scalar(momentum, dtype)
-                ahead = (decay, 1.0) if nesterov and decay is not None else None
-                return MomentRule(decay, 1.0, None, MomentumScalars(ahead=ahead), FollowMoment())
+        def rule(dtype: Any) -> MomentRule:
+            decay = None if momentum is None else as_scalar(momentum, dtype)
+            ahead = (decay, 1.0) if nesterov and decay is not None else None
+            return MomentRule(decay, 1.0, None, MomentumScalars(ahead=ahead), FollowMoment())
 
-            def update_other(gradient, *moments):
-                return momentum_of_other(rule(compute_dtype(gradient)), gradient, *moments)
+        def update_other(gradient: jax.Array, *moments: jax.Array) -> tuple[jax.Array, ...]:
+            return momentum_of_other(rule(compute_dtype(gradient)), gradient, *moments)
 
-            method = Method(rule, update_other, blocks, max_norm)
-            return update_leaves(tree, method, params, gradients, active, before)
-
-        directions, active, after = in_auto_axes(
-            update,
-            tree.leaves,
-            gradients,
-            state.active,
-            before,
-            momentum,
-            max_norm,
-            out_like=(tree.leaves, state.active, before),
-        )
+        method = Method(rule, update_other, blocks, max_norm)
+        directions, active, after = update_leaves(tree, method, gradients, state.active, before)
         if momentum is None:
             return directions, ScaleByLoftMomentumState(active, None, None)
-        trees = map(tree.treedef.unflatten, (after.basis, *after.moments))
-        return directions, ScaleByLoftMomentumState(active, *trees)
+        basis, mu = map(tree.treedef.unflatten, (after.basis, *after.moments))
+        return directions, ScaleByLoftMomentumState(active, basis, mu)
 
-    return Core(init, step)
+    return Core(init, step, (momentum, max_norm))
 
 
 def momentum_of_other(

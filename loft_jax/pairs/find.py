@@ -5,6 +5,8 @@ optimizers see each as a matrix ``(*batch, dimension, rank)``, whatever its layo
 treat both factors with the same functions.
 """
 
+import dataclasses
+import functools
 import math
 import re
 import warnings
@@ -57,8 +59,22 @@ class Pair(NamedTuple):
     dim_b: ShardedDim = UNSHARDED
 
 
-class PairedTree(NamedTuple):
-    """A flattened pytree and the pairs in it."""
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["leaves"],
+    meta_fields=["paths", "treedef", "pairs", "splits"],
+)
+@dataclasses.dataclass(frozen=True)
+class PairedTree:
+    """A flattened pytree and the pairs in it; itself a pytree of the leaves.
+
+    Attributes:
+      paths: of the leaves, keys joined by ``/``.
+      leaves: in the order of the tree.
+      treedef: the structure of the tree.
+      pairs: those found.
+      splits: how a shard_map shards each leaf.
+    """
 
     paths: tuple[str, ...]
     leaves: list[Any]
