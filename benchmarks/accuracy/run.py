@@ -90,7 +90,7 @@ def make_missing(
             make = make or open_cell(tasks[cell.task], cell)
             key = missing[0]
             results[key] = make(key.rate, key.seed)
-            store.write(root, key, results[key])
+            store.append(root, key, results[key])
             made += 1
             print(told(key, results[key]), flush=True)
     return made
