@@ -20,9 +20,9 @@ import numpy as np
 from timing import append
 from training_step import METHODS, batch_shape, make_steps
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import weights
+from examples.common.models import llama_weights as weights
 
 CHOSEN = ("LoRA", "calibrated", "factored", "simple", "optax.contrib.muon")
 

@@ -24,10 +24,9 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import llama
-
+from examples.common.models import llama
 from loft_jax import clip_by_projected_global_norm, loft_adamw
 from loft_jax.adapters import add_lora, lora_pairs
 from loft_jax.sharding import adapter_shardings, state_shardings

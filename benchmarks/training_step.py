@@ -23,12 +23,12 @@ import optax
 from flax import nnx
 from timing import append, in_alternation, paired_ratio, quartiles
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import weights
-from llama import lora_rule
-from training import Trainer, next_token_loss
-
+from examples.common.data.text import next_token_loss
+from examples.common.models import llama_weights as weights
+from examples.common.models.llama import lora_rule
+from examples.common.training import Trainer
 from loft_jax import LoraPairs, baselines, loft_adamw, loft_muon
 from loft_jax.adapters import add_lora, lora_pairs
 

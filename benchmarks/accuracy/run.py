@@ -28,13 +28,14 @@ from typing import Any
 import jax
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from accuracy import config, provenance, store, training_runs, workloads
 from accuracy.config import Cell, Experiment, Task
 from accuracy.plan import Results, cells, plan
 from accuracy.variants import VARIANTS
-from errors import UserError, exit_status
+
+from examples.common.errors import UserError, exit_status
 
 UNKNOWN = 120.0
 """Seconds of a run of a task of which there are no results."""

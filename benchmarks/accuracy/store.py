@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from accuracy.config import Cell, Task
-from errors import UserError
+
+from examples.common.errors import UserError
 
 Record = Mapping[str, Any]
 

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import batches
 import jax
 import jax.numpy as jnp
 import optax
@@ -17,8 +16,10 @@ from accuracy.store import rounded
 from accuracy.variants import VARIANTS, adapted, make_optimizer, quantized, rule_of, trained_by
 from accuracy.workloads import Split, Workload
 from flax import nnx
-from stacks import STACKED
-from training import Trainer, TrainState, learning_rate_at
+
+from examples.common import batches
+from examples.common.models.stacking import STACKED
+from examples.common.training import Trainer, TrainState, learning_rate_at
 
 MakeRun = Callable[[float | None, int], dict[str, Any]]
 """(learning rate, seed) -> what the result file holds of the run."""

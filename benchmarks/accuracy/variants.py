@@ -7,8 +7,8 @@ from typing import Any
 
 import optax
 from flax import nnx
-from methods import METHODS, Optimizer, adapt, adapter_rule, head_labels, trainable
 
+from examples.common.methods import METHODS, Optimizer, adapt, adapter_rule, head_labels, trainable
 from loft_jax import LoraPairs, clip_by_projected_global_norm, loft_adamw
 from loft_jax.adapters import LoraRule, lora_pairs, quantize
 

@@ -5,20 +5,17 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import batches
-import choices
-import images
-import llama
 import numpy as np
-import text
-import vit
-import vit_weights
-import weights
 from accuracy.config import Task
-from errors import UserError
-from finetune_vit import classification, examples_of
-from training import Loss, Outputs, next_token_loss
 
+from examples.common import batches
+from examples.common.data import choices, images, text
+from examples.common.data.images import classification, examples_of
+from examples.common.data.text import next_token_loss
+from examples.common.errors import UserError
+from examples.common.models import llama, vit, vit_weights
+from examples.common.models import llama_weights as weights
+from examples.common.training import Loss, Outputs
 from loft_jax.adapters import LoraRule
 
 Metrics = Mapping[str, float]

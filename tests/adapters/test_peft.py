@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from llama import LlamaConfig
 from optimizers import hasty_compiler as hasty_compiler
 from safetensors.numpy import load_file
-from weights import build_model
 
+from examples.common.models.llama import LlamaConfig
+from examples.common.models.llama_weights import build_model
 from loft_jax import LoraPairs
 from loft_jax.adapters import LoraRule, add_lora, lora_pairs, remove_lora
 from loft_jax.adapters._families import FAMILIES, LAYER

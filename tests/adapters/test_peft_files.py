@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from llama import LlamaConfig
 from safetensors.numpy import load_file
-from weights import build_model
 
+from examples.common.models.llama import LlamaConfig
+from examples.common.models.llama_weights import build_model
 from loft_jax import LoraAxes, LoraPairs
 from loft_jax.adapters import LoraRule, add_lora, lora_pairs
 from loft_jax.adapters._families import Family

@@ -1,18 +1,14 @@
-"""Puts the examples on the path, and makes a tiny model and a tiny text for them."""
+"""A tiny model and a tiny text for the examples."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parents[1] / "examples"), str(HERE)]
-
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch, tmp_path):
-    """Caches go to the test's own folder; the hub and pip's downloads are out of reach."""
+    """Moves caches to the test's folder, and disables the hub and pip downloads."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -20,9 +16,10 @@ def no_network(monkeypatch, tmp_path):
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory) -> Path:
-    """A tiny random model as Hugging Face lays it out."""
+    """A tiny random model in Hugging Face's format."""
     from safetensors.numpy import save_file
-    from tiny_llama import CONFIG, byte_tokenizer, random_tensors
+
+    from tests.examples.tiny_llama import CONFIG, byte_tokenizer, random_tensors
 
     folder = tmp_path_factory.mktemp("tiny-llama")
     (folder / "config.json").write_text(json.dumps(CONFIG))

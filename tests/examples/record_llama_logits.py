@@ -1,4 +1,4 @@
-"""Records what Hugging Face's models answer, for `test_llama.py` to hold ours against.
+"""Records the logits of Hugging Face's models, for `test_llama.py`.
 
     pip install torch transformers
     python tests/examples/record_llama_logits.py
@@ -62,7 +62,7 @@ def record(case: str) -> dict[str, Any]:
     torch.manual_seed(0)
     model = make_model(config).eval()
     with torch.no_grad():
-        for parameter in model.parameters():  # far from the init, where little is told apart
+        for parameter in model.parameters():  # initial values hide differences
             parameter.add_(0.3 * torch.randn_like(parameter))
             parameter.copy_(parameter.half())  # so that the file can hold them in 16 bits
         ids = torch.randint(0, config.vocab_size, (1, 24))

@@ -1,4 +1,4 @@
-"""Records what Hugging Face's models answer, for `test_vit.py` to hold ours against.
+"""Records the logits of Hugging Face's models, for `test_vit.py`.
 
     pip install torch transformers
     python tests/examples/record_vit_logits.py
@@ -64,7 +64,7 @@ def save(case: str, folder: Path) -> dict[str, np.ndarray]:
     images = np.random.default_rng(0).integers(0, 256, (2, IMAGE_SIZE, IMAGE_SIZE, 3))
     pixels = torch.tensor(((images / 255 - mean) / std).transpose(0, 3, 1, 2), dtype=torch.float32)
     with torch.no_grad():
-        for parameter in model.parameters():  # far from the init, where little is told apart
+        for parameter in model.parameters():  # initial values hide differences
             parameter.add_(0.3 * torch.randn_like(parameter))
             parameter.copy_(parameter.half())  # so that the file can hold them in 16 bits
         logits = model(pixels).logits.numpy()
@@ -81,6 +81,25 @@ def record(case: str) -> dict[str, Any]:
         config = json.loads((Path(folder) / "config.json").read_text())
         tensors = load_file(Path(folder) / "model.safetensors")
     return {"config": config, "tensors": tensors} | recorded
+
+
+def read_recorded(case: str) -> dict[str, Any]:
+    """A case of the recorded file."""
+    with np.load(PATH) as file:
+        prefix = f"{case}/tensors/"
+        tensors = {n.removeprefix(prefix): file[n] for n in file.files if n.startswith(prefix)}
+        rest = {name: file[f"{case}/{name}"] for name in ("images", "logits")}
+        return {"config": json.loads(str(file[f"{case}/config"])), "tensors": tensors} | rest
+
+
+def write_folder(recorded: dict[str, Any], folder: Path) -> Path:
+    """Writes a recorded model in Hugging Face's format."""
+    from safetensors.numpy import save_file
+
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(recorded["config"]))
+    save_file(recorded["tensors"], folder / "model.safetensors")
+    return folder
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
-"""Batches depend on the seed and the step alone, and an epoch has every example once."""
+"""Batches depend only on the seed and the step; an epoch has every example once."""
 
-import batches
 import numpy as np
+
+from common import batches
 
 
 def test_spread_takes_the_first_the_last_and_no_window_twice():

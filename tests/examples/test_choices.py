@@ -1,13 +1,14 @@
-"""Multiple choice: the loss sees the answer alone, and the likeliest answer is the model's."""
+"""Multiple choice: the loss of the answer, and the likeliest choice."""
 
 import json
 
-import choices
-import finetune_llm
 import numpy as np
 import pytest
-from errors import UserError
-from tiny_llama import byte_tokenizer
+
+import finetune_llm
+from common.data import choices
+from common.errors import UserError
+from tests.examples.tiny_llama import byte_tokenizer
 
 SMALL = "--steps 4 --eval-every 2 --batch-size 2 --seq-len 48 --rank 2 --targets q,up"
 
@@ -62,7 +63,7 @@ def test_words_are_what_the_instruction_says_after_each_label(write):
 )
 def test_questions_without_words_are_named(write, unfit):
     with pytest.raises(
-        UserError, match="question 0: its instruction does not say what its answers are"
+        UserError, match="question 0: its instruction does not spell out the answers"
     ):
         choices.load_questions(write([unfit]), answers="words")
 
@@ -114,7 +115,7 @@ def test_the_script_learns_multiple_choice(write, model_folder, tmp_path, capsys
     flags = [*SMALL.split(), "--model", str(model_folder), "--data", data, "--answers", answers]
     assert finetune_llm.main([*flags, "--output", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
-    assert "18 questions to train on, 2 held out" in printed and "after 4 steps" in printed
+    assert "18 training questions, 2 held out" in printed and "after 4 steps" in printed
     records = [json.loads(x) for x in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     measured = [record for record in records if "eval_accuracy" in record]
     assert [record["step"] for record in measured] == [0, 2, 4]
@@ -125,9 +126,12 @@ def test_the_script_learns_multiple_choice(write, model_folder, tmp_path, capsys
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([], "holds no list of questions"),
-        ({}, "holds no list of questions"),
-        ([row("answer1"), {"output": 3}], "question 1: an object with the texts instruction"),
+        ([], "contains no list of questions"),
+        ({}, "contains no list of questions"),
+        (
+            [row("answer1"), {"output": 3}],
+            "question 1: expected an object with the strings instruction",
+        ),
         ([row("answer1") | {"instruction": "Choose!"}], 'does not end with "Answer format'),
         ([row("answer1") | {"output": "yes"}], "does not contain its answer 'answer1'"),
     ],

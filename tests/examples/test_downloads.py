@@ -1,4 +1,4 @@
-"""A cached wheel is used only when whole; every failure names the remedy."""
+"""Only intact wheels are used; every error suggests a remedy."""
 
 import hashlib
 import subprocess
@@ -6,14 +6,15 @@ import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
-import downloads
 import pytest
-from errors import UserError
+
+from common import downloads
+from common.errors import UserError
 
 
 @pytest.fixture
 def wheel(tmp_path):
-    """A pinned wheel, and its bytes as the index would serve them."""
+    """A pinned wheel, and the file that the package index serves."""
     path = tmp_path / "served.whl"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("package/words.txt", "some words")
@@ -28,7 +29,7 @@ def wheel(tmp_path):
 
 @pytest.fixture
 def pip(monkeypatch, tmp_path):
-    """A stand-in for pip which counts its calls and serves `serves`, or fails where it is None."""
+    """A fake pip that counts its calls and serves `serves`, or fails if it is None."""
     fake = SimpleNamespace(calls=0, serves=(tmp_path / "served.whl"), stderr="")
 
     def run(command, **_):
@@ -85,7 +86,7 @@ def test_a_python_without_pip_is_told_how_to_get_it(wheel, pip):
 
 
 def test_real_pip_without_an_index_gives_a_message_not_a_traceback(wheel):
-    with pytest.raises(UserError, match="Cannot download package==1.0 .pip said: ERROR"):
+    with pytest.raises(UserError, match="Cannot download package==1.0 .pip: ERROR"):
         downloads.fetch(wheel)
 
 

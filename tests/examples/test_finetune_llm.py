@@ -1,23 +1,23 @@
-"""The whole script on a tiny random model: its outputs, its messages, and resuming."""
+"""The script on a tiny random model: its outputs, its messages, and resuming."""
 
 import contextlib
 import io
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import finetune_llm
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-import runs
-import training
-from llm_settings import LlmSettings
 
+import finetune_llm
+from common import runs, training
+from common.llm_settings import LlmSettings
 from loft_jax.adapters import load_peft
 
 SMALL = "--steps 4 --eval-every 2 --save-every 2 --batch-size 2 --seq-len 8 --rank 2 --alpha 4"
@@ -30,13 +30,13 @@ def run(*arguments: Any) -> int:
 
 @pytest.fixture(scope="module")
 def arguments(model_folder, text_file) -> list[str]:
-    """Flags for a run of seconds."""
+    """Flags for a short run."""
     flags = [*SMALL.split(), "--targets", "q,up"]
     return [*flags, "--model", str(model_folder), "--data", str(text_file)]
 
 
 class Finished(NamedTuple):
-    """A run that has ended: its folder and what it printed."""
+    """The folder and the output of a finished run."""
 
     folder: Path
     printed: str
@@ -44,7 +44,7 @@ class Finished(NamedTuple):
 
 @pytest.fixture(scope="module")
 def finished(arguments, tmp_path_factory) -> Finished:
-    """A run with LoFT, not to be changed."""
+    """A run with LoFT; tests must not change its folder."""
     folder = tmp_path_factory.mktemp("finished") / "out"
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         assert run(*arguments, "--output", folder) == 0
@@ -53,12 +53,12 @@ def finished(arguments, tmp_path_factory) -> Finished:
 
 @pytest.fixture
 def copied(finished, tmp_path) -> Path:
-    """A copy of the finished run, to change."""
+    """A copy of the finished run."""
     return shutil.copytree(finished.folder, tmp_path / "copied")
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, without what depends on the clock."""
+    """The lines of metrics.jsonl, without the speeds."""
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for record in records:
         record.pop("tokens_per_second", None)
@@ -72,8 +72,9 @@ def read_arrays(folder: Path) -> list[np.ndarray]:
 
 
 def assert_results(folder: Path, printed: str, leaves: int) -> None:
-    """The folder holds all that a run of four steps should leave."""
-    assert "held-out perplexity:" in printed and "sample after" in printed
+    """Asserts that the folder contains the results of a run of four steps."""
+    assert "after 4 steps: held-out loss" in printed and "sample after" in printed
+    assert printed.count("perplexity") >= 5  # three evaluations, before, after
     assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
     records = read_metrics(folder)
     assert [r["step"] for r in records if "loss" in r] == [1, 2, 3, 4]
@@ -119,12 +120,12 @@ def test_other_methods_leave_the_same_results(arguments, tmp_path, capsys, flags
     assert_results(tmp_path / "out", capsys.readouterr().out, leaves)
 
 
-def test_an_interrupted_run_resumes_bit_exactly(finished, arguments, tmp_path, monkeypatch):
+def test_a_killed_run_resumes_bit_exactly(finished, arguments, tmp_path, monkeypatch):
     folder, step, calls = tmp_path / "parts", training.Trainer.step, []
 
     def interrupted(*args):
         calls.append(args)
-        if len(calls) == 4:  # step 3 is logged but in no checkpoint, as when a run is killed
+        if len(calls) == 4:  # as if killed: step 3 is logged but not in a checkpoint
             raise KeyboardInterrupt
         return step(*args)
 
@@ -139,6 +140,42 @@ def test_an_interrupted_run_resumes_bit_exactly(finished, arguments, tmp_path, m
         ours, theirs = read_arrays(folder / name), read_arrays(finished.folder / name)
         for mine, other in zip(ours, theirs, strict=True):
             np.testing.assert_array_equal(mine, other)
+
+
+def test_ctrl_c_saves_the_step_and_the_run_resumes_bit_exactly(
+    finished, arguments, tmp_path, monkeypatch, capsys
+):
+    folder, step = tmp_path / "parts", training.Trainer.step
+    handler = signal.getsignal(signal.SIGINT)
+
+    def interrupted(trainer, state, *args):
+        if int(state.step) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return step(trainer, state, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Trainer, "step", interrupted)
+        assert run(*arguments, "--output", folder) == 130
+    assert "continue with --resume" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert (folder / "checkpoints" / "3").is_dir()  # in spite of --save-every 2
+
+    assert run("--resume", "--output", folder) == 0
+    assert read_metrics(folder) == read_metrics(finished.folder)
+    for mine, other in zip(
+        read_arrays(folder / "adapter"), read_arrays(finished.folder / "adapter"), strict=True
+    ):
+        np.testing.assert_array_equal(mine, other)
+
+
+def test_a_second_ctrl_c_stops_at_once(arguments, tmp_path, monkeypatch):
+    def interrupted_twice(*_):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(training.Trainer, "step", interrupted_twice)
+    assert run(*arguments, "--output", tmp_path / "out") == 130
+    assert [r["step"] for r in read_metrics(tmp_path / "out") if "loss" in r] == []
 
 
 def test_resuming_a_finished_run_changes_nothing(copied):
@@ -168,7 +205,7 @@ def test_resuming_on_other_text_is_refused(copied, text_file, tmp_path, capsys):
     changed = settings.replace(str(text_file), str(tmp_path / "other.txt"))
     (copied / "settings.json").write_text(changed)
     assert run("--resume", "--output", copied) == 1
-    assert "training text" in capsys.readouterr().err
+    assert "training data" in capsys.readouterr().err
 
 
 def test_resuming_before_the_first_checkpoint_says_so(copied, capsys):
@@ -179,13 +216,13 @@ def test_resuming_before_the_first_checkpoint_says_so(copied, capsys):
 
 def test_an_earlier_run_is_not_overwritten(copied, arguments, capsys):
     assert run(*arguments, "--output", copied) == 1
-    assert "already holds a run: add --resume" in capsys.readouterr().err
+    assert "already contains a run: add --resume" in capsys.readouterr().err
 
 
 def test_without_an_output_folder_the_next_free_one_is_taken(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "loft-1").mkdir(parents=True)
-    opened = runs.open_run(LlmSettings(), None, False, what="text", examples=np.zeros((1, 2)))
+    opened = runs.open_run(LlmSettings(), None, False, examples=np.zeros((1, 2)))
     assert opened.folder == tmp_path / "runs" / "loft-2"
 
 
@@ -195,12 +232,13 @@ def test_without_an_output_folder_the_next_free_one_is_taken(tmp_path, monkeypat
         (["--rank", "17"], "layers/self_attn/q_proj: rank 17 is above 16"),
         (["--model", "missing"], "--model missing: there is no such folder"),
         (["--data", "missing.txt"], "--data missing.txt: there is no such file"),
-        (["--seq-len", "100000"], "fewer than one window of 100000 + 1"),
-        (["--method", "full", "--quantize", "nf4"], "--method full trains all of them"),
-        (["--method", "dora", "--quantize", "nf4"], "--quantize and --method dora do not go"),
-        (["--method", "head"], "has no head of its own"),
+        (["--seq-len", "4096"], "fewer than one window of 4096 + 1"),
+        (["--seq-len", "4097"], "--seq-len 4097 is longer than the context of tiny-llama"),
+        (["--method", "full", "--quantize", "nf4"], "--method full trains all weights"),
+        (["--method", "dora", "--quantize", "nf4"], "--quantize does not support --method dora"),
+        (["--method", "head"], "has no separate head"),
         (["--resume"], "--resume needs --output"),
-        (["--resume", "--output", "missing"], "missing holds no run to resume"),
+        (["--resume", "--output", "missing"], "missing contains no run to resume"),
     ],
 )
 def test_what_cannot_work_is_explained_in_one_paragraph(
@@ -217,7 +255,7 @@ def test_what_cannot_work_is_explained_in_one_paragraph(
     ("flags", "message"),
     [
         (["--targets", "q,head"], "'head' is none of q,k,v,o,up,down,gate"),
-        (["--rank", "0"], "'0' is not a positive whole number"),
+        (["--rank", "0"], "'0' is not a positive integer"),
         (["--learning-rate", "-1"], "'-1' is not a positive number"),
         (["--method", "sgd"], "invalid choice: 'sgd'"),
     ],
@@ -229,7 +267,7 @@ def test_bad_flags_are_refused(capsys, flags, message):
 
 
 def test_the_script_runs_by_its_path_and_fails_without_a_traceback(tmp_path):
-    """No argument and no network: one paragraph, with the remedy."""
+    """Without arguments and network, the error is one paragraph with a remedy."""
     script = Path(__file__).parents[2] / "examples" / "finetune_llm.py"
     result = subprocess.run(
         [sys.executable, script], capture_output=True, text=True, cwd=tmp_path, check=False

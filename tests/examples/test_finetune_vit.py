@@ -1,4 +1,4 @@
-"""The whole script on a tiny random model: its outputs, its messages, and resuming."""
+"""The script on a tiny random model: its outputs, its messages, and resuming."""
 
 import json
 import subprocess
@@ -6,15 +6,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import finetune_vit
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-import training
-from test_vit import read_recorded, write_folder
 
+import finetune_vit
+from common import training
 from loft_jax.adapters import load_peft
+from tests.examples.record_vit_logits import read_recorded, write_folder
 
 SMALL = "--steps 4 --eval-every 2 --save-every 2 --batch-size 4 --image-size 12 --rank 2"
 
@@ -26,7 +26,7 @@ def run(*arguments: Any) -> int:
 
 @pytest.fixture(scope="module")
 def arguments(tmp_path_factory) -> list[str]:
-    """Flags for a run of seconds: a tiny DINOv2, and twenty images of two classes."""
+    """Flags for a short run: a tiny DINOv2, and twenty images of two classes."""
     folder = tmp_path_factory.mktemp("vit")
     model = write_folder(read_recorded("dinov2 on smaller images"), folder / "model")
     draw = np.random.default_rng(0)
@@ -39,14 +39,14 @@ def arguments(tmp_path_factory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def finished(arguments, tmp_path_factory) -> Path:
-    """The folder of a run with LoFT, not to be changed."""
+    """The folder of a run with LoFT; tests must not change it."""
     folder = tmp_path_factory.mktemp("finished") / "out"
     assert run(*arguments, "--output", folder) == 0
     return folder
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, without what depends on the clock."""
+    """The lines of metrics.jsonl, without the speeds."""
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for record in records:
         record.pop("images_per_second", None)
@@ -60,7 +60,7 @@ def read_arrays(folder: Path) -> list[np.ndarray]:
 
 
 def assert_results(folder: Path, leaves: int) -> None:
-    """The folder holds all that a run of four steps should leave."""
+    """Asserts that the folder contains the results of a run of four steps."""
     for name in ("curve", "predictions", "confusion"):
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     records = read_metrics(folder)
@@ -90,12 +90,12 @@ def test_other_methods_leave_the_same_results(arguments, tmp_path, method, leave
     assert_results(tmp_path / "out", leaves)
 
 
-def test_an_interrupted_run_resumes_bit_exactly(finished, arguments, tmp_path, monkeypatch):
+def test_a_killed_run_resumes_bit_exactly(finished, arguments, tmp_path, monkeypatch):
     folder, step, calls = tmp_path / "parts", training.Trainer.step, []
 
     def interrupted(*args):
         calls.append(args)
-        if len(calls) == 4:  # step 3 is logged but in no checkpoint, as when a run is killed
+        if len(calls) == 4:  # as if killed: step 3 is logged but not in a checkpoint
             raise KeyboardInterrupt
         return step(*args)
 
@@ -113,7 +113,7 @@ def test_an_interrupted_run_resumes_bit_exactly(finished, arguments, tmp_path, m
     ("flags", "message"),
     [
         (["--rank", "17"], "layers/attention/k_proj: rank 17 is above 16"),
-        (["--image-size", "13"], "--image-size 13 is no multiple of 4"),
+        (["--image-size", "13"], "--image-size 13 is not a multiple of 4"),
         (["--model", "missing"], "--model missing: there is no such folder"),
         (["--data", "missing"], "--data missing: there is no such file or folder"),
         (["--eval-data", "missing"], "--eval-data missing: there is no such"),

@@ -1,10 +1,11 @@
-"""Images of a file and of a folder are the same, and what cannot be used is named."""
+"""Files and folders give the same images; errors name the bad file."""
 
 import numpy as np
 import pytest
-from errors import UserError
-from images import Images, hold_out, load_images, same_classes
 from PIL import Image
+
+from common.data.images import Images, hold_out, load_images, same_classes
+from common.errors import UserError
 
 LABELS = np.array([0, 1, 0, 1, 1], np.uint8)
 PIXELS = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3)).astype(np.uint8)
@@ -13,7 +14,7 @@ CLASSES = np.array(["cat", "dog"])
 
 @pytest.fixture
 def npz(tmp_path):
-    """Writes a file with some arrays other than the good ones."""
+    """Writes a file in which some arrays are replaced."""
 
     def write(**changed):
         arrays = {"images": PIXELS, "labels": LABELS, "classes": CLASSES} | changed
@@ -73,11 +74,11 @@ def test_classes_are_the_same_by_name_and_not_by_number(npz):
     ("changed", "message"),
     [
         ({"images": None}, "has no array called images"),
-        ({"images": PIXELS[..., :2]}, "shape .5, 8, 8, 2.: .count, height, width, 3. is expected"),
-        ({"images": PIXELS / 255}, "dtype float64: uint8"),
+        ({"images": PIXELS[..., :2]}, "shape .5, 8, 8, 2., expected .count, height, width, 3."),
+        ({"images": PIXELS / 255}, "dtype float64, expected uint8"),
         ({"labels": LABELS[:4]}, "labels of shape .4,.*for 5 images"),
-        ({"labels": LABELS + 0.5}, "one whole number for each"),
-        ({"labels": LABELS + 1}, "labels from 1 to 2 where its 2 classes allow 0 to 1"),
+        ({"labels": LABELS + 0.5}, "expected one integer per image"),
+        ({"labels": LABELS + 1}, "labels from 1 to 2, but its 2 classes allow 0 to 1"),
         ({"labels": 0 * LABELS}, "one class only .cat."),
         ({"images": PIXELS[:0], "labels": LABELS[:0]}, "has no images"),
     ],
@@ -114,7 +115,7 @@ def test_folders_without_classes_or_images_are_named(folder, tmp_path):
     (folder / "empty").mkdir()
     with pytest.raises(UserError, match="empty has no images"):
         load_images(str(folder), 8)
-    with pytest.raises(UserError, match="it needs one for each class"):
+    with pytest.raises(UserError, match="it needs one folder of images per class"):
         load_images(str(folder / "empty"), 8)
     with pytest.raises(UserError, match="--eval-data missing: there is no such"):
         load_images("missing", 8, "--eval-data")

@@ -1,4 +1,4 @@
-"""The model computes what Hugging Face's computes, and adapters start as the identity."""
+"""The LLaMA equals Hugging Face's; new adapters do not change it."""
 
 import json
 from typing import Any
@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import record_llama_logits as hugging_face
 from flax import nnx
-from llama import TARGETS, LlamaConfig, lora_rule
-from weights import build_model
 
+from common.models.llama import TARGETS, LlamaConfig, lora_rule
+from common.models.llama_weights import build_model
 from loft_jax.adapters import add_lora, remove_lora
+from tests.examples import record_llama_logits as hugging_face
 
 
 def assert_same_logits(recorded: dict[str, Any]) -> None:
@@ -44,7 +44,7 @@ def test_logits_are_those_recorded_from_hugging_face(case):
 
 @pytest.mark.parametrize("case", hugging_face.CASES)
 def test_logits_are_those_of_hugging_face(case):
-    # Gigabytes that the test extra leaves out: the recorded logits above always run.
+    # The packages are large and optional; the recorded logits above are always tested.
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
     assert_same_logits(hugging_face.record(case))

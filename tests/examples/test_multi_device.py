@@ -1,4 +1,4 @@
-"""The example on a mesh, in one process and in two, one of which dies."""
+"""The example on a mesh, in one process and in two; one of the two is killed."""
 
 import json
 import os
@@ -9,24 +9,23 @@ import sys
 import time
 from pathlib import Path
 
-import finetune_llm
 import jax
-import meshes
-import methods
-import multi_device
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-import training
-import weights
 from flax import nnx
 from jax.sharding import PartitionSpec as P
-from llama import lora_rule
 
+import finetune_llm
+import multi_device
+from common import meshes, methods, training
+from common.data import text
+from common.models import llama_weights as weights
+from common.models.llama import lora_rule
 from loft_jax.adapters import add_lora, lora_pairs
 
 HERE = Path(__file__).parent
-STEPS = 16  # of which two processes must not make the last before one is killed
+STEPS = 16  # enough that two processes are not done before one is killed
 MESH = "fsdp=4,tensor=2"
 
 
@@ -67,10 +66,10 @@ def uninterrupted(arguments, tmp_path_factory) -> Path:
 
 
 def assert_same_run(folder: Path, other: Path) -> None:
-    """Equal losses at every step, up to the order in which devices add up.
+    """Asserts equal losses at every step, up to the order of summation over devices.
 
-    Of the factors no more can be asked in float32: Adam's ratio of a coordinate without a gradient
-    is made of rounding. That meshes change nothing is shown in float64, in tests/sharding.
+    The factors are not compared in float32, because Adam's update of a coordinate without a
+    gradient consists of rounding errors. tests/sharding compares them in float64.
     """
     ours, theirs = losses(folder), losses(other)
     assert list(ours) == list(theirs) == list(range(1, STEPS + 1))
@@ -100,7 +99,7 @@ def test_weights_adapters_and_state_are_split(model_folder):
     assert spec(mlp.down_proj.lora_a) == P(None, "tensor", None)
     assert spec(model.embed_tokens.embedding) == P("tensor", "fsdp")
     make = lambda rate: methods.make_optimizer("loft", rate, pairs=lora_pairs(rule))
-    trainer = training.Trainer(model, training.next_token_loss, make)
+    trainer = training.Trainer(model, text.next_token_loss, make)
     state = trainer.start(model)
     for _ in range(2):
         nu = state.opt_state[1][0].nu["layers"]["self_attn"]["q_proj"]["lora_a"]
@@ -117,7 +116,7 @@ def processes(folder: Path, arguments: list[str], *flags: str) -> list[subproces
     script = HERE.parents[1] / "examples" / "multi_device.py"
     command = [sys.executable, "-u", script, *arguments, "--output", folder, "--mesh", MESH]
     command += ["--coordinator", address, "--processes", "2", *flags]
-    # Without pytest's eight devices.
+    # pytest uses eight devices.
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     return [
         subprocess.Popen(
@@ -147,7 +146,7 @@ def two(tmp_path, arguments):
 
 
 def test_two_processes_train_and_one_that_dies_ends_the_other(two, uninterrupted, tmp_path, report):
-    """What they have trained is what one process trains, and it goes on in one, on another mesh."""
+    """Two processes train as one does, and one process resumes the run on another mesh."""
     folder, began = tmp_path / "two", time.monotonic()
     first, second = two("--timeout", "10")
     while len(losses(folder)) < 5:
@@ -186,7 +185,7 @@ def test_sigterm_saves_ends_with_75_and_is_resumed_bit_exactly(
     with monkeypatch.context() as patch:
         patch.setattr(training.Trainer, "step", preempted)
         assert run(*arguments, "--mesh", MESH, "--output", folder) == 75
-    assert list(losses(folder)) == [1, 2, 3]  # step 3, that --save-every 2 passes over, is saved
+    assert list(losses(folder)) == [1, 2, 3]  # step 3 is saved in spite of --save-every 2
     assert run("--resume", "--mesh", MESH, "--output", folder) == 0
     assert losses(folder) == losses(uninterrupted)
     for x, y in zip(adapter(folder), adapter(uninterrupted), strict=True):
@@ -194,7 +193,7 @@ def test_sigterm_saves_ends_with_75_and_is_resumed_bit_exactly(
 
 
 def test_another_base_is_refused(uninterrupted, model_folder, tmp_path, capsys):
-    """The weights that a run began with are part of it, though no checkpoint holds them."""
+    """A run cannot be resumed with other frozen weights, although no checkpoint contains them."""
     import shutil
 
     from safetensors.numpy import load_file, save_file
@@ -213,10 +212,10 @@ def test_another_base_is_refused(uninterrupted, model_folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--mesh", "fsdp=3"], "--mesh data=1 x fsdp=3 x tensor=1 is for 3 devices, and there"),
+        (["--mesh", "fsdp=3"], "--mesh data=1 x fsdp=3 x tensor=1 needs 3 devices, but there"),
         (["--mesh", "layers=8"], "'layers=8' is not one of data, fsdp, tensor with a size"),
         (["--mesh", "fsdp=8", "--batch-size", "4"], "--batch-size 4 cannot be split over data x"),
-        (["--mesh", MESH, "--quantize", "nf4"], "--quantize is for one device"),
+        (["--mesh", MESH, "--quantize", "nf4"], "--quantize works on one device only"),
         (["--processes", "2", "--coordinator", "x:1", "--process", "0"], "need --output"),
         (["--processes", "2"], "need --coordinator, --processes and --process"),
     ],

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-import weights
+from examples.common.models import llama_weights as weights
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 

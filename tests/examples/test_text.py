@@ -1,12 +1,13 @@
-"""Held-out text stays apart from training text, and unreadable text is named."""
+"""Held-out and training text are disjoint; errors name the unreadable file."""
 
 import gzip
 
 import numpy as np
 import pytest
-import text
-from errors import UserError
-from tiny_llama import byte_tokenizer
+
+from common.data import text
+from common.errors import UserError
+from tests.examples.tiny_llama import byte_tokenizer
 
 WIKIPEDIA = '<doc id="1" title="A">\nA\n\nFirst.\n\n</doc>\n<doc id="2" title="B">\nB.\n\n</doc>\n'
 WIKITEXT = " = A = \n\n First . \n = = Part = = \n more \n = B = \n second \n"

@@ -1,17 +1,17 @@
-"""The loop's parts: schedule, optimizers, and a step compiled once for every rate and seed."""
+"""Schedule, optimizers, and a step that is compiled once for all learning rates and seeds."""
 
 import dataclasses
 
 import jax
-import methods
 import numpy as np
 import pytest
-import training
-import weights
 from flax import nnx
-from llama import lora_rule
 from optimizers import hasty_compiler as hasty_compiler
 
+from common import methods, training
+from common.data import text
+from common.models import llama_weights as weights
+from common.models.llama import lora_rule
 from loft_jax.adapters import add_lora, lora_pairs
 
 
@@ -25,7 +25,7 @@ RULE = lora_rule(["q", "down"], rank=2, alpha=2)
 WINDOWS = np.random.default_rng(0).integers(0, 256, (6, 9)).astype(np.int32)
 
 
-def test_the_rate_rises_for_a_tenth_of_the_steps_then_falls_to_zero():
+def test_the_learning_rate_rises_for_a_tenth_of_the_steps_then_falls_to_zero():
     rates = [training.learning_rate_at(step, 50, 2.0) for step in range(51)]
     np.testing.assert_allclose(rates[:5], [0.4, 0.8, 1.2, 1.6, 2.0])
     np.testing.assert_allclose(np.diff(rates[5:]), -2.0 / 45)
@@ -33,12 +33,12 @@ def test_the_rate_rises_for_a_tenth_of_the_steps_then_falls_to_zero():
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
-def test_short_runs_have_positive_rates(steps):
+def test_short_runs_have_positive_learning_rates(steps):
     assert all(training.learning_rate_at(step, steps, 1.0) > 0 for step in range(steps))
 
 
 def untied_model(folder):
-    """The tiny model with a head of its own."""
+    """The tiny model with a separate head."""
     pretrained = weights.load(str(folder))
     tensors = dict(pretrained.tensors)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
@@ -54,15 +54,15 @@ def test_a_method_lowers_the_loss_and_changes_what_it_trains_alone(model_folder,
     pairs = lora_pairs(methods.adapter_rule(method, RULE))
     trainer = training.Trainer(
         model,
-        training.next_token_loss,
+        text.next_token_loss,
         lambda rate: methods.make_optimizer(method, rate, pairs=pairs),
         wrt,
     )
     before = {path: np.array(leaf[...]) for path, leaf in nnx.to_flat_state(nnx.state(model))}
     state = trainer.start(model)
     losses = []
-    for _ in range(8):  # LoFT moves one factor a step, and one of them starts at zero
-        state, loss = trainer.step(state, WINDOWS, methods.default_rate(method, 1e-3))
+    for _ in range(8):  # LoFT updates one factor per step, and one factor starts at zero
+        state, loss = trainer.step(state, WINDOWS, methods.default_learning_rate(method, 1e-3))
         losses.append(float(loss))
     assert losses[-1] < losses[0] and int(state.step) == 8
     trained = {path for path, _ in nnx.to_flat_state(nnx.state(model, wrt))}
@@ -91,14 +91,14 @@ def test_a_new_head_has_a_learning_rate_of_its_own():
     np.testing.assert_allclose(updates["classifier"]["kernel"], -1e-1, rtol=1e-5)
 
 
-def test_one_compilation_serves_every_rate_and_seed(model_folder):
+def test_one_compilation_serves_every_learning_rate_and_seed(model_folder):
     traces = []
 
     def optimizer(rate):
         traces.append(rate)
         return methods.make_optimizer("lora", rate)
 
-    trainer = training.Trainer(adapted_model(model_folder), training.next_token_loss, optimizer)
+    trainer = training.Trainer(adapted_model(model_folder), text.next_token_loss, optimizer)
     results = []
     for seed, rate in ((0, 1e-3), (1, 1e-3), (1, 1e-2)):
         state = trainer.start(adapted_model(model_folder, seed))
@@ -112,7 +112,7 @@ def test_one_compilation_serves_every_rate_and_seed(model_folder):
 def test_evaluation_does_not_depend_on_the_batch_size(model_folder):
     model = adapted_model(model_folder)
     trainer = training.Trainer(
-        model, training.next_token_loss, lambda rate: methods.make_optimizer("lora", rate)
+        model, text.next_token_loss, lambda rate: methods.make_optimizer("lora", rate)
     )
     params = trainer.start(model).params
     one_by_one = trainer.evaluate(params, WINDOWS, 1)
@@ -124,7 +124,7 @@ def test_a_model_that_is_not_trained_is_evaluated(model_folder):
     model = adapted_model(model_folder)
     find = lambda wrt: training.Trainer(
         model,
-        training.next_token_loss,
+        text.next_token_loss,
         lambda rate: methods.METHODS["lora"].optimizer(rate, None),
         wrt,
     ).evaluate(nnx.as_pure(nnx.state(model, wrt)), WINDOWS, 4)
@@ -132,5 +132,5 @@ def test_a_model_that_is_not_trained_is_evaluated(model_folder):
 
 
 def test_a_model_that_knows_nothing_pays_the_entropy_of_the_vocabulary():
-    losses = training.next_token_loss(lambda ids: np.zeros((*ids.shape, 7)), WINDOWS % 7)
+    losses = text.next_token_loss(lambda ids: np.zeros((*ids.shape, 7)), WINDOWS % 7)
     np.testing.assert_allclose(losses, np.full(6, np.log(7)), rtol=1e-6)

@@ -1,4 +1,4 @@
-"""The model computes what Hugging Face's do, from their files and from an ONNX export."""
+"""The ViT equals Hugging Face's, from their files and from an ONNX export."""
 
 import json
 import re
@@ -8,37 +8,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import onnx_weights
+import onnx
 import pytest
-import record_vit_logits as hugging_face
-import vit_weights
-from errors import UserError
 from flax import nnx
-from methods import adapt
-from safetensors.numpy import save_file
-from vit import TARGETS, VitConfig, lora_rule
 
+from common.errors import UserError
+from common.methods import adapt
+from common.models import vit_weights
+from common.models.vit import TARGETS, VitConfig, lora_rule
 from loft_jax.adapters import remove_lora
-
-
-def read_recorded(case: str) -> dict[str, Any]:
-    """A case of the recorded file."""
-    with np.load(hugging_face.PATH) as file:
-        prefix = f"{case}/tensors/"
-        tensors = {n.removeprefix(prefix): file[n] for n in file.files if n.startswith(prefix)}
-        rest = {name: file[f"{case}/{name}"] for name in ("images", "logits")}
-        return {"config": json.loads(str(file[f"{case}/config"])), "tensors": tensors} | rest
-
-
-def write_folder(recorded: dict[str, Any], folder: Path) -> Path:
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(recorded["config"]))
-    save_file(recorded["tensors"], folder / "model.safetensors")
-    return folder
+from tests.examples import record_vit_logits as hugging_face
 
 
 def with_recorded_head(model: Any, tensors: dict[str, np.ndarray]) -> Any:
-    """The model with the recorded head: ours would be a new one."""
+    """The model with the recorded head in place of its new one."""
     model.classifier.kernel[...] = jnp.asarray(tensors["classifier.weight"].T, jnp.float32)
     model.classifier.bias[...] = jnp.asarray(tensors["classifier.bias"], jnp.float32)
     return model
@@ -46,7 +29,7 @@ def with_recorded_head(model: Any, tensors: dict[str, np.ndarray]) -> Any:
 
 def assert_same_logits(recorded: dict[str, Any], folder: Path) -> None:
     """Ours equal the recorded ones up to float32 rounding through two layers."""
-    loaded = vit_weights.load(str(write_folder(recorded, folder)))
+    loaded = vit_weights.load(str(hugging_face.write_folder(recorded, folder)))
     model = with_recorded_head(loaded.build(hugging_face.IMAGE_SIZE, 3), recorded["tensors"])
     scale = np.abs(recorded["logits"]).max()
     np.testing.assert_allclose(
@@ -56,11 +39,11 @@ def assert_same_logits(recorded: dict[str, Any], folder: Path) -> None:
 
 @pytest.mark.parametrize("case", hugging_face.CASES)
 def test_logits_are_those_recorded_from_hugging_face(case, tmp_path):
-    assert_same_logits(read_recorded(case), tmp_path / "model")
+    assert_same_logits(hugging_face.read_recorded(case), tmp_path / "model")
 
 
 def test_logits_are_those_of_hugging_face(tmp_path):
-    # Gigabytes that the test extra leaves out: the recorded logits above always run.
+    # The packages are large and optional; the recorded logits above are always tested.
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
     assert_same_logits(hugging_face.record("dinov2 on smaller images"), tmp_path / "model")
@@ -68,15 +51,15 @@ def test_logits_are_those_of_hugging_face(tmp_path):
 
 @pytest.fixture
 def recorded():
-    return read_recorded("dinov2 on smaller images")
+    return hugging_face.read_recorded("dinov2 on smaller images")
 
 
 @pytest.fixture
 def folder(recorded, tmp_path):
-    return write_folder(recorded, tmp_path / "model")
+    return hugging_face.write_folder(recorded, tmp_path / "model")
 
 
-def test_positions_of_the_same_grid_are_kept_to_the_bit():
+def test_positions_of_the_same_grid_are_kept_bit_exactly():
     table = np.random.default_rng(0).normal(size=(1, 10, 4)).astype(np.float32)
     np.testing.assert_array_equal(vit_weights.resize_positions(table, 3), table)
 
@@ -97,48 +80,38 @@ def test_new_adapters_leave_the_logits_unchanged_and_merge_when_they_are_trained
 # ------------------------------------------------------------------------------- ONNX
 
 
-def field(number: int, value: int | bytes) -> bytes:
-    """A field of a protocol buffer."""
-    if isinstance(value, int):
-        return varint(number << 3) + varint(value)
-    return varint(number << 3 | 2) + varint(len(value)) + value
-
-
-def varint(value: int) -> bytes:
-    low, rest = value & 127, value >> 7
-    return bytes([low | 128]) + varint(rest) if rest else bytes([low])
-
-
-def initializer(name: str, tensor: np.ndarray) -> bytes:
-    dims = b"".join(field(1, size) for size in tensor.shape)
-    data = field(9, np.ascontiguousarray(tensor, "<f4").tobytes())
-    return field(5, dims + field(2, 1) + field(8, name.encode()) + data)
-
-
-def node(name: str, *inputs: str) -> bytes:
-    return field(1, b"".join(field(1, x.encode()) for x in inputs) + field(3, name.encode()))
-
-
 def as_onnx(tensors: dict[str, np.ndarray]) -> bytes:
-    """A DINOv2 as PyTorch exports it: matrices transposed, they and the positions anonymous."""
-    parts = []
+    """A DINOv2 as PyTorch exports it: matrices are transposed; they and positions have no names."""
+    weights, nodes = [], []
+
+    def add_weight(name: str, tensor: np.ndarray) -> None:
+        weights.append(onnx.numpy_helper.from_array(tensor.astype(np.float32), name))
+
+    def add_node(name: str, *inputs: str) -> None:
+        nodes.append(onnx.helper.make_node(name.split("/")[-1].split("_")[0], inputs, ["y"], name))
+
     for name, tensor in tensors.items():
         name = re.sub("^dinov2", "backbone", name)
         if name.endswith("position_embeddings"):
-            parts += [initializer("a", tensor[:, :1]), initializer("b", tensor[:, 1:])]
-            parts += [node("/backbone/embeddings/Reshape_1", "b", "shape")]
-            parts += [node("/backbone/embeddings/Concat_6", "a", "resized")]
+            add_weight("a", tensor[:, :1])
+            add_weight("b", tensor[:, 1:])
+            add_node("/backbone/embeddings/Reshape_1", "b", "shape")
+            add_node("/backbone/embeddings/Concat_6", "a", "resized")
         elif tensor.ndim == 2 and name.startswith("backbone.encoder"):
             module = name.removesuffix(".weight").replace(".", "/").replace("layer/", "layer.")
-            parts += [initializer(f"MatMul_{len(parts)}", tensor.T)]
-            parts += [node(f"/{module}/MatMul", "x", f"MatMul_{len(parts) - 1}")]
+            anonymous = f"MatMul_{len(weights)}"
+            add_weight(anonymous, tensor.T)
+            add_node(f"/{module}/MatMul", "x", anonymous)
         else:
-            parts += [initializer(name, tensor)]
-    return field(1, 10) + field(2, b"pytorch") + field(7, b"".join(parts))
+            add_weight(name, tensor)
+    # Integer constants, such as shapes, are not weights.
+    weights.append(onnx.numpy_helper.from_array(np.array([1, -1]), "shape"))
+    graph = onnx.helper.make_graph(nodes, "graph", [], [], weights)
+    return onnx.helper.make_model(graph).SerializeToString()
 
 
 def test_an_onnx_export_gives_the_weights_it_was_written_from(recorded, folder):
-    read = vit_weights.from_onnx(onnx_weights.read_graph(as_onnx(recorded["tensors"])))
+    read = vit_weights.from_onnx(as_onnx(recorded["tensors"]))
     original = vit_weights.load(str(folder)).tensors
     for name, tensor in read.items():
         np.testing.assert_array_equal(tensor, original[name], err_msg=name)
@@ -147,11 +120,12 @@ def test_an_onnx_export_gives_the_weights_it_was_written_from(recorded, folder):
 
 @pytest.mark.parametrize(
     ("damage", "message"),
-    [(lambda data: data[:-7], "ends within"), (lambda data: b"", "no float32 weights")],
+    [(lambda data: data[:-7], "not an ONNX model"), (lambda data: b"", "no float32 weights")],
+    ids=["truncated", "empty"],
 )
 def test_a_damaged_onnx_file_is_refused(recorded, damage, message):
     with pytest.raises(ValueError, match=message):
-        onnx_weights.read_graph(damage(as_onnx(recorded["tensors"])))
+        vit_weights.from_onnx(damage(as_onnx(recorded["tensors"])))
 
 
 # --------------------------------------------------------------------------- messages
@@ -190,7 +164,7 @@ def test_weights_that_do_not_fit_the_config_are_named(folder, recorded):
 
 
 def test_an_image_size_that_patches_do_not_fill_is_refused_with_one_that_they_do(folder):
-    with pytest.raises(UserError, match="--image-size 11 is no multiple of 4.*try 12"):
+    with pytest.raises(UserError, match="--image-size 11 is not a multiple of 4.*try 12"):
         vit_weights.load(str(folder)).build(11, 3)
 
 

@@ -1,4 +1,4 @@
-"""The same model comes out of every format, and a bad folder is named."""
+"""All formats give the same model; errors name the bad file."""
 
 import json
 import shutil
@@ -7,17 +7,18 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-import weights
-from errors import UserError
 from safetensors.numpy import load_file, save_file
-from tiny_llama import CONFIG, byte_tokenizer, random_tensors
+
+from common.errors import UserError
+from common.models import llama_weights as weights
+from tests.examples.tiny_llama import CONFIG, byte_tokenizer, random_tensors
 
 IDS = jnp.arange(12)[None]
 
 
 @pytest.fixture
 def folder(model_folder, tmp_path):
-    """A copy of the tiny model to damage."""
+    """A copy of the tiny model."""
     return shutil.copytree(model_folder, tmp_path / "model")
 
 
@@ -46,6 +47,9 @@ def test_bfloat16_weights_are_computed_in_float32(folder):
 def test_gguf_gives_the_model_and_tokenizer_it_was_written_from(folder, tmp_path):
     write_gguf(tmp_path / "tiny.gguf")
     read, original = weights.read_gguf(tmp_path / "tiny.gguf"), weights.load(str(folder))
+    context = CONFIG["max_position_embeddings"]
+    assert read.config.max_position_embeddings == context
+    assert original.config.max_position_embeddings == context
     np.testing.assert_allclose(read.build()(IDS), original.build()(IDS), rtol=1e-5, atol=1e-5)
     text = "In 1987 the thin thief\n\n said: naïve!"
     ids = read.tokenizer.encode(text).ids
@@ -54,11 +58,12 @@ def test_gguf_gives_the_model_and_tokenizer_it_was_written_from(folder, tmp_path
 
 
 def write_gguf(path) -> None:
-    """The tiny model as llama.cpp's converter writes one, q and k rows permuted by its formula."""
+    """The tiny model in llama.cpp's format, with its permutation of the rows of q and k."""
     import gguf
 
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name("tiny")
+    writer.add_context_length(CONFIG["max_position_embeddings"])
     writer.add_embedding_length(CONFIG["hidden_size"])
     writer.add_feed_forward_length(CONFIG["intermediate_size"])
     writer.add_block_count(CONFIG["num_hidden_layers"])
@@ -112,10 +117,10 @@ def test_an_unsupported_model_is_refused_with_what_is_supported(folder):
 
 def test_weights_that_do_not_fit_the_config_are_named(folder):
     (folder / "config.json").write_text(json.dumps(CONFIG | {"intermediate_size": 20}))
-    with pytest.raises(UserError, match="mlp.down_proj.weight as .16, 24."):
+    with pytest.raises(UserError, match="do not fit its config.*mlp.down_proj.weight: .16, 24."):
         weights.load(str(folder)).build()
     (folder / "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": 3}))
-    with pytest.raises(UserError, match="The weights lack model.layers.2"):
+    with pytest.raises(UserError, match="The weights of .* lack model.layers.2"):
         weights.load(str(folder)).build()
 
 

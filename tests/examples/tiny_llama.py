@@ -1,4 +1,4 @@
-"""A tiny random LLaMA, in the pieces that a checkpoint consists of."""
+"""A tiny random LLaMA: config, tokenizer and tensors."""
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -11,6 +11,7 @@ CONFIG = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
     "rms_norm_eps": 1e-5,
     "rope_theta": 10_000.0,
     "tie_word_embeddings": True,
@@ -18,7 +19,7 @@ CONFIG = {
 
 
 def byte_tokenizer() -> Tokenizer:
-    """A tokenizer of the 256 bytes, with one merge so that merges are exercised."""
+    """A tokenizer of the 256 bytes, with one merge."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate([*alphabet[:-1], "th"])}
     tokenizer = Tokenizer(models.BPE(vocabulary, [("t", "h")]))

@@ -1,25 +1,27 @@
-"""Text for a language model: documents, a held-out part, and windows of tokens."""
+"""Text for a language model: documents, windows of tokens, and the loss of the next token."""
 
 import gzip
 import re
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-import downloads
+import jax
+import jax.numpy as jnp
 import numpy as np
-from errors import UserError
+import optax
 from tokenizers import Tokenizer
+
+from .. import downloads
+from ..batches import held_out_places
+from ..errors import UserError
 
 T = TypeVar("T")
 
-HELD_OUT_EVERY = 10
-"""One document in so many is held out: training never sees it."""
-
 
 def load_documents(source: str | None) -> list[str]:
-    """Wikipedia articles where `source` is None, else a text file (.gz too) or a hub dataset."""
+    """Wikipedia articles if `source` is None, else a text file (.gz too) or a hub dataset."""
     if source is None:
         return split_documents(downloads.read_member(downloads.WIKIPEDIA).decode())
     if Path(source).is_file():
@@ -33,7 +35,7 @@ def load_documents(source: str | None) -> list[str]:
 
 
 def split_documents(text: str) -> list[str]:
-    """Articles of a Wikipedia extract or of WikiText; else paragraphs between empty lines."""
+    """Splits a Wikipedia extract or WikiText into articles, other text at empty lines."""
     if "<doc id=" in text:
         parts = re.findall(r"<doc [^>]*>\n(.*?)\n*</doc>", text, flags=re.DOTALL)
     elif re.search(r"^ ?= [^=\n]+ = ?$", text, flags=re.MULTILINE):
@@ -44,27 +46,21 @@ def split_documents(text: str) -> list[str]:
 
 
 def hold_out(documents: Sequence[T]) -> tuple[list[T], list[T]]:
-    """Documents (or questions) to train on, and every tenth, held out: no document is in both.
-
-    Every tenth rather than the last tenth, because collections are often sorted: the end of the
-    Wikipedia articles consists of stubs, which are easier to predict than the rest.
-    """
+    """Splits documents or questions into a training part and a held-out part."""
     if len(documents) < 2:
         raise UserError(
             "The data are a single document, so none can be held out: pass --eval-data, or "
             "separate the documents of a text by empty lines."
         )
-    # Counted from the end of the first ten, so that few documents give a held-out one as well.
-    offset = min(HELD_OUT_EVERY, len(documents)) - 1
-    held_out = documents[offset::HELD_OUT_EVERY]
-    train = [d for i, d in enumerate(documents) if (i - offset) % HELD_OUT_EVERY]
-    return train, list(held_out)
+    places = held_out_places(len(documents))
+    train = [document for place, document in enumerate(documents) if place not in places]
+    return train, [documents[place] for place in places]
 
 
 def windows(tokenizer: Tokenizer, documents: Sequence[str], length: int, name: str) -> np.ndarray:
     """Consecutive windows of `length` predictions: int32 `(count, length + 1)`.
 
-    A window's last token is the next one's first, so that each token is predicted once.
+    The last token of a window is the first token of the next, so each token is predicted once.
     """
     encodings = tokenizer.encode_batch(
         [document + "\n\n" for document in documents], add_special_tokens=False
@@ -74,10 +70,21 @@ def windows(tokenizer: Tokenizer, documents: Sequence[str], length: int, name: s
     if count < 1:
         raise UserError(
             f"The {name} text has {len(tokens)} tokens, fewer than one window of {length} + 1: "
-            "give more text or a smaller --seq-len."
+            "use more text or a smaller --seq-len."
         )
     starts = length * np.arange(count)
     return tokens[starts[:, None] + np.arange(length + 1)]
+
+
+def token_losses(model: Any, windows: jax.Array) -> jax.Array:
+    """The loss of each predicted token in nats: ids `(n, length + 1)` to float32 `(n, length)`."""
+    logits = model(windows[:, :-1]).astype(jnp.float32)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:])
+
+
+def next_token_loss(model: Any, windows: jax.Array) -> jax.Array:
+    """Mean loss per token of each window: ids `(n, length + 1)` to float32 `(n,)`."""
+    return token_losses(model, windows).mean(axis=-1)
 
 
 def _read_text(path: Path) -> str:
@@ -86,24 +93,24 @@ def _read_text(path: Path) -> str:
         return (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise UserError(
-            f"Cannot read {path} ({error}): plain UTF-8 text is expected, or text compressed by "
-            "gzip in a file whose name ends in .gz."
+            f"Cannot read {path} ({error}): pass UTF-8 text, plain or compressed by gzip in a "
+            "file named *.gz."
         ) from error
 
 
 def _from_hub(source: str) -> list[str]:
     name, _, configuration = source.partition(":")
     try:
-        # Optional and large, so not among the extras: it may be missing where types are checked.
+        # The package is large and not part of the extras, so a type checker may not find it.
         from datasets import load_dataset  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise UserError(
-            f"--data {source} is no file, and a hub dataset needs the datasets package: "
+            f"--data {source} is not a file, and a hub dataset needs the datasets package: "
             "pip install datasets, or pass a text file."
         ) from error
     try:
         rows = load_dataset(name, configuration or None, split="train")["text"]
-    except Exception as error:  # no network, no such dataset, no text column: one remedy
+    except Exception as error:  # no network, no dataset, no text column: one message for all
         raise UserError(
             f"Cannot fetch the dataset {source} ({type(error).__name__}: "
             f"{str(error).splitlines()[0]}). It needs a train split with a text column; check "

@@ -1,42 +1,45 @@
-"""What a language model is trained for: the next token of a text, or the answers to questions."""
+"""Training tasks: text, multiple-choice questions, and image classification."""
 
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-import batches
-import choices
 import numpy as np
-import text
-from figure import draw_accuracy, draw_curve
-from llm_settings import LlmSettings
 from tokenizers import Tokenizer
-from training import Loss, Outputs, next_token_loss
+
+from . import batches
+from .data import choices, images, text
+from .figures import draw_accuracy, draw_perplexity
+from .llm_settings import LlmSettings
+from .training import Loss, Outputs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
-    """Data, what is minimised on it, and how success is measured and told."""
+    """Data, the loss to minimise, and the metrics to report."""
 
-    what: Literal["text", "questions"]
+    kind: Literal["text", "questions", "images"]
     description: str
     train: Any
     """Examples, an array or a tree of arrays."""
     held_out: Any
+    unit: str = "tokens"
+    """The unit of the reported speed."""
+    units: int
+    """Units per example."""
     loss: Loss
     outputs: Outputs
     metrics: Callable[[Any], dict[str, float]]
-    """From the outputs of all held-out examples: `eval_loss` and others, by their names in
-    metrics.jsonl."""
+    """Computes the metrics in metrics.jsonl, `eval_loss` among them, from all outputs."""
     sentence: Callable[[Mapping[str, float]], str]
-    """What is printed of the metrics."""
-    draw: Callable[..., None]
-    """(lines of metrics.jsonl, path, title): the learning curve."""
+    """Describes the metrics."""
+    draw: Callable[..., None] = draw_accuracy
+    """Draws the learning curve; arguments as for `draw_accuracy`."""
 
 
 def language_modelling(settings: LlmSettings, tokenizer: Tokenizer) -> Task:
-    """Next tokens of windows of text."""
+    """Prediction of the next token in windows of text."""
     documents = text.load_documents(settings.data)
     if settings.eval_data is None:
         documents, held_out = text.hold_out(documents)
@@ -52,24 +55,23 @@ def language_modelling(settings: LlmSettings, tokenizer: Tokenizer) -> Task:
         return {"eval_loss": loss, "eval_perplexity": float(np.exp(loss))}
 
     return Task(
-        what="text",
-        description=(
-            f"{len(train)} windows of {length} tokens to train on, {len(evaluate)} held out"
-        ),
+        kind="text",
+        description=f"{len(train)} training windows of {length} tokens, {len(evaluate)} held out",
         train=train,
         held_out=evaluate,
-        loss=next_token_loss,
-        outputs=next_token_loss,
+        units=length,
+        loss=text.next_token_loss,
+        outputs=text.next_token_loss,
         metrics=metrics,
         sentence=lambda m: (
             f"held-out loss {m['eval_loss']:.4f}, perplexity {m['eval_perplexity']:.2f}"
         ),
-        draw=draw_curve,
+        draw=draw_perplexity,
     )
 
 
 def multiple_choice(settings: LlmSettings, tokenizer: Tokenizer) -> Task:
-    """Answers to questions, of which each has a few to choose from."""
+    """Multiple-choice questions."""
     load = functools.partial(choices.load_questions, answers=settings.answers)
     questions = load(settings.data)
     if settings.eval_data is None:
@@ -90,10 +92,11 @@ def multiple_choice(settings: LlmSettings, tokenizer: Tokenizer) -> Task:
         }
 
     return Task(
-        what="questions",
-        description=f"{len(questions)} questions to train on, {len(held_out)} held out",
+        kind="questions",
+        description=f"{len(questions)} training questions, {len(held_out)} held out",
         train=train,
         held_out=rows,
+        units=settings.seq_len,
         loss=choices.answer_loss,
         outputs=choices.answer_nats,
         metrics=metrics,
@@ -101,14 +104,38 @@ def multiple_choice(settings: LlmSettings, tokenizer: Tokenizer) -> Task:
             f"held-out accuracy {100 * m['eval_accuracy']:.1f} %, likelihood of the right answer "
             f"{m['eval_answer_likelihood']:.3f}, loss {m['eval_loss']:.4f}"
         ),
-        draw=draw_accuracy,
     )
 
 
-def make_task(settings: LlmSettings, tokenizer: Tokenizer) -> Task:
-    """The task that the settings name, or that the data's file name tells."""
-    chosen = settings.task or (
-        "multiple-choice" if choices.is_multiple_choice(settings.data) else "text"
+def language_task(settings: LlmSettings, tokenizer: Tokenizer) -> Task:
+    """The task of `--task`; by default, the suffix of `--data` determines it."""
+    of_questions = choices.is_multiple_choice(settings.data)
+    if (settings.task or ("multiple-choice" if of_questions else "text")) == "text":
+        return language_modelling(settings, tokenizer)
+    return multiple_choice(settings, tokenizer)
+
+
+def image_classification(train: images.Images, held_out: images.Images) -> Task:
+    """Classification of labelled images."""
+
+    def metrics(outputs: Mapping[str, np.ndarray]) -> dict[str, float]:
+        hits = outputs["prediction"] == held_out.labels
+        return {"eval_loss": float(outputs["loss"].mean()), "eval_accuracy": float(hits.mean())}
+
+    return Task(
+        kind="images",
+        description=(
+            f"{len(train.labels)} training images of {len(train.classes)} classes, "
+            f"{len(held_out.labels)} held out"
+        ),
+        train=images.examples_of(train),
+        held_out=images.examples_of(held_out),
+        unit="images",
+        units=1,
+        loss=images.classification_loss,
+        outputs=images.classification,
+        metrics=metrics,
+        sentence=lambda m: (
+            f"held-out accuracy {100 * m['eval_accuracy']:.1f} %, loss {m['eval_loss']:.4f}"
+        ),
     )
-    make = multiple_choice if chosen == "multiple-choice" else language_modelling
-    return make(settings, tokenizer)

@@ -1,4 +1,4 @@
-"""The methods that the examples compare: what each trains, with which optimizer, at which rate."""
+"""The fine-tuning methods: trained parameters, optimizer and default learning rate of each."""
 
 import dataclasses
 import functools
@@ -7,15 +7,15 @@ from typing import Any, Literal
 
 import jax
 import optax
-from dora import add_dora
-from errors import UserError
 from flax import nnx
 
 from loft_jax import LoraPairs, baselines, clip_by_projected_global_norm, loft_adamw, loft_muon
-from loft_jax.adapters import LoraRule, add_lora
+from loft_jax.adapters import LoraLayer, LoraRule, add_lora
+
+from .errors import UserError
 
 Optimizer = Callable[[Any, LoraPairs | None], optax.GradientTransformation]
-"""(learning rate, what to know of the adapters) -> the transformation."""
+"""(learning rate, pairs) -> the transformation; `pairs` describes the adapters."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,18 +25,23 @@ class Method:
     label: str
     optimizer: Optimizer
     rate: float
-    """The default peak learning rate, as a multiple of full fine-tuning's on the same task.
+    """Default peak learning rate, as a multiple of full fine-tuning's on the same task.
 
-    LoFT's and LoRA's are from `finetune_llm.py`'s default run: the best of those tried in 25 steps
-    (LoFT 5e-4, 1e-3, 4e-3; LoRA 3e-3, 1e-2), beside the only one tried in full (1e-4). The others'
-    are starting points that nobody has tuned: try three times as much and a third of it.
+    LoFT's and LoRA's are the best of those tried in 25 steps of `finetune_llm.py` (LoFT 5e-4,
+    1e-3, 4e-3; LoRA 3e-3, 1e-2); full fine-tuning was tried at 1e-4 only. The others are untuned
+    starting points: also try three times as much and a third.
     """
     trains: Literal["adapters", "all", "head"] = "adapters"
     projected: bool = False
-    """Whether gradients are clipped by their norm after LoFT's projection: the norm that full
-    fine-tuning would see, of what the adapters can express."""
+    """Whether clipping uses the norm of the gradients after LoFT's projection. This norm is the
+    part of full fine-tuning's gradient norm that the adapters can express."""
     rslora: bool = False
     dora: bool = False
+
+    @property
+    def exchangeable(self) -> bool:
+        """Whether `save_peft` supports the adapters."""
+        return self.trains == "adapters" and not self.dora
 
 
 def _adamw(learning_rate: Any, pairs: LoraPairs | None) -> optax.GradientTransformation:
@@ -45,11 +50,11 @@ def _adamw(learning_rate: Any, pairs: LoraPairs | None) -> optax.GradientTransfo
 
 def _loft(second_moment: Any) -> Optimizer:
     options = {"weight_decay": 0.0, "second_moment": second_moment}
-    return lambda rate, pairs: loft_adamw(rate, pairs=pairs, **options)
+    return lambda learning_rate, pairs: loft_adamw(learning_rate, pairs=pairs, **options)
 
 
-def _peer(make: Callable[..., optax.GradientTransformation]) -> Optimizer:
-    return lambda rate, pairs: make(rate, pairs=pairs)
+def _with_pairs(make: Callable[..., optax.GradientTransformation]) -> Optimizer:
+    return lambda learning_rate, pairs: make(learning_rate, pairs=pairs)
 
 
 METHODS = {
@@ -58,26 +63,28 @@ METHODS = {
     "simple": Method(label="LoFT (simple)", optimizer=_loft("diagonal"), rate=50, projected=True),
     "muon": Method(
         label="LoFT-Muon",
-        # Of AdamW's size, so that AdamW's learning rate serves; other parameters get AdamW.
-        optimizer=_peer(functools.partial(loft_muon, consistent_rms=0.2)),
+        # Updates have AdamW's size, so AdamW's learning rate suits non-LoRA parameters too.
+        optimizer=_with_pairs(functools.partial(loft_muon, consistent_rms=0.2)),
         rate=5,
         projected=True,
     ),
     "lora": Method(label="LoRA", optimizer=_adamw, rate=30),
     "dora": Method(label="DoRA", optimizer=_adamw, rate=30, dora=True),
     "rslora": Method(label="rsLoRA", optimizer=_adamw, rate=10, rslora=True),
-    "lora+": Method(label="LoRA+", optimizer=_peer(baselines.lora_plus), rate=5),
-    "riemannian": Method(label="Riemannian LoRA", optimizer=_peer(baselines.scaled_adamw), rate=10),
-    # The variant with a second moment (the paper's Algorithm 2), at a rate like the others'.
-    "altlora": Method(label="AltLoRA+", optimizer=_peer(baselines.altlora_plus), rate=5),
-    "lora-pro": Method(label="LoRA-Pro", optimizer=_peer(baselines.lora_pro), rate=1),
+    "lora+": Method(label="LoRA+", optimizer=_with_pairs(baselines.lora_plus), rate=5),
+    "riemannian": Method(
+        label="Riemannian LoRA", optimizer=_with_pairs(baselines.scaled_adamw), rate=10
+    ),
+    # The variant with a second moment (Algorithm 2 of the paper).
+    "altlora": Method(label="AltLoRA+", optimizer=_with_pairs(baselines.altlora_plus), rate=5),
+    "lora-pro": Method(label="LoRA-Pro", optimizer=_with_pairs(baselines.lora_pro), rate=1),
     "full": Method(label="full fine-tuning", optimizer=_adamw, rate=1, trains="all"),
     "head": Method(label="the head alone", optimizer=_adamw, rate=30, trains="head"),
 }
 
 
-def default_rate(method: str, full: float) -> float:
-    """A method's peak learning rate on a task where full fine-tuning has the rate `full`."""
+def default_learning_rate(method: str, full: float) -> float:
+    """A method's default peak learning rate if full fine-tuning's is `full`."""
     return METHODS[method].rate * full
 
 
@@ -87,20 +94,43 @@ def title(method: str, rank: int) -> str:
     return f"{chosen.label} of rank {rank}" if chosen.trains == "adapters" else chosen.label
 
 
+# ---------------------------------------------------------------------------- adapters
+
+
 def adapter_rule(method: str, rule: LoraRule) -> LoraRule:
-    """The rule of the adapters with the scale that the method gives them."""
+    """The rule with the scale that the method uses."""
     return dataclasses.replace(rule, rslora=METHODS[method].rslora)
 
 
 def adapt(model: Any, method: str, rule: LoraRule, rngs: nnx.Rngs) -> Any:
-    """The model as the method wants it: with fresh adapters, or as it is."""
+    """The model with new adapters, or unchanged if the method trains none."""
     if METHODS[method].trains != "adapters":
         return model
     try:
         model = add_lora(model, adapter_rule(method, rule), rngs=rngs)
     except ValueError as error:
         raise UserError(f"Cannot add the adapters: {error}.") from error
-    return add_dora(model) if METHODS[method].dora else model
+    if not METHODS[method].dora:
+        return model
+    wrap = lambda path, node: DoraLayer(node) if isinstance(node, LoraLayer) else node
+    return nnx.recursive_map(wrap, model)
+
+
+class DoraLayer(nnx.Module):
+    """DoRA: a linear layer whose weight is a direction, adapted by LoRA, times a magnitude."""
+
+    def __init__(self, layer: LoraLayer):
+        """Takes the base and the factors of an adapted `nnx.Linear`, stacked on axis 0 or not."""
+        self.base, self.scale = layer.base, layer.scale
+        self.lora_a, self.lora_b = layer.lora_a, layer.lora_b
+        init = jax.vmap(baselines.dora_init) if layer.stack else baselines.dora_init
+        self.lora_magnitude = nnx.LoRAParam(init(layer.base.kernel[...]))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`(..., in)` to `(..., out)`."""
+        factors = (self.lora_magnitude[...], self.lora_a[...], self.lora_b[...])
+        y = baselines.dora_output(x, self.base.kernel[...], *factors, self.scale)
+        return y if self.base.bias is None else y + self.base.bias[...]
 
 
 def trainable(method: str, head: str | None = None) -> Any:
@@ -117,6 +147,9 @@ def trainable(method: str, head: str | None = None) -> Any:
     return nnx.Any(*of_head) if trains == "head" else nnx.Any(nnx.LoRAParam, *of_head)
 
 
+# --------------------------------------------------------------------------- optimizer
+
+
 def make_optimizer(
     method: str,
     learning_rate: Any,
@@ -126,14 +159,14 @@ def make_optimizer(
     head: str | None = None,
     head_ratio: float = 1.0,
 ) -> optax.GradientTransformation:
-    """A method's optimizer behind gradient clipping, without weight decay.
+    """Gradient clipping followed by a method's optimizer, without weight decay.
 
     Args:
         method: one of `METHODS`.
         learning_rate: a number or a traced scalar.
-        pairs: what LoFT and its peers should know of the adapters: scale, and stacked axes.
+        pairs: scale and stacked axes of the adapters.
         max_norm: the global norm at which gradients are clipped.
-        head: the attribute of a new head, which gets AdamW; None for a model without one.
+        head: the attribute of a new head, which AdamW trains; None for a model without one.
         head_ratio: the head's learning rate as a multiple of `learning_rate`.
     """
     chosen = METHODS[method]

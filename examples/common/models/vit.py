@@ -1,10 +1,8 @@
-"""A Vision Transformer in Flax nnx: ViT and DINOv2, which differ in three places only.
+"""A Vision Transformer in Flax nnx: ViT or DINOv2.
 
-DINOv2 scales what each block adds (LayerScale), and its classifier sees the mean of the patches
-beside the class token; ViT's sees the class token alone. Attributes carry the names that Hugging
-Face transformers gives to a ViT, so that `vit_weights.py` finds a parameter by its path.
-
-The layers are stacked, as in `llama.py`: one layer's program is scanned over them.
+DINOv2 scales the output of each block (LayerScale), and its classifier uses the class token and
+the mean of the patches. The classifier of a ViT uses the class token alone. Attributes have the
+names of a ViT in Hugging Face transformers. The layers are stacked, as in `llama.py`.
 """
 
 import dataclasses
@@ -14,9 +12,10 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from stacks import STACKED, scan_layers, stack
 
 from loft_jax.adapters import LoraRule
+
+from .stacking import scan_layers, stack, stacked_rule
 
 TARGETS = {
     "q": "attention/q_proj",
@@ -26,15 +25,15 @@ TARGETS = {
     "fc1": "mlp/fc1",
     "fc2": "mlp/fc2",
 }
-"""The projections that can carry an adapter: short name -> path in a layer."""
+"""The projections that can have an adapter: path within a layer, by short name."""
 
 CLASSIFIER = "classifier"
-"""The attribute that holds the classification head."""
+"""The attribute of the classification head."""
 
 
 @dataclasses.dataclass(frozen=True)
 class VitConfig:
-    """The shape of the model; the defaults are those of a ViT-S/14 as DINOv2 has it."""
+    """The shape of the model; the defaults are those of DINOv2's ViT-S/14."""
 
     kind: Literal["vit", "dinov2"] = "dinov2"
     hidden_size: int = 384
@@ -45,7 +44,7 @@ class VitConfig:
     layer_norm_eps: float = 1e-6
     qkv_bias: bool = True
     image_mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    """Of each channel, of values from 0 to 1: subtracted, and the rest divided by `image_std`."""
+    """Mean and standard deviation of each channel, for pixels from 0 to 1."""
     image_std: tuple[float, ...] = (0.229, 0.224, 0.225)
 
     @classmethod
@@ -55,22 +54,22 @@ class VitConfig:
         """Reads Hugging Face's config.json and preprocessor_config.json.
 
         Raises:
-            ValueError: a model that this one would compute wrongly.
+            ValueError: the config needs a feature that this model does not have.
         """
         kind = config.get("model_type")
         if kind not in ("vit", "dinov2"):
             raise ValueError(f"model_type {kind!r} is not supported: use vit or dinov2")
         if config.get("hidden_act", "gelu") != "gelu":
-            raise ValueError(f"hidden_act {config['hidden_act']!r} is not supported: only gelu is")
+            raise ValueError(f"hidden_act {config['hidden_act']!r} is not supported, only gelu")
         if config.get("use_swiglu_ffn"):
-            raise ValueError("use_swiglu_ffn=true is not supported (DINOv2's giant has it)")
+            raise ValueError("use_swiglu_ffn=true is not supported (DINOv2 giant uses it)")
         if config.get("num_channels", 3) != 3:
-            raise ValueError(f"num_channels={config['num_channels']} is not supported: only 3 are")
+            raise ValueError(f"num_channels={config['num_channels']} is not supported, only 3")
         patch, hidden = config["patch_size"], config["hidden_size"]
         if not isinstance(patch, int):
             raise ValueError(f"patch_size {patch} is not supported: patches must be square")
         inner = hidden * config.get("mlp_ratio", 4) if kind == "dinov2" else 4 * hidden
-        # ViT was pretrained on values from -1 to 1, DINOv2 with ImageNet's means and deviations.
+        # ViT was pretrained on values from -1 to 1, DINOv2 with ImageNet's mean and deviation.
         half = {"image_mean": (0.5,) * 3, "image_std": (0.5,) * 3} if kind == "vit" else {}
         given = {
             name: tuple(preprocessor[name])
@@ -91,7 +90,7 @@ class VitConfig:
 
 
 class Attention(nnx.Module):
-    """Self-attention of all tokens with all."""
+    """Self-attention between all tokens."""
 
     def __init__(self, config: VitConfig, *, rngs: nnx.Rngs):
         self.heads, width = config.num_attention_heads, config.hidden_size
@@ -107,7 +106,7 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """Two layers with a GELU, the exact one, between."""
+    """Two layers with an exact GELU between them."""
 
     def __init__(self, config: VitConfig, *, rngs: nnx.Rngs):
         self.fc1 = nnx.Linear(config.hidden_size, config.intermediate_size, rngs=rngs)
@@ -119,7 +118,7 @@ class MLP(nnx.Module):
 
 
 class LayerScale(nnx.Module):
-    """A learned factor for each channel."""
+    """A learned scale for each channel."""
 
     def __init__(self, config: VitConfig):
         self.lambda1 = nnx.Param(jnp.ones(config.hidden_size))
@@ -130,7 +129,7 @@ class LayerScale(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """Attention and MLP, each normalised before and added after."""
+    """Attention and MLP, each with pre-normalization and a residual connection."""
 
     def __init__(self, config: VitConfig, *, rngs: nnx.Rngs):
         norm = {"epsilon": config.layer_norm_eps, "use_fast_variance": False, "rngs": rngs}
@@ -149,7 +148,7 @@ class Layer(nnx.Module):
 
 
 class Embeddings(nnx.Module):
-    """Patches and the class token before them, each with its position added."""
+    """The class token and the patches, with position embeddings."""
 
     def __init__(self, config: VitConfig, image_size: int, *, rngs: nnx.Rngs):
         width, patch = config.hidden_size, config.patch_size
@@ -169,7 +168,7 @@ class Embeddings(nnx.Module):
 
 
 class PatchEmbeddings(nnx.Module):
-    """The linear map of a patch's pixels, written as a convolution."""
+    """A linear map of the pixels of a patch, as a convolution."""
 
     def __init__(self, width: int, patch: int, *, rngs: nnx.Rngs):
         window = (patch, patch)
@@ -177,7 +176,7 @@ class PatchEmbeddings(nnx.Module):
 
 
 class Vit(nnx.Module):
-    """Images in, class logits out; the size of the images is fixed when the model is made."""
+    """Maps images of a fixed size to class logits."""
 
     def __init__(self, config: VitConfig, image_size: int, classes: int, *, rngs: nnx.Rngs):
         self.config = config
@@ -194,16 +193,16 @@ class Vit(nnx.Module):
         )
 
     def tokens(self, images: jax.Array) -> jax.Array:
-        """uint8 `(batch, size, size, 3)` to the normalised outputs `(batch, 1 + patches, hidden)`.
+        """uint8 `(batch, size, size, 3)` to the normalized outputs `(batch, 1 + patches, hidden)`.
 
-        The first one is the class token's.
+        The first output belongs to the class token.
         """
         mean, std = jnp.array(self.config.image_mean), jnp.array(self.config.image_std)
         x = (images.astype(jnp.float32) / 255 - mean) / std
         return self.layernorm(scan_layers(self.layers, self.embeddings(x)))
 
     def features(self, images: jax.Array) -> jax.Array:
-        """uint8 `(batch, size, size, 3)` to what the classifier sees, `(batch, features)`."""
+        """uint8 `(batch, size, size, 3)` to the classifier's input `(batch, features)`."""
         tokens = self.tokens(images)
         if self.config.kind == "vit":
             return tokens[:, 0]
@@ -214,10 +213,9 @@ class Vit(nnx.Module):
         return self.classifier(self.features(images))
 
 
-def lora_rule(targets: Iterable[str], rank: int, alpha: float, rslora: bool = False) -> LoraRule:
-    """Adapters on the named projections of every layer, for `loft_jax.adapters.add_lora`."""
-    paths = "|".join(TARGETS[target] for target in targets)
-    return LoraRule(path=f"layers/({paths})", rank=rank, alpha=alpha, rslora=rslora, batch=STACKED)
+def lora_rule(targets: Iterable[str], rank: int, alpha: float) -> LoraRule:
+    """Adapters on the projections `targets` (keys of `TARGETS`) of every layer."""
+    return stacked_rule(TARGETS, targets, rank, alpha)
 
 
 def _identity(x: jax.Array) -> jax.Array:

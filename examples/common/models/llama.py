@@ -1,19 +1,18 @@
-"""A LLaMA-family language model in Flax nnx, small enough to read in one sitting.
+"""A LLaMA-family language model in Flax nnx.
 
-Covers the decoder that LLaMA 1-3, SmolLM2, TinyLlama and Mistral share: RMSNorm, rotary position
-embeddings, grouped-query attention, a SwiGLU MLP, and an output head which may be tied to the
-embedding; Qwen2 adds a bias to q, k and v. Attributes carry the names that Hugging Face
-checkpoints use, so a parameter's path *is* its checkpoint name and loading needs no table
-(`weights.py`).
+The model is the decoder that LLaMA 1-3, SmolLM2, TinyLlama, Mistral and Qwen2 share: RMSNorm,
+rotary position embeddings, grouped-query attention, a SwiGLU MLP, and an output head that may be
+tied to the embedding. Qwen2 adds a bias to q, k and v. Attributes have the names of Hugging Face
+checkpoints.
 
-The layers are stacked: every parameter of `layers` has a leading axis of length `layers`, an
-adapter's factors too, `(layers, in, r)` and `(layers, r, out)`, and one layer's program is scanned
-over them. With LoFT on SmolLM2's 150 projections the training step then traces and compiles in
-5 s where the unrolled layers took 70 s, and runs in 2.7 s where they took 4.9 s (2 busy cores).
+The layers are stacked: every parameter of `layers` has a leading axis over the layers, also the
+factors of an adapter, `(layers, in, r)` and `(layers, r, out)`, and `jax.lax.scan` runs over it.
+With LoFT on SmolLM2's 150 projections, the training step compiles in 5 s instead of 70 s for
+unrolled layers, and runs in 2.7 s instead of 4.9 s (2 busy cores).
 
-Why not google-tunix, which has a LLaMA in nnx too: version 0.1.7 installs 108 packages (1.6 GB),
-has no adapters without qwix, reads no GGUF, and its LLaMA ignores the configured `rope_theta`
-(always 1e6, where SmolLM2 has 1e5).
+google-tunix also has a LLaMA in nnx. It is not used here because version 0.1.7 installs 108
+packages (1.6 GB), has no adapters without qwix, cannot read GGUF, and ignores the configured
+`rope_theta` (its value is always 1e6; SmolLM2 has 1e5).
 """
 
 import dataclasses
@@ -24,20 +23,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from stacks import STACKED, scan_layers, stack
 
 from loft_jax.adapters import LoraRule
 
+from .stacking import scan_layers, stack, stacked_rule
+
 TARGETS = {
-    "q": ("self_attn", "q_proj"),
-    "k": ("self_attn", "k_proj"),
-    "v": ("self_attn", "v_proj"),
-    "o": ("self_attn", "o_proj"),
-    "up": ("mlp", "up_proj"),
-    "down": ("mlp", "down_proj"),
-    "gate": ("mlp", "gate_proj"),
+    "q": "self_attn/q_proj",
+    "k": "self_attn/k_proj",
+    "v": "self_attn/v_proj",
+    "o": "self_attn/o_proj",
+    "up": "mlp/up_proj",
+    "down": "mlp/down_proj",
+    "gate": "mlp/gate_proj",
 }
-"""The projections that can carry an adapter: short name -> (part of the layer, attribute)."""
+"""The projections that can have an adapter: path within a layer, by short name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,17 +55,23 @@ class LlamaConfig:
     rope_theta: float = 1e5
     rope_scaling: tuple[float, float, float, float] | None = None
     """LLaMA 3.1's (factor, low_freq_factor, high_freq_factor, original context), if any."""
+    max_position_embeddings: int | None = 8192
+    """The context, in tokens; None if unknown."""
     tie_word_embeddings: bool = True
     attention_bias: bool = False
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "LlamaConfig":
-        """Reads Hugging Face's config.json, refusing what this model would compute wrongly."""
+        """Reads Hugging Face's config.json.
+
+        Raises:
+            ValueError: the config needs a feature that this model does not have.
+        """
         kind = config.get("model_type")
         if kind not in ("llama", "mistral", "qwen2"):
             raise ValueError(f"model_type {kind!r} is not supported: use llama, mistral or qwen2")
         if config.get("hidden_act", "silu") != "silu":
-            raise ValueError(f"hidden_act {config['hidden_act']!r} is not supported: only silu is")
+            raise ValueError(f"hidden_act {config['hidden_act']!r} is not supported, only silu")
         if config.get("mlp_bias"):
             raise ValueError("mlp_bias=true is not supported")
         if kind == "llama" and config.get("attention_bias"):
@@ -73,7 +79,7 @@ class LlamaConfig:
         if config.get("sliding_window") and config.get("use_sliding_window", kind == "mistral"):
             raise ValueError("sliding-window attention is not supported")
         heads = config["num_attention_heads"]
-        # transformers 5 gathers the rope settings under rope_parameters; earlier files spread them.
+        # transformers 5 has one entry, rope_parameters; earlier versions have several.
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
         return cls(
             vocab_size=config["vocab_size"],
@@ -86,6 +92,7 @@ class LlamaConfig:
             rms_norm_eps=config.get("rms_norm_eps", 1e-6),
             rope_theta=float(rope.get("rope_theta") or config.get("rope_theta", 10_000.0)),
             rope_scaling=_rope_scaling(rope),
+            max_position_embeddings=config.get("max_position_embeddings"),
             tie_word_embeddings=config.get("tie_word_embeddings", False),
             attention_bias=kind == "qwen2",
         )
@@ -96,30 +103,31 @@ def _rope_scaling(rope: Mapping[str, Any]) -> tuple[float, float, float, float] 
     if kind == "default":
         return None
     if kind != "llama3":
-        raise ValueError(f"rope scaling {kind!r} is not supported: only llama3 is")
+        raise ValueError(f"rope scaling {kind!r} is not supported, only llama3")
     names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     factor, low, high, context = (float(rope[name]) for name in names)
     return factor, low, high, context
 
 
 def rope_frequencies(config: LlamaConfig) -> jax.Array:
-    """Radians a position for each pair of coordinates, float32 `(head_dim / 2,)`."""
+    """Radians per position for each pair of coordinates, float32 `(head_dim / 2,)`."""
     exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
     frequencies = config.rope_theta**-exponents
     if config.rope_scaling is None:
         return frequencies
-    # LLaMA 3.1 stretches its context by slowing the slow rotations: wavelengths beyond
-    # context/low are divided by `factor`, those below context/high kept, the rest blended.
+    # LLaMA 3.1 extends its context by slowing the slow rotations: frequencies with wavelengths
+    # above context/low are divided by `factor`, those below context/high are kept, and those
+    # between are interpolated.
     factor, low, high, context = config.rope_scaling
-    turns = context * frequencies / (2 * math.pi)
-    keep = jnp.clip((turns - low) / (high - low), 0, 1)
+    rotations = context * frequencies / (2 * math.pi)
+    keep = jnp.clip((rotations - low) / (high - low), 0, 1)
     return frequencies * (keep + (1 - keep) / factor)
 
 
 def rotate(x: jax.Array, frequencies: jax.Array) -> jax.Array:
     """Rotates heads by their position; `x` is `(batch, length, heads, head_dim)`.
 
-    Coordinate i is paired with i + head_dim/2 (Hugging Face's order, not the interleaved one).
+    Coordinate i is paired with i + head_dim/2, as in Hugging Face's checkpoints.
     """
     angles = jnp.arange(x.shape[1], dtype=jnp.float32)[:, None] * frequencies
     cos, sin = jnp.cos(angles)[:, None, :], jnp.sin(angles)[:, None, :]
@@ -167,7 +175,7 @@ class MLP(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """Attention and MLP, each normalised before and added after."""
+    """Attention and MLP, each with pre-normalization and a residual connection."""
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
         norm = {"epsilon": config.rms_norm_eps, "rngs": rngs}
@@ -183,7 +191,7 @@ class Layer(nnx.Module):
 
 
 class Llama(nnx.Module):
-    """Token ids in, next-token logits out."""
+    """Maps token ids to the logits of the next token."""
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -196,7 +204,7 @@ class Llama(nnx.Module):
             )
 
     def hidden(self, tokens: jax.Array) -> jax.Array:
-        """Ids `(batch, length)` to the last layer's normalised output `(batch, length, hidden)`."""
+        """Ids `(batch, length)` to the last layer's normalized output `(batch, length, hidden)`."""
         return self.norm(scan_layers(self.layers, self.embed_tokens(tokens)))
 
     def head(self, x: jax.Array) -> jax.Array:
@@ -209,13 +217,5 @@ class Llama(nnx.Module):
 
 
 def lora_rule(targets: Iterable[str], rank: int, alpha: float) -> LoraRule:
-    """Adapters on the named projections of every layer, for `loft_jax.adapters.add_lora`.
-
-    Raises:
-        ValueError: a target that the model does not have.
-    """
-    targets = tuple(targets)
-    if unknown := [target for target in targets if target not in TARGETS]:
-        raise ValueError(f"unknown target {unknown[0]!r}: choose from {', '.join(TARGETS)}")
-    paths = "|".join("/".join(TARGETS[target]) for target in targets)
-    return LoraRule(path=f"layers/({paths})", rank=rank, alpha=alpha, batch=STACKED)
+    """Adapters on the projections `targets` (keys of `TARGETS`) of every layer."""
+    return stacked_rule(TARGETS, targets, rank, alpha)

@@ -1,0 +1,1 @@
+"""Makes the helpers importable from the repository root: `from examples.common import ...`."""

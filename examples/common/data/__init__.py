@@ -1,0 +1,1 @@
+"""Datasets: loading, held-out splits, and the loss on a batch."""

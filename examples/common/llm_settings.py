@@ -1,0 +1,81 @@
+"""Settings and command line of `finetune_llm.py` and `multi_device.py`."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from .errors import UserError
+from .methods import METHODS
+from .models.llama import TARGETS
+from .settings import Settings, add_number, make_parser, parse, positive_int
+
+_SECOND_MOMENTS = {"calibrated": "loft", "factored": "factored", "diagonal": "simple"}
+
+
+@dataclasses.dataclass(frozen=True)
+class LlmSettings(Settings):
+    """The settings of a run; they are saved in its folder and never change."""
+
+    task: Literal["text", "multiple-choice"] | None = None
+    answers: Literal["labels", "words"] = "labels"
+    second_moment: Literal["calibrated", "factored", "diagonal"] = "calibrated"
+    targets: tuple[str, ...] = ("q", "k", "v", "up", "down")
+    quantize: Literal["nf4", "int4", "int8"] | None = None
+    tile_size: int = 64
+    seq_len: int = 128
+    eval_windows: int = 48
+    eval_questions: int = 32
+    prompt: str = "The history of the city"
+
+    @property
+    def optimizer(self) -> str:
+        """The method whose optimizer is used."""
+        return _SECOND_MOMENTS[self.second_moment] if self.method == "loft" else self.method
+
+
+def parse_arguments(argv: Sequence[str] | None) -> tuple[LlmSettings, Path | None, bool]:
+    """The settings, the output folder if one is given, and whether to resume the run in it."""
+    defaults = LlmSettings()
+    parser = make_parser(
+        "Fine-tune a LLaMA-family model with LoFT or a baseline.", defaults, TARGETS
+    )
+    add = parser.add_argument
+    add(
+        "--second-moment",
+        choices=_SECOND_MOMENTS,
+        help=f"second moment of --method loft; default {defaults.second_moment}",
+    )
+    add("--model", help="folder of LLaMA-family safetensors, or hub id; default SmolLM2-135M")
+    add(
+        "--task",
+        choices=("text", "multiple-choice"),
+        help="default multiple-choice if --data is a .json file, else text",
+    )
+    add(
+        "--answers",
+        choices=("labels", "words"),
+        help=f"how to answer multiple-choice questions; default {defaults.answers}",
+    )
+    add(
+        "--data",
+        help="text file (.gz too), hub dataset id, or .json file of questions; default Wikipedia "
+        "articles",
+    )
+    add("--eval-data", help="held-out data in the same format; default one tenth of --data")
+    add(
+        "--quantize",
+        choices=("nf4", "int4", "int8"),
+        help="quantize the frozen weights; default no quantization",
+    )
+    add("--tile-size", type=positive_int, help="quantized weights per scale; default 64")
+    add_number(parser, defaults, "seq_len", "tokens per example")
+    add_number(parser, defaults, "eval_windows", "windows of text to evaluate on")
+    add_number(parser, defaults, "eval_questions", "questions to evaluate on")
+    add("--prompt", help=f"prompt of the generated samples; default {defaults.prompt!r}")
+    settings, output, resume = parse(parser, LlmSettings, argv)
+    if settings.quantize is not None and METHODS[settings.method].trains == "all":
+        raise UserError("--quantize needs frozen weights, but --method full trains all weights.")
+    if settings.quantize is not None and METHODS[settings.method].dora:
+        raise UserError("--quantize does not support --method dora, which needs unquantized norms.")
+    return settings, output, resume

@@ -1,0 +1,142 @@
+"""The training loop: progress, metrics, evaluation, checkpoints, and an orderly stop."""
+
+import contextlib
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from loft_jax.checkpoint import Preemption
+
+from .batches import batches
+from .errors import Preempted
+from .runs import Run
+from .settings import Settings
+from .tasks import Task
+from .training import Trainer, TrainState, learning_rate_at
+
+
+def say(*values: Any, **options: Any) -> None:
+    """Prints in the first process of a run, without breaking the progress bar."""
+    if jax.process_index() == 0:
+        tqdm.write(" ".join(map(str, values)), **options)
+
+
+def fit(
+    settings: Settings, run: Run, trainer: Trainer, state: TrainState, task: Task, *, resume: bool
+) -> TrainState:
+    """Trains to the last step and evaluates on the way.
+
+    Args:
+        settings: number of steps, peak learning rate, intervals of evaluations and checkpoints.
+        run: receives metrics and checkpoints.
+        trainer: the compiled functions.
+        state: before the first step.
+        task: data and metrics.
+        resume: whether to start from the newest checkpoint of the run instead of from `state`.
+
+    Raises:
+        Preempted, KeyboardInterrupt: SIGTERM or Ctrl-C stopped the run. The state after the
+            current step is saved, and the user knows how to resume.
+    """
+    if resume:
+        state = run.restore(state)
+        say(f"resuming after step {int(state.step)} of {settings.steps}")
+    else:
+        evaluate(settings, run, trainer, state, task)
+    first, units = int(state.step), settings.batch_size * task.units
+    steps = batches(task.train, settings.batch_size, settings.seed, range(first, settings.steps))
+    bar = tqdm(
+        steps,
+        initial=first,
+        total=settings.steps,
+        unit="step",
+        desc=settings.method,
+        disable=jax.process_index() > 0,
+    )
+    try:
+        with Preemption() as preemption, interrupt_as_preemption() as interrupted:
+            for done, batch in enumerate(bar, start=first + 1):
+                began = time.perf_counter()
+                learning_rate = learning_rate_at(done - 1, settings.steps, settings.peak)
+                state, loss = trainer.step(state, batch, learning_rate)
+                loss = float(loss)
+                speed = units / (time.perf_counter() - began)
+                record = {"step": done, "loss": loss, "learning_rate": learning_rate}
+                run.log(record | {f"{task.unit}_per_second": speed})
+                bar.set_postfix(
+                    {
+                        "loss": f"{loss:.3f}",
+                        "lr": f"{learning_rate:.1e}",
+                        f"{task.unit}/s": f"{speed:.0f}",
+                    }
+                )
+                last, stop = done == settings.steps, preemption.reached(done)
+                metrics = None
+                if done % settings.eval_every == 0 or last:
+                    metrics = evaluate(settings, run, trainer, state, task)
+                if done % settings.save_every == 0 or last or stop:
+                    run.save(state, metrics)
+                if stop and not last:
+                    raise KeyboardInterrupt if interrupted.is_set() else Preempted
+    except (KeyboardInterrupt, Preempted) as stopped:
+        why = "preempted" if isinstance(stopped, Preempted) else "stopped"
+        say(f"\n{why}; continue with --resume --output {run.folder}", file=sys.stderr)
+        raise
+    return state
+
+
+@contextlib.contextmanager
+def interrupt_as_preemption() -> Iterator[threading.Event]:
+    """Turns Ctrl-C into SIGTERM, so that all processes of a run stop after the same step.
+
+    A second Ctrl-C stops the process at once.
+
+    Yields:
+        An event that is set after the first Ctrl-C in this process.
+    """
+    interrupted = threading.Event()
+
+    def interrupt(*_: Any) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        interrupted.set()
+        say("\nsaving after this step; press Ctrl-C again to stop at once", file=sys.stderr)
+        signal.raise_signal(signal.SIGTERM)
+
+    if threading.current_thread() is not threading.main_thread():  # cannot handle signals
+        yield interrupted
+        return
+    previous = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def evaluate(
+    settings: Settings, run: Run, trainer: Trainer, state: TrainState, task: Task
+) -> dict[str, float]:
+    """Logs and prints the metrics on the held-out data; returns `eval_loss`."""
+    metrics = task.metrics(trainer.evaluate(state.params, task.held_out, settings.batch_size))
+    run.log({"step": int(state.step)} | metrics)
+    say(f"step {int(state.step)}: {task.sentence(metrics)}")
+    return {"eval_loss": metrics["eval_loss"]}
+
+
+def report(settings: Settings, run: Run, task: Task, title: str) -> None:
+    """Draws the learning curve and prints the outcome, from the logged metrics."""
+    records = run.records()
+    task.draw(records, run.folder / "curve.png", title)
+    evaluated = [task.sentence(record) for record in records if "eval_loss" in record]
+    speeds = [r[name] for r in records if (name := f"{task.unit}_per_second") in r]
+    print(
+        f"\nbefore: {evaluated[0]}\nafter {settings.steps} steps: {evaluated[-1]} "
+        f"({np.median(speeds):.0f} {task.unit}/s)"
+    )
+    print(f"results in {run.folder}: {', '.join(sorted(p.name for p in run.folder.iterdir()))}")

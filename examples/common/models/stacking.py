@@ -1,0 +1,51 @@
+"""Identical layers stacked into one module, with a leading axis for `jax.lax.scan`."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import TypeVar
+
+import jax
+from flax import nnx
+
+from loft_jax.adapters import LoraRule
+
+M = TypeVar("M", bound=nnx.Module)
+
+STACKED = (0,)
+"""The axis of the parameters on which layers are stacked."""
+
+
+def stack(make: Callable[[nnx.Rngs], M], count: int, rngs: nnx.Rngs) -> M:
+    """One module that holds `count` modules; its parameters have a leading axis of that length."""
+    keys = jax.random.split(rngs.params(), count)
+    return nnx.vmap(lambda key: make(nnx.Rngs(key)))(keys)
+
+
+def scan_layers(layers: nnx.Module, x: jax.Array) -> jax.Array:
+    """Applies the stacked layers to `x`, one after another."""
+    graphdef, weights = nnx.split(layers)
+
+    def run(x: jax.Array, weights: nnx.State) -> tuple[jax.Array, None]:
+        return nnx.merge(graphdef, weights)(x), None
+
+    return jax.lax.scan(run, x, weights)[0]
+
+
+def stacked_rule(
+    known: Mapping[str, str], targets: Iterable[str], rank: int, alpha: float
+) -> LoraRule:
+    """A rule for `loft_jax.adapters.add_lora`: adapters on the named projections of every layer.
+
+    Args:
+        known: path within a layer of each projection, by short name.
+        targets: short names.
+        rank: rank of the adapters.
+        alpha: the adapters are scaled by alpha / rank.
+
+    Raises:
+        ValueError: a target is not in `known`.
+    """
+    targets = tuple(targets)
+    if unknown := [target for target in targets if target not in known]:
+        raise ValueError(f"unknown target {unknown[0]!r}: choose from {', '.join(known)}")
+    paths = "|".join(known[target] for target in targets)
+    return LoraRule(path=f"layers/({paths})", rank=rank, alpha=alpha, batch=STACKED)

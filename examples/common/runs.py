@@ -1,0 +1,154 @@
+"""The folder of a run: settings, metrics, checkpoints and results.
+
+The folder contains `settings.json`; `metrics.jsonl`, one JSON object per line;
+`checkpoints/STEP`, the training state for --resume (`loft_jax.checkpoint`); and at the end
+`adapter/`, the trained parameters (Orbax).
+
+All processes of a run share the folder. The first process writes everything but the checkpoints.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from loft_jax.checkpoint import BaseReference, Checkpoints
+
+from .errors import UserError
+from .training import TrainState
+
+
+class Run:
+    """An open run folder; closing it waits until all checkpoints are written."""
+
+    def __init__(self, folder: Path, base: BaseReference | None = None):
+        """Opens a folder that `open_run` has checked or created."""
+        self.folder = folder.resolve()
+        self._metrics = self.folder / "metrics.jsonl"
+        self._checkpoints = Checkpoints(self.folder / "checkpoints", base=base, best="eval_loss")
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Appends a line to the metrics."""
+        if jax.process_index() == 0:
+            with self._metrics.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+
+    def records(self) -> list[dict[str, Any]]:
+        """All complete lines of the metrics; a killed run may leave an incomplete one."""
+        if not self._metrics.exists():
+            return []
+        lines = self._metrics.read_text().split("\n")[:-1]
+        return [json.loads(line) for line in lines]
+
+    def save(self, state: TrainState, metrics: Mapping[str, float] | None = None) -> None:
+        """Saves the training state in the background; the next step may reuse its buffers."""
+        self._checkpoints.save(
+            int(state.step),
+            adapter=state.params,
+            opt_state={"step": state.step, "optimizer": state.opt_state},
+            data={"batches": int(state.step)},
+            metrics=metrics,
+        )
+
+    def restore(self, template: TrainState) -> TrainState:
+        """The newest intact state, with the layout of `template`; truncates later metrics."""
+        restored = self._checkpoints.restore(
+            adapter=template.params,
+            opt_state={"step": template.step, "optimizer": template.opt_state},
+        )
+        if restored is None:
+            raise UserError(
+                f"{self.folder} has no checkpoint: the run stopped before its first one. Delete "
+                "the folder and start again."
+            )
+        if jax.process_index() == 0:
+            # A killed run has logged steps after its last checkpoint, which will be repeated.
+            kept = [record for record in self.records() if record["step"] <= restored.step]
+            shorter = self._metrics.with_suffix(".new")
+            shorter.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            shorter.replace(self._metrics)
+        state = restored.opt_state
+        return TrainState(state["step"], restored.adapter, state["optimizer"])
+
+    def save_adapter(self, params: Any) -> None:
+        """Saves the trained parameters, replacing an earlier version."""
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(self.folder / "adapter", params, force=True)
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._checkpoints.close()
+
+
+def open_run(
+    settings: Any,
+    output: Path | None,
+    resume: bool,
+    *,
+    examples: Any,
+    base: BaseReference | None = None,
+) -> Run:
+    """Creates or reopens the folder of a run.
+
+    Args:
+        settings: a dataclass with the name of the method as `method`.
+        output: the folder; None for the next free one of this method.
+        resume: whether to reopen a run, which must have the same data and frozen weights.
+        examples: the training data, an array or a tree of arrays.
+        base: identifies the frozen weights.
+    """
+    digest = hashlib.sha256()
+    for array in jax.tree.leaves(examples):
+        digest.update(np.asarray(array).tobytes())
+    if resume:
+        assert output is not None
+        if read_settings(output).get("data_sha256") != digest.hexdigest():
+            raise UserError(
+                f"The training data of the run in {output} have changed since it started: restore "
+                "the old data, or start a new run in another --output."
+            )
+        return Run(output, base)
+    if output is None:
+        numbered = (Path("runs") / f"{settings.method}-{n}" for n in range(1, 10_000))
+        output = next(path for path in numbered if not path.exists())
+    described = {"settings": dataclasses.asdict(settings), "data_sha256": digest.hexdigest()}
+    problem = _begin(output, described) if jax.process_index() == 0 else ""
+    if jax.process_count() > 1:  # all processes stop if the first one cannot start the run
+        failed = multihost_utils.broadcast_one_to_all(jnp.int32(bool(problem)))
+        problem = problem or ("The first process could not start the run." if failed else "")
+    if problem:
+        raise UserError(problem)
+    return Run(output, base)
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The content of a run's settings.json."""
+    path = folder / "settings.json"
+    if not path.is_file():
+        raise UserError(f"{folder} contains no run to resume: there is no {path}.")
+    return json.loads(path.read_text())
+
+
+def _begin(folder: Path, described: Mapping[str, Any]) -> str:
+    """Creates the folder and its settings.json; returns an error message, or ''."""
+    if (folder / "settings.json").exists():
+        return (
+            f"{folder} already contains a run: add --resume to continue it, or choose another "
+            "--output."
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "settings.json").write_text(json.dumps(described, indent=2) + "\n")
+    except OSError as error:
+        return f"Cannot write to {folder} ({error}): choose another --output."
+    return ""
