@@ -1,4 +1,4 @@
-"""The accuracy study: its search, its store, its files, and its page."""
+"""The accuracy study: its search, its store, its settings, and its page."""
 
 import json
 import math
@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from accuracy import config, gradient_init, plan, report, run, store, summary, variants
-from accuracy.config import Cell, Runs
-from accuracy.search import place_of, rate_at, search
-from accuracy.store import Key
 from flax import nnx
 
+from benchmarks.accuracy import config, gradient_init, plan, report, run, store, summary, variants
+from benchmarks.accuracy.config import Cell, Runs
+from benchmarks.accuracy.search import index_of, rate_at, search
+from benchmarks.accuracy.store import Key
+from benchmarks.command_line import main
 from loft_jax.adapters import LoraRule, add_lora
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -43,34 +44,34 @@ def bowl(best: float, rate: float, seed: int) -> float:
     return 3 + 0.1 * math.log10(rate / best) ** 2 + 0.01 * seed
 
 
-def test_places_and_rates_are_inverse():
-    for place in range(-14, 3):
-        assert place_of(rate_at(place)) == place
+def test_indices_and_rates_are_inverse():
+    for index in range(-14, 3):
+        assert index_of(rate_at(index)) == index
 
 
 @pytest.mark.parametrize(
     ("best", "tried", "at_edge"),
     [
-        (0, [0, 1, -1, 2, -2], False),  # enclosed by two on each side
+        (0, [0, 1, -1, 2, -2], False),  # two tries on each side
         (1, [0, 1, -1, 2, 3], False),
         (-1, [0, 1, -1, -2, -3], False),
-        (5, [0, 1, -1, 2, 3], True),  # goes on to the better side until the budget is spent
+        (5, [0, 1, -1, 2, 3], True),  # moves to the better side until the budget is spent
         (-5, [0, 1, -1, -2, -3], True),
     ],
 )
-def test_search_goes_to_the_better_side_within_its_budget(best, tried, at_edge):
+def test_search_moves_to_the_better_side_within_its_budget(best, tried, at_edge):
     losses = {place: abs(place - best) - 0.01 * place for place in range(-9, 9)}
     found = search(losses, 0, 5)
     assert sorted(found.tried[1:3]) == [-1, 1]
     assert list(found.tried) == tried or best == 0
     assert sorted(found.tried) == sorted(tried)
-    assert found.wanted is None
+    assert found.next_index is None
     assert found.at_edge == at_edge
-    # What it wants next does not depend on losses that it has not come to.
+    # The next index does not depend on losses that the search has not reached.
     known = {}
     for place in found.tried:
-        assert search(known, 0, 5).wanted == place
-        assert search({**known, 7: -9.0}, 0, 5).wanted == place
+        assert search(known, 0, 5).next_index == place
+        assert search({**known, 7: -9.0}, 0, 5).next_index == place
         known[place] = losses[place]
 
 
@@ -94,7 +95,7 @@ def test_all_files_of_settings_are_understood():
             task = config.read_task(cell.task)
             assert plan.plan({}, cell, runs, task).now
             assert task.kind != "text" or task.validation
-            assert all(rate == rate_at(place_of(rate)) for rate in runs.rates or ())
+            assert all(rate == rate_at(index_of(rate)) for rate in runs.rates or ())
 
 
 def test_runs_are_made_once_and_the_search_is_resumed(tmp_path, capsys):
@@ -199,7 +200,7 @@ def test_report_of_a_partial_study(tmp_path, monkeypatch):
     text = "Before.\n\n<!-- table: language wikitext2 -->\nold\n<!-- end -->\n\nAfter.\n"
     page.write_text(text)
     options = [f"--{x}={tmp_path / x}" for x in ("results", "images")]
-    assert report.main([*options, f"--page={page}"]) == 0
+    assert main("accuracy", ("run", "report"), ["report", *options, f"--page={page}"]) == 0
     once = page.read_text()
     assert once.startswith("Before.")
     assert once.endswith("After.\n")
@@ -248,7 +249,7 @@ def test_paired_differences_and_their_p():
 def test_the_page_has_the_tables_of_the_results():
     page = (DOCS / "accuracy.md").read_text()
     parts = report.make_parts(report.read_all(config.RESULTS))
-    assert report.fill(page, parts) == page, "run benchmarks/accuracy/report.py"
+    assert report.fill(page, parts) == page, "python -m benchmarks.accuracy report"
     marks = {match[2] for match in report.MARKED.finditer(page)}
     # Where a figure's experiment has its own grid, the table by rate stands for that by method.
     assert parts.keys() - marks == {"table: transfer wikitext2", "table: transfer cifar10"}

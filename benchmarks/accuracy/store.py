@@ -11,8 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from accuracy.config import Cell, Task
-
+from benchmarks.accuracy.config import Cell, Task
 from examples.common.errors import UserError
 
 Record = Mapping[str, Any]

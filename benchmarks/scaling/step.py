@@ -1,18 +1,16 @@
 """A whole LoFT training step of a LLaMA, compiled ahead of time for a mesh that need not exist.
 
-Nothing is allocated: the model is shapes with shardings. The base lies as Megatron and FSDP have it
-(`weight_spec`), adapters and their state where `loft_jax.sharding` puts them, the batch over "data"
+The model consists of shapes with shardings; nothing is allocated. The frozen base is sharded as in
+Megatron and FSDP (`weight_spec`), adapters and state by `loft_jax.sharding`, the batch over "data"
 and "fsdp". The frozen base and the activations are bfloat16, the adapters and their state float32.
-The step is forward, backward, clipping, the optimizer and the update, with adapters and state
-donated; layers are recomputed in the backward pass, so that one residual stream a layer is kept.
+The step is forward, backward, clipping, optimizer and update, with adapters and state donated. The
+backward pass recomputes the layers, so the step keeps one residual stream per layer.
 """
 
 import dataclasses
 import os
 import re
-import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,8 +22,6 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from examples.common.models import llama
 from loft_jax import clip_by_projected_global_norm, loft_adamw
 from loft_jax.adapters import add_lora, lora_pairs
@@ -33,42 +29,32 @@ from loft_jax.sharding import adapter_shardings, state_shardings
 
 AXES = ("data", "fsdp", "tensor")
 TOKENS = ("data", "fsdp")
-"""The axes over which the batch is split."""
+"""The axes that shard the batch."""
+METHODS = ("calibrated", "factored", "lora")
+
+
+def _config(
+    vocabulary: int, hidden: int, inner: int, layers: int, heads: int, keys: int
+) -> llama.LlamaConfig:
+    return llama.LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=keys,
+        head_dim=hidden // heads,
+        tie_word_embeddings=False,
+    )
+
 
 MODELS: dict[str, llama.LlamaConfig] = {
-    "tiny": llama.LlamaConfig(
-        vocab_size=256,
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=3,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=16,
-        tie_word_embeddings=False,
-    ),
-    "7b": llama.LlamaConfig(
-        vocab_size=32000,
-        hidden_size=4096,
-        intermediate_size=11008,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=32,
-        head_dim=128,
-        tie_word_embeddings=False,
-    ),
-    "70b": llama.LlamaConfig(
-        vocab_size=128256,
-        hidden_size=8192,
-        intermediate_size=28672,
-        num_hidden_layers=80,
-        num_attention_heads=64,
-        num_key_value_heads=8,
-        head_dim=128,
-        tie_word_embeddings=False,
-    ),
+    "tiny": _config(256, 128, 384, layers=3, heads=8, keys=4),
+    "7b": _config(32000, 4096, 11008, layers=32, heads=32, keys=32),
+    "70b": _config(128256, 8192, 28672, layers=80, heads=64, keys=8),
 }
 
-# What the compiler must know of a GPU that is not there; public figures of the H200 SXM.
+# The description that the compiler needs of an absent GPU: public figures of the H200 SXM.
 _H200 = """
 gpu_device_info {
   cuda_compute_capability { major: 9 }
@@ -99,17 +85,17 @@ device_description_str: "NVIDIA H200"
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What is trained, and on what.
+    """What is trained, and on which devices.
 
     Attributes:
-      target: a TPU topology ("v5e:2x4"), "h200:8", or "cpu" for this process's own devices.
+      target: a TPU topology ("v5e:2x4"), "h200:8", or "cpu" for the devices of this process.
       model: one of `MODELS`.
-      mesh: sizes of the axes of `AXES`.
-      rank: of the adapters.
+      mesh: sizes of the axes of `AXES`; an axis that is missing has size 1.
+      rank: the rank of the adapters.
       method: LoFT's second moment, or "lora" for `optax.adamw` on the same adapters.
-      batch, length: sequences a step, and their tokens.
-      targets: which projections have adapters.
-      apart: each layer has arrays of its own; else layers are stacked and scanned.
+      batch, length: sequences per step, and tokens of a sequence.
+      targets: the projections with adapters.
+      stacked: layers are stacked and scanned; otherwise each layer has its own arrays.
     """
 
     target: str
@@ -120,37 +106,37 @@ class Setting:
     batch: int = 16
     length: int = 256
     targets: tuple[str, ...] = ("q", "k", "v", "up", "down")
-    apart: bool = False
+    stacked: bool = True
 
     @property
     def config(self) -> llama.LlamaConfig:
         return MODELS[self.model]
 
     def size(self, *axes: str) -> int:
-        """Devices along these axes of the mesh."""
+        """The number of devices along these axes of the mesh."""
         return int(np.prod([self.mesh.get(axis, 1) for axis in axes]))
 
 
 class RematLlama(llama.Llama):
-    """The example's model as it is trained at scale: bfloat16, layers recomputed, sharded."""
+    """The example's model for large scale: bfloat16, layers recomputed, sharded."""
 
     def __init__(self, config: llama.LlamaConfig, *, rngs: nnx.Rngs):
         super().__init__(config, rngs=rngs)
-        self.embed_tokens.dtype = jnp.bfloat16  # else its output, and every layer's, is float32
+        self.embed_tokens.dtype = jnp.bfloat16  # otherwise all activations are float32
 
     def hidden(self, tokens: jax.Array) -> jax.Array:
         graphdef, weights = nnx.split(self.layers)
 
         @jax.checkpoint
         def run(x: jax.Array, weights: nnx.State) -> tuple[jax.Array, None]:
-            return _batch_split(nnx.merge(graphdef, weights)(x)), None
+            return _shard_batch(nnx.merge(graphdef, weights)(x)), None
 
-        x, _ = jax.lax.scan(run, _batch_split(self.embed_tokens(tokens)), weights)
+        x, _ = jax.lax.scan(run, _shard_batch(self.embed_tokens(tokens)), weights)
         return self.norm(x)
 
 
-class ApartLlama(RematLlama):
-    """The same with arrays of its own for each layer: the program has every layer written out."""
+class UnstackedLlama(RematLlama):
+    """The same with separate arrays for each layer; the program contains each layer."""
 
     def __init__(self, config: llama.LlamaConfig, *, rngs: nnx.Rngs):
         super().__init__(dataclasses.replace(config, num_hidden_layers=1), rngs=rngs)
@@ -159,20 +145,20 @@ class ApartLlama(RematLlama):
         self.layers = nnx.List([llama.Layer(config, rngs=rngs) for _ in range(count)])
 
     def hidden(self, tokens: jax.Array) -> jax.Array:
-        x = _batch_split(self.embed_tokens(tokens))
+        x = _shard_batch(self.embed_tokens(tokens))
         for layer in self.layers:
             graphdef, weights = nnx.split(layer)
             run = lambda x, weights, graphdef=graphdef: nnx.merge(graphdef, weights)(x)
-            x = _batch_split(jax.checkpoint(run)(x, weights))
+            x = _shard_batch(jax.checkpoint(run)(x, weights))
         return self.norm(x)
 
 
-def _batch_split(x: jax.Array) -> jax.Array:
+def _shard_batch(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, P(TOKENS, None, None))
 
 
 def weight_spec(path: str, ndim: int) -> P:
-    """How a frozen weight is split: over "tensor" as Megatron does, over "data" not."""
+    """The sharding of a frozen weight: over "tensor" as in Megatron, and over "fsdp"."""
     if "embed_tokens" in path:
         return P("tensor", "fsdp")
     if "lm_head" in path:
@@ -184,11 +170,17 @@ def weight_spec(path: str, ndim: int) -> P:
     return P(*[None] * (ndim - 2), *spec)
 
 
+def without_accelerators() -> None:
+    """Runs this process on the CPU; libtpu and the CUDA plugin then only compile."""
+    jax.config.update("jax_platforms", "cpu")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+
+
 def devices(target: str) -> list[Any]:
-    """The devices to compile for. They need not exist.
+    """The devices to compile for, which need not exist.
 
     Raises:
-      RuntimeError, NotImplementedError: the compiler for them is not installed.
+      RuntimeError, NotImplementedError: the compiler for these devices is not installed.
     """
     if target == "cpu":
         return jax.devices("cpu")
@@ -196,39 +188,39 @@ def devices(target: str) -> list[Any]:
         count = target.partition(":")[2]
         topology = {"topology": f"1x1x{count}", "target_config": _H200}
         return list(topologies.get_topology_desc("h200", "cuda", **topology).devices)
-    # libtpu wants to know that there is no TPU to ask.
+    # Otherwise libtpu queries a TPU's metadata server.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     return list(topologies.get_topology_desc(target, "tpu").devices)
 
 
 def compiled_step(setting: Setting) -> Any:
-    """Compiles the training step; returns jax's compiled object."""
+    """Traces and compiles the training step."""
     return compile_lowered(setting, lowered_step(setting))
 
 
 def compile_lowered(setting: Setting, lowered: Any) -> Any:
-    """Compiles what `lowered_step` returns."""
-    # A GPU that is not there cannot try which kernel is fastest.
+    """Compiles the result of `lowered_step`."""
+    # Autotuning needs the GPU.
     is_gpu = setting.target.startswith("h200")
     options: dict[str, str | bool] = {"xla_gpu_autotune_level": "0"} if is_gpu else {}
     return lowered.compile(compiler_options=options)
 
 
 def lowered_step(setting: Setting) -> Any:
-    """Traces the training step; returns jax's lowered object."""
+    """Traces the training step."""
     found = devices(setting.target)
-    if setting.target == "cpu":  # of a topology no part can be compiled for
+    if setting.target == "cpu":  # a topology must be used whole
         found = found[: setting.size(*AXES)]
     mesh = Mesh(np.array(found).reshape([setting.size(axis) for axis in AXES]), AXES)
     rule = llama.lora_rule(setting.targets, setting.rank, alpha=2 * setting.rank)
-    if setting.apart:
+    if not setting.stacked:
         rule = dataclasses.replace(
             rule, path=rule.path.replace("layers/", r"layers/\d+/"), batch=()
         )
     tx = optimizer(setting, rule)
 
     def make() -> Any:
-        kind = ApartLlama if setting.apart else RematLlama
+        kind = RematLlama if setting.stacked else UnstackedLlama
         return add_lora(kind(setting.config, rngs=nnx.Rngs(0)), rule, rngs=nnx.Rngs(1))
 
     graphdef, adapter, base = nnx.split(nnx.eval_shape(make), nnx.LoRAParam, ...)
@@ -258,7 +250,7 @@ def lowered_step(setting: Setting) -> Any:
 
 
 def optimizer(setting: Setting, rule: Any) -> optax.GradientTransformation:
-    """Clipping and AdamW: LoFT's, or Optax's on the same adapters."""
+    """Clipping and AdamW: those of LoFT, or those of Optax on the same adapters."""
     if setting.method == "lora":
         return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
     pairs = lora_pairs(rule)
@@ -270,11 +262,11 @@ def optimizer(setting: Setting, rule: Any) -> optax.GradientTransformation:
 
 
 def loss(model: Any, tokens: jax.Array) -> jax.Array:
-    """Mean cross-entropy of the next token, with the vocabulary split over "tensor"."""
+    """Mean cross-entropy of the next token, with the vocabulary sharded over "tensor"."""
     logits = model(tokens).astype(jnp.float32)
     logits = jax.lax.with_sharding_constraint(logits, P(TOKENS, None, "tensor"))
     labels = jnp.roll(tokens, -1, axis=1)
-    # A comparison, since taking the label's logit would gather them.
+    # Indexing with the labels would gather the logits.
     is_label = jnp.arange(logits.shape[-1]) == labels[..., None]
     of_label = jnp.where(is_label, logits, 0).sum(-1)
     return (jax.nn.logsumexp(logits, -1) - of_label).mean()

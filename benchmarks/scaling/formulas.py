@@ -1,7 +1,7 @@
-"""Memory and communication of a LoFT training step on a mesh, on paper.
+"""Formulas for memory and communication of a LoFT training step on a mesh.
 
-Pure functions of the model's shape, the rank, the batch and the mesh; docs/scaling.md explains the
-terms. All sizes are bytes on one device, all traffic bytes that one device sends in a step.
+They are pure functions of the model's shape, the rank, the batch and the mesh; docs/scaling.md
+explains the terms. Sizes are bytes on one device; traffic is bytes that one device sends per step.
 
 A weight of ``m`` inputs and ``n`` outputs has an adapter of rank ``r``, and ``t = r (r + 1) / 2``.
 ``F`` and ``T`` are the sizes of the mesh axes "fsdp" and "tensor"; ``tokens`` those of one device.
@@ -11,22 +11,22 @@ import itertools
 import math
 from typing import NamedTuple
 
-from scaling_step import Setting
+from benchmarks.scaling.step import Setting
 
 FLOAT, HALF = 4, 2  # bytes of float32 and of bfloat16
 MIB = 2**20
 
 FAST_MEMORY = {"v5e": 128 * MIB, "v5p": 64 * MIB, "v6e": 128 * MIB}
-"""On-chip memory of a TPU core (VMEM), where the compiler keeps what lives for a short while."""
+"""On-chip memory of a TPU core (VMEM); the compiler keeps short-lived arrays there."""
 
 
 class Weight(NamedTuple):
-    """An adapted or frozen projection of every layer, ``m`` inputs and ``n`` outputs.
+    """A projection of every layer, with ``m`` inputs and ``n`` outputs.
 
     Attributes:
-      split_m, split_n: over how many devices the inputs and outputs are split.
-      row_parallel: whether it is the inputs that lie on "tensor".
-      adapted: whether it has an adapter.
+      split_m, split_n: the number of devices that shard the inputs and the outputs.
+      row_parallel: whether "tensor" shards the inputs.
+      adapted: whether the weight has an adapter.
     """
 
     m: int
@@ -62,15 +62,15 @@ def weights(setting: Setting) -> list[Weight]:
 
 
 def tokens(setting: Setting) -> float:
-    """Tokens of a step on one device."""
+    """Tokens per step on one device."""
     return setting.batch * setting.length / setting.size("data", "fsdp")
 
 
 def stored(shape: tuple[int, ...], item: int, tiled: bool) -> int:
-    """Bytes of an array; a TPU stores two of its axes, whichever pad least, in tiles of 8 x 128.
+    """Bytes of an array. A TPU stores the two axes that need least padding in tiles of 8 x 128.
 
-    Where the first of the two is 4 or less, tiles are as short as that. Vectors and scalars take
-    up multiples of 512 bytes.
+    If the first of the two is 4 or less, tiles have 1, 2 or 4 rows. Vectors and scalars take
+    multiples of 512 bytes.
     """
     size = math.prod(shape)
     if not tiled:
@@ -87,11 +87,11 @@ def stored(shape: tuple[int, ...], item: int, tiled: bool) -> int:
 
 
 def state_widths(method: str, rows: int, r: int) -> tuple[int, ...]:
-    """Numbers that an optimizer keeps of each row of a factor, by field."""
+    """The numbers per row of a factor in each field of the state."""
     packed = r * (r + 1) // 2
     return {
         "calibrated": (r, r, packed),  # basis, first moment, packed cross terms
-        "factored": (r, r, 1 + -(-packed // rows)),  # row sums, and a part of the Gram matrix
+        "factored": (r, r, 1 + -(-packed // rows)),  # row sums, a part of the Gram matrix
         "lora": (r, r),  # Adam's two moments
     }[method]
 
@@ -101,7 +101,7 @@ class Memory(NamedTuple):
 
     Attributes:
       base, adapter, state, batch: the arguments of the step.
-      forward: temporaries from the first layer to the last one's gradient.
+      forward: temporaries of the forward and backward pass.
       update: temporaries of the optimizer.
     """
 
@@ -118,7 +118,7 @@ class Memory(NamedTuple):
 
     @property
     def temporaries(self) -> float:
-        """The two do not live at the same time."""
+        """The larger of the two: they are not live at the same time."""
         return max(self.forward, self.update)
 
     @property
@@ -150,30 +150,30 @@ def memory(setting: Setting) -> Memory:
             state += sum(fields)
             largest = max(largest, *fields)
     if setting.method != "lora":
-        # Layers take turns in a loop, which writes its results beside what it reads. The largest
-        # field is at work meanwhile: as it comes and, where layouts are fixed as on GPUs, turned
-        # over, since factors `b` lie along their other axis, and joined from its turns.
+        # A loop over chunks of layers writes the new state to new arrays. It also needs copies of
+        # the largest field: one, and where layouts are fixed, as on GPUs, two more for the
+        # transposed factors `b` and for joining the chunks.
         new_state = state + (1 if tiled else 3) * largest
 
     batch = tokens(setting) * FLOAT
-    scalars = 1 if setting.method == "lora" else 3  # steps; LoFT's and the clipping's turn
+    scalars = 1 if setting.method == "lora" else 3  # step counts of optimizer and clipping
     state += scalars * stored((), FLOAT, tiled)
     forward = _forward(setting, adapter)
     return Memory(base, adapter, state, batch, forward, adapter + new_state)
 
 
 def _forward(setting: Setting, adapter: float) -> float:
-    """Temporaries of forward and backward: what is kept, and the larger of two working sets."""
+    """Temporaries of forward and backward: residuals, and the larger of two working sets."""
     config = setting.config
     fsdp, tensor = setting.size("fsdp"), setting.size("tensor")
     here, hidden = tokens(setting), config.hidden_size
     residuals = config.num_hidden_layers * here * hidden * HALF
-    half_adapter = adapter / 2  # the factors in bfloat16, of all layers
-    bases = 0 if setting.method == "lora" else adapter  # they need no gradient, and are made early
+    half_adapter = adapter / 2  # the factors of all layers in bfloat16
+    bases = 0 if setting.method == "lora" else adapter  # compilers compute them early
 
-    # A layer: its weights gathered; the MLP's two inner products, queries, keys and values, each
-    # with its gradient; the residual stream, its two norms and its gradient; what q, k and v give
-    # to that, where it is summed over "tensor" each by itself; the attention's weights.
+    # A layer: its gathered weights; the two hidden activations of the MLP, queries, keys and
+    # values, each with its gradient; the residual stream, its two norms and its gradient; the
+    # contributions of q, k and v to it, each summed over "tensor"; the attention weights.
     each = weights(setting)
     gathered = sum(w.m * w.n for w in each) / tensor * HALF if fsdp > 1 else 0
     queries = config.num_attention_heads * config.head_dim
@@ -182,27 +182,27 @@ def _forward(setting: Setting, adapter: float) -> float:
     wide += 3 * hidden if tensor > 1 else 0
     scores = here * setting.length * config.num_attention_heads / tensor
     layer = gathered + here * wide * HALF + scores * (FLOAT + HALF)
-    # The head: its weight gathered, the logits in float32.
+    # The head: its gathered weight, and the logits in float32.
     head = hidden * config.vocab_size / tensor * HALF if fsdp > 1 else 0
     head += here * config.vocab_size / tensor * FLOAT
     fast = FAST_MEMORY.get(setting.target.partition(":")[0], 0)
     working = max(adapter + layer, head)
     kept = residuals + half_adapter + bases + max(0, working - fast)
     if not is_tpu(setting) and fsdp > 1:
-        # GPUs gather along the major axis only: weights split along the other are turned over.
-        turned = sum(w.m * w.n for w in each if w.row_parallel)
-        kept += config.num_hidden_layers * turned * HALF / fsdp / tensor
+        # GPUs gather along the major axis only; weights sharded along the other are transposed.
+        transposed = sum(w.m * w.n for w in each if w.row_parallel)
+        kept += config.num_hidden_layers * transposed * HALF / fsdp / tensor
     return kept
 
 
 class Traffic(NamedTuple):
-    """Bytes that one device sends in a step, groups of devices being rings.
+    """Bytes that one device sends in a step, with groups of devices as rings.
 
     Attributes:
-      gathers: FSDP's, of the base and the adapters.
+      gathers: gathers of the base and the adapters over "fsdp".
       gradients: sums of the adapters' gradients over the batch.
       tensor: sums of activations over "tensor".
-      loft: what the optimizer adds.
+      loft: the traffic of the optimizer.
     """
 
     gathers: float
@@ -218,46 +218,46 @@ def traffic(setting: Setting) -> Traffic:
     each, adapted = weights(setting), [w for w in weights(setting) if w.adapted]
     layers, hidden, here = config.num_hidden_layers, config.hidden_size, tokens(setting)
 
-    # Each weight forward, and again backward where the layer is recomputed; the head once.
+    # Each weight once forward and once in the recomputation; the head once.
     of_layer = sum(w.m * w.n / tensor for w in each) + sum(r * _on_fsdp(w) for w in adapted)
     head = hidden * config.vocab_size / tensor
     gathers = _gather(fsdp) * HALF * (2 * layers * of_layer + head)
 
-    # Summed whole along the axis that "fsdp" splits, then cut.
+    # Summed whole along the axis that "fsdp" shards, then sliced.
     of_gradients = sum(r * (_on_fsdp(w) + _on_tensor(w) / tensor) for w in adapted)
     gradients = 2 * _gather(setting.size("data", "fsdp")) * HALF * layers * of_gradients
 
     # Forward after o and down, recomputed after o; backward the inputs of q, k, v, gate and up,
-    # each by itself; embedding and head once. Each adapter adds the product with one factor.
+    # separately; embedding and head once. Each adapter adds the product with one factor.
     sums = layers * (8 * hidden + r * len(adapted)) + 2 * hidden
     of_tensor = 2 * _gather(tensor) * HALF * here * sums
     return Traffic(gathers, gradients, of_tensor, loft_traffic(setting))
 
 
 def loft_traffic(setting: Setting) -> float:
-    """What LoFT sums: a few r x r matrices a factor, and the update of the factor that moves.
+    """The traffic of LoFT: sums of r x r matrices, and of the update of the active factor.
 
-    The matrices are three Gram matrices and a transport for each factor, over the devices that
-    split its rows; the factored second moment adds its own and twice reads what it keeps, and has
-    no update to sum. The calibrated one's is summed over the devices that split the partner's rows;
-    of the two turns the dearer counts.
+    The matrices of a factor are three Gram matrices and a calibration, summed over the devices that
+    shard its rows. The factored second moment adds its own Gram matrix and reads the stored one
+    twice; it has no update to sum. The calibrated update is summed over the devices that shard the
+    partner's rows; the more expensive of the two active factors counts.
     """
     if setting.method == "lora":
         return 0.0
     r, layers = setting.rank, setting.config.num_hidden_layers
-    small, moved_a, moved_b = 0.0, 0.0, 0.0
+    small, update_a, update_b = 0.0, 0.0, 0.0
     for w in weights(setting):
         if w.adapted:
             matrices = 7 if setting.method == "factored" else 4
             small += 2 * matrices * r * r * (_gather(w.split_m) + _gather(w.split_n))
-            moved_a += 2 * _gather(w.split_n) * r * w.m / w.split_m
-            moved_b += 2 * _gather(w.split_m) * r * w.n / w.split_n
-    moved = 0 if setting.method == "factored" else max(moved_a, moved_b)
-    return layers * FLOAT * (small + moved)
+            update_a += 2 * _gather(w.split_n) * r * w.m / w.split_m
+            update_b += 2 * _gather(w.split_m) * r * w.n / w.split_n
+    update = 0 if setting.method == "factored" else max(update_a, update_b)
+    return layers * FLOAT * (small + update)
 
 
 def _gather(group: int) -> float:
-    """What a device sends of an array that a ring gathers, or scatters the sum of."""
+    """The share of an array that a device sends when a ring gathers or reduce-scatters it."""
     return (group - 1) / group
 
 
@@ -270,5 +270,5 @@ def _on_tensor(w: Weight) -> int:
 
 
 def is_tpu(setting: Setting) -> bool:
-    """Whether arrays are tiled and short-lived ones may lie on the chip."""
+    """Whether arrays are tiled and short-lived ones may stay on the chip."""
     return setting.target.partition(":")[0] in FAST_MEMORY

@@ -1,21 +1,21 @@
-"""LoFT, its ablations and its peers on matrix factorization: the paper's Figure 2, and its lemmas.
+"""Compares LoFT, its ablations and the baselines on matrix factorization, and tests the lemmas.
 
-    python benchmarks/matrix_factorization.py
+    python -m benchmarks.factorization
 
-Minimises the distance of ``W`` (1024 x 512) to a random matrix ``A`` of rank 8 in 300 steps, with
-``W`` itself (full fine-tuning) or with a rank-8 adapter from LoRA's zero initialisation, on three
-seeds, in two regimes:
+The benchmark reproduces the paper's Figure 2. It minimizes the distance of ``W`` (1024 x 512) to a
+random matrix ``A`` of rank 8 in 300 steps, with ``W`` itself (full fine-tuning) or with a rank-8
+adapter from LoRA's zero initialization, on three seeds, in two regimes:
 
-- the paper's setting: mean-squared error, learning rate 10, epsilon 1e-4. Gradients lie under
-  epsilon there, so that Adam is momentum descent with the learning rate 1e5.
-- a true Adam regime: squared error, epsilon 1e-10. The learning rate is full fine-tuning's, and all
-  methods of its family share it, as the paper asks: the smallest whose final loss is within a
-  factor of two of the best. Momentum and Muon follow a full fine-tuning of their own; with Muon,
-  whose steps do not shrink by themselves, the rate falls linearly to zero.
+- The paper's setting: mean squared error, learning rate 10, epsilon 1e-4. Gradients are smaller
+  than epsilon there, so Adam is momentum descent with the learning rate 1e5.
+- A true Adam regime: squared error, epsilon 1e-10. All methods share the learning rate of full
+  fine-tuning, as the paper requires: the smallest whose final loss is within a factor of two of the
+  best. Momentum and Muon use the learning rate of full fine-tuning with momentum and with Muon. The
+  learning rate of Muon, whose steps do not shrink by themselves, decays linearly to zero.
 
-Then the distance of LoFT to the exact trajectory where the paper proves it zero (Lemma 1, Lemma 2,
-full rank), in float64 and float32. Prints the table and draws the figure, in under five minutes on
-two CPU cores; `--output` names another folder for them.
+It then measures the distance of LoFT to the exact trajectory where the paper proves it zero
+(Lemma 1, Lemma 2, full rank), in float64 and float32. It prints a table and draws a figure, in less
+than five minutes on two CPU cores.
 """
 
 import argparse
@@ -31,8 +31,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from matrix_factorization_exact import exactness
 
+from benchmarks import markdown
+from benchmarks.factorization.exact import exactness
+from benchmarks.factorization.figure import draw
 from loft_jax import baselines, loft_adamw, loft_muon, loft_sgd
 
 M, N, RANK, STEPS, SEEDS = 1024, 512, 8, 300, (0, 1, 2)
@@ -40,15 +42,14 @@ M, N, RANK, STEPS, SEEDS = 1024, 512, 8, 300, (0, 1, 2)
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A line of the table.
+    """A row of the table.
 
     Attributes:
-      label: its name.
+      label: the name.
       make: ``(learning rate, epsilon) ->`` the optimizer.
-      family: whose learning rate it shares: that of full fine-tuning with "adam", "momentum" or
-        "muon".
+      family: "adam", "momentum" or "muon": the full fine-tuning whose learning rate it uses.
       full: trains ``W`` itself.
-      core: runs on the r x r core of the target, see `core_of`.
+      core: runs on the r x r core of the target (`core_of`).
     """
 
     label: str
@@ -62,8 +63,8 @@ def _loft(**options: Any) -> Callable[..., optax.GradientTransformation]:
     return lambda rate, eps: loft_adamw(rate, eps=eps, weight_decay=0.0, **options)
 
 
-def _peer(make: Callable[..., Any], **options: Any) -> Callable[..., optax.GradientTransformation]:
-    return lambda rate, eps: make(rate, eps=eps, **options)
+def _baseline(make: Callable[..., Any]) -> Callable[..., optax.GradientTransformation]:
+    return lambda rate, eps: make(rate, eps=eps)
 
 
 METHODS = (
@@ -78,44 +79,54 @@ METHODS = (
     Method("LoFT, factored", _loft(second_moment="factored")),
     Method("LoFT (simple)", _loft(second_moment="diagonal")),
     Method("LoFT (simple), raw factors", _loft(second_moment="diagonal", reconstruct=False)),
-    Method("LoRA+", _peer(baselines.lora_plus)),
-    Method("scaled AdamW", _peer(baselines.scaled_adamw)),
-    Method("LoRA-FA", _peer(baselines.lora_fa)),
-    Method("AltLoRA+", _peer(baselines.altlora_plus)),
-    Method("LoRA-Pro", _peer(baselines.lora_pro)),
+    Method("LoRA+", _baseline(baselines.lora_plus)),
+    Method("scaled AdamW", _baseline(baselines.scaled_adamw)),
+    Method("LoRA-FA", _baseline(baselines.lora_fa)),
+    Method("AltLoRA+", _baseline(baselines.altlora_plus)),
+    Method("LoRA-Pro", _baseline(baselines.lora_pro)),
     Method("full, momentum", lambda rate, eps: optax.sgd(rate, 0.9), "momentum", full=True),
     Method("LoFT-SGD, momentum", lambda rate, eps: loft_sgd(rate, 0.9), "momentum"),
-    # Its momentum is an average, ten times smaller than a sum.
+    # Momentum of AltLoRA is an average, ten times smaller than a sum.
     Method("AltLoRA", lambda rate, eps: baselines.altlora(10 * rate), "momentum"),
     Method("scaled SGD", lambda rate, eps: baselines.scaled_sgd(10 * rate), "momentum"),
     Method("full, Muon", lambda rate, eps: _full_muon(rate), "muon", full=True, core=True),
-    Method("LoFT-Muon", lambda rate, eps: loft_muon(_falling(rate)), "muon"),
+    Method("LoFT-Muon", lambda rate, eps: loft_muon(_decaying(rate)), "muon"),
 )
 
 
-def _falling(rate: float) -> optax.Schedule:
+def _decaying(rate: float) -> optax.Schedule:
     return optax.linear_schedule(rate, 0.0, STEPS)
 
 
 def _full_muon(rate: float) -> optax.GradientTransformation:
-    return optax.contrib.muon(_falling(rate), eps=1e-7, nesterov=False)
+    return optax.contrib.muon(_decaying(rate), eps=1e-7, nesterov=False)
 
 
 @dataclasses.dataclass(frozen=True)
 class Regime:
+    """An objective, an epsilon and the learning rates.
+
+    Attributes:
+      label: the name.
+      normalize: divides the squared error by the number of entries.
+      eps: Adam's epsilon.
+    """
+
     label: str
-    normalise: bool
+    normalize: bool
     eps: float
 
     def loss(self, residual: jax.Array) -> jax.Array:
-        return jnp.sum(residual**2) / (residual.size if self.normalise else 1)
+        """The objective."""
+        return jnp.sum(residual**2) / (residual.size if self.normalize else 1)
 
     def rate(self, method: Method, tuned: dict[str, float]) -> float:
+        """The learning rate of a method."""
         return 10.0 if self is PAPER else tuned[method.family]
 
     @property
     def methods(self) -> tuple[Method, ...]:
-        """Its learning rate and epsilon are Adam's: the paper's setting says nothing of others."""
+        """The methods that run in it: in the paper's setting the Adam family only."""
         return tuple(x for x in METHODS if x.family == "adam" or self is ADAM)
 
 
@@ -128,17 +139,17 @@ IN_FLOAT32 = ("full fine-tuning", "LoRA", "LoFT", "LoFT, factored", "LoFT (simpl
 
 
 def problem(seed: int, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """The target, and `lora_a` as `torch.nn.Linear` draws it (the paper's start)."""
+    """The target, and `lora_a` drawn as in `torch.nn.Linear`, the paper's initialization."""
     rng = np.random.default_rng(seed)
     target = rng.normal(size=(M, RANK)) @ rng.normal(size=(RANK, N))
     return jnp.asarray(target, dtype), jnp.asarray(rng.uniform(-1, 1, (M, RANK)) / M**0.5, dtype)
 
 
 def core_of(target: jax.Array) -> jax.Array:
-    """Returns the target in orthonormal bases of its column and row space, ``r x r``.
+    """The target in orthonormal bases of its column and row space, ``r x r``.
 
-    From ``W = 0`` Muon on ``W`` never leaves these spaces, and is the same in any such bases. This
-    spares it hundreds of thousands of large products.
+    Muon from ``W = 0`` stays in these spaces and does not depend on the bases. This avoids hundreds
+    of thousands of large products.
     """
     u, _, vt = jnp.linalg.svd(target, full_matrices=False)
     return u[:, :RANK].T @ target @ vt[:RANK].T
@@ -148,7 +159,7 @@ def core_of(target: jax.Array) -> jax.Array:
 def losses(
     method: Method, regime: Regime, rate: float, target: jax.Array, a: jax.Array
 ) -> jax.Array:
-    """The loss before each step and after the last, relative to the first."""
+    """The loss before each step and after the last, divided by the first."""
     if method.core:
         target = core_of(target)
     if method.full:
@@ -170,14 +181,14 @@ def losses(
 
 
 def curves(method: Method, regime: Regime, rate: float, dtype: Any) -> np.ndarray:
-    """`losses` for each seed, ``(seeds, STEPS + 1)``."""
+    """`losses` of all seeds, ``(seeds, STEPS + 1)``."""
     with jax.enable_x64(dtype == np.float64):
         runs = (losses(method, regime, rate, *problem(seed, dtype)) for seed in SEEDS)
         return np.stack([np.asarray(run, np.float64) for run in runs])
 
 
 def tune(sweep: dict[tuple[str, float], np.ndarray]) -> dict[str, float]:
-    """The smallest learning rate of each full fine-tuning that is nearly the best one."""
+    """The smallest learning rate of each full fine-tuning within a factor of two of the best."""
     tuned = {}
     for full in (method for method in METHODS if method.full):
         final = {rate: final_loss(sweep[full.label, rate]) for rate in GRIDS[full.family]}
@@ -187,25 +198,25 @@ def tune(sweep: dict[tuple[str, float], np.ndarray]) -> dict[str, float]:
 
 
 def final_loss(curve: np.ndarray) -> float:
-    """The median over seeds of the last loss; infinite where a run diverged."""
+    """The median over seeds of the last loss; a run that diverged counts as infinite."""
     return float(np.median(np.nan_to_num(curve[:, -1], nan=np.inf)))
 
 
 def follows(loft: np.ndarray, full: np.ndarray) -> bool:
-    """Whether each seed's final loss is within 10 x of full fine-tuning's, or under 1e-11."""
+    """Whether the final loss of each seed is within 10 x of full fine-tuning, or below 1e-11."""
     return bool(np.all((loft[:, -1] <= 10 * full[:, -1]) | (loft[:, -1] < 1e-11)))
 
 
 def measure() -> dict[str, Any]:
-    """Runs everything; curves are in float64 unless their key says float32."""
+    """Runs everything; curves are in float64, except those under "float32"."""
     sweep = {}
     for method in METHODS:
         if method.full or method.label in SWEPT:
             for rate in GRIDS[method.family]:
                 sweep[method.label, rate] = curves(method, ADAM, rate, np.float64)
-                _say(f"{method.label}, rate {rate:g}", sweep[method.label, rate])
+                _print_losses(f"{method.label}, rate {rate:g}", sweep[method.label, rate])
     tuned = tune(sweep)
-    found: dict[str, Any] = {"sweep": sweep, "tuned": tuned, "float32": {}}
+    found: dict[str, Any] = {"sweep": sweep, "swept": SWEPT, "tuned": tuned, "float32": {}}
     for regime in (PAPER, ADAM):
         of_regime = found[regime.label] = {}
         for method in regime.methods:
@@ -213,7 +224,7 @@ def measure() -> dict[str, Any]:
             known = sweep.get((method.label, rate)) if regime is ADAM else None
             run = curves(method, regime, rate, np.float64) if known is None else known
             of_regime[method.label] = run
-            _say(f"{regime.label}: {method.label}", run)
+            _print_losses(f"{regime.label}: {method.label}", run)
             if method.label in IN_FLOAT32:
                 found["float32"][regime.label, method.label] = curves(
                     method, regime, rate, np.float32
@@ -222,24 +233,23 @@ def measure() -> dict[str, Any]:
     return found
 
 
-def _say(what: str, curve: np.ndarray) -> None:
+def _print_losses(what: str, curve: np.ndarray) -> None:
     print(f"{what:42s}", *(f"{loss:8.1e}" for loss in curve[:, -1]), flush=True)
 
 
 def table(found: dict[str, Any]) -> str:
-    """The final losses as Markdown."""
-    lines = [
-        "| method | paper's setting | Adam regime | float32: paper's | float32: Adam |",
-        "|---|---|---|---|---|",
+    """The final losses in Markdown."""
+    regimes = (PAPER, ADAM)
+    heads = ["method", *(x.label for x in regimes), *(f"{x.label}, float32" for x in regimes)]
+    rows = [
+        [
+            method.label,
+            *(_cell(found[x.label].get(method.label)) for x in regimes),
+            *(_cell(found["float32"].get((x.label, method.label))) for x in regimes),
+        ]
+        for method in METHODS
     ]
-    for method in METHODS:
-        cells = [method.label]
-        for runs in (found[PAPER.label], found[ADAM.label]):
-            cells.append(_cell(runs.get(method.label)))
-        for regime in (PAPER, ADAM):
-            cells.append(_cell(found["float32"].get((regime.label, method.label))))
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return markdown.table(heads, rows)
 
 
 def _cell(curve: np.ndarray | None) -> str:
@@ -253,7 +263,7 @@ def _cell(curve: np.ndarray | None) -> str:
 
 
 def verdicts(found: dict[str, Any]) -> list[str]:
-    """Where LoFT follows full fine-tuning and where it does not, learning rate by rate."""
+    """Where LoFT follows full fine-tuning: in each regime, and at each learning rate."""
     lines = []
     for regime in (PAPER, ADAM):
         for dtype, runs in (
@@ -268,11 +278,14 @@ def verdicts(found: dict[str, Any]) -> list[str]:
     return lines
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--output", type=Path, default=Path("build/matrix_factorization"))
-    output = parser.parse_args().output
-    output.mkdir(parents=True, exist_ok=True)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    folder = Path("build/matrix_factorization")
+    text = f"folder for the table and the figure (default {folder})"
+    parser.add_argument("--output", type=Path, default=folder, help=text)
+
+
+def run(options: argparse.Namespace) -> None:
+    options.output.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     found = measure()
     text = "\n".join(
@@ -287,13 +300,7 @@ def main() -> None:
             f"{time.perf_counter() - began:.0f} s, {platform.machine()}, jax {jax.__version__}",
         ]
     )
-    (output / "table.md").write_text(text + "\n")
+    (options.output / "table.md").write_text(text + "\n")
     print(f"\n{text}")
-    from matrix_factorization_figure import draw
-
-    draw(found, output / "matrix_factorization.png")
-    print(f"figure and table in {output}")
-
-
-if __name__ == "__main__":
-    main()
+    draw(found, options.output / "matrix_factorization.png")
+    print(f"figure and table in {options.output}")

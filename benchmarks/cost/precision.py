@@ -1,27 +1,29 @@
-"""What precision the products of the hot loop need: errors of LoFT's path with each rounded.
+"""Emulates low-precision products in LoFT's inner loop, and measures the error of its path.
 
-    python benchmarks/precision.py
+    python -m benchmarks.cost precision
 
-Accelerators multiply float32 matrices in pieces of bfloat16 or TF32: one pass, or several that
-recover most of the digits. Here their products are emulated, one kind at a time and all together,
-in an optimizer that is otherwise float32, and the path of the weight is compared with the same path
-in float64: the norm of the difference, relative to how far the weight has moved. The gradients are
-a fixed signal with noise of its size, and do not depend on the path, so that errors do not correct
-themselves. Then the same for second moments kept in bfloat16, rounded to nearest and by chance.
+Accelerators multiply float32 matrices in pieces of bfloat16 or TF32: in one pass, or in several
+that recover most of the digits. The benchmark emulates their products, one kind at a time and all
+together, in an optimizer that otherwise uses float32. It compares the path of the weight with the
+same path in float64: the norm of the difference, relative to how far the weight has moved. The
+gradients are a fixed signal with noise of its size and do not depend on the path, so errors do not
+correct themselves. The last rows store second moments in bfloat16, rounded stochastically and to
+nearest.
 """
 
 import argparse
 import contextlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from timing import append
 
+from benchmarks import markdown
+from benchmarks.command_line import add_results
+from benchmarks.records import Row, append
 from loft_jax import _projection, loft_adamw
 from loft_jax.transforms import _adam_step
 
@@ -31,7 +33,7 @@ Product = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def rounded(x: jax.Array, bits: int) -> jax.Array:
-    """``x`` (float32) to a significand of so many bits, to nearest: 8 are bfloat16's, 11 TF32's."""
+    """Rounds float32 to nearest with a significand of ``bits``: 8 in bfloat16, 11 in TF32."""
     drop = 24 - bits
     as_bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     half = jnp.uint32(1 << (drop - 1))
@@ -40,11 +42,12 @@ def rounded(x: jax.Array, bits: int) -> jax.Array:
 
 
 def in_one_pass(bits: int) -> Product:
+    """The product of both matrices rounded."""
     return lambda x, y: jnp.matmul(rounded(x, bits), rounded(y, bits))
 
 
 def in_three_passes(bits: int) -> Product:
-    """High parts, and each high part with the other's low part."""
+    """The product of the high parts, plus each high part times the other's low part."""
 
     def product(x: jax.Array, y: jax.Array) -> jax.Array:
         x_high, y_high = rounded(x, bits), rounded(y, bits)
@@ -62,11 +65,12 @@ PRODUCTS: dict[str, Product] = {
     "TF32, 3 passes": in_three_passes(11),
 }
 PLACES = ("moment", "second moment", "projection")
+"""The products of the loop, told apart by the length of the sums: r, r (r + 1) / 2, a block."""
 
 
 @contextlib.contextmanager
 def products(product: Product, places: tuple[str, ...], rank: int) -> Iterator[None]:
-    """Puts a product in the place of the hot loop's, where what it sums over is a given place's."""
+    """Replaces the products of the loop in these places."""
     own = _projection.product
     place_of = {rank: "moment", rank * (rank + 1) // 2: "second moment"}
 
@@ -81,11 +85,20 @@ def products(product: Product, places: tuple[str, ...], rank: int) -> Iterator[N
         _projection.product = own
 
 
-def path(
-    rank: int, condition: float, dtype: Any, nu_dtype: Any = None, seed: int = 0
-) -> dict[int, np.ndarray]:
+@contextlib.contextmanager
+def to_nearest() -> Iterator[None]:
+    """Rounds stored second moments to nearest, as a plain cast does."""
+    own = _adam_step.round_at_random
+    _adam_step.round_at_random = lambda x, dtype, step: x.astype(dtype)
+    try:
+        yield
+    finally:
+        _adam_step.round_at_random = own
+
+
+def path(rank: int, condition: float, dtype: Any, nu_dtype: Any = None) -> dict[int, np.ndarray]:
     """How far the weight has moved after each of `STEPS`."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     scales = np.geomspace(1, 1 / condition, rank)
     u, v = (np.linalg.qr(rng.normal(size=(size, rank)))[0] * scales for size in (M, N))
     signal = rng.normal(size=(M, 8)) @ rng.normal(size=(8, N)) / 8**0.5
@@ -113,63 +126,65 @@ def path(
     return moved
 
 
-def measure(rank: int, condition: float) -> list[dict[str, Any]]:
-    """Relative errors of every product in every place."""
+def measure(rank: int, condition: float) -> list[Row]:
+    """The relative errors of each product in each place, and of stored second moments."""
     with jax.enable_x64(True):
         exact = path(rank, condition, jnp.float64)
-    rows = []
+    paths = {}
     for name, product in PRODUCTS.items():
         for places in [PLACES] if name == "float32" else [*((x,) for x in PLACES), PLACES]:
-            with products(product, places, rank):
-                moved = path(rank, condition, jnp.float32)
             where = "all products" if places == PLACES else places[0]
-            rows.append({"arithmetic": name, "where": where, "errors": errors(moved, exact)})
-    by_chance = path(rank, condition, jnp.float32, jnp.bfloat16)
+            with products(product, places, rank):
+                paths[name, where] = path(rank, condition, jnp.float32)
+    where = "second moment's state"
+    paths["bfloat16, stochastic", where] = path(rank, condition, jnp.float32, jnp.bfloat16)
     with to_nearest():
-        nearest = path(rank, condition, jnp.float32, jnp.bfloat16)
-    for name, moved in {"by chance": by_chance, "to nearest": nearest}.items():
-        where = "second moment's state"
-        rows.append(
-            {"arithmetic": f"bfloat16, {name}", "where": where, "errors": errors(moved, exact)}
-        )
-    return [{"rank": rank, "condition": condition} | row for row in rows]
+        paths["bfloat16, to nearest", where] = path(rank, condition, jnp.float32, jnp.bfloat16)
+    return [
+        {
+            "rank": rank,
+            "condition": condition,
+            "arithmetic": arithmetic,
+            "where": where,
+            "errors": errors(moved, exact),
+        }
+        for (arithmetic, where), moved in paths.items()
+    ]
 
 
 def errors(moved: dict[int, np.ndarray], exact: dict[int, np.ndarray]) -> list[float]:
+    """The relative error after each of `STEPS`."""
     relative = (np.linalg.norm(moved[k] - exact[k]) / np.linalg.norm(exact[k]) for k in STEPS)
     return [float(f"{x:.2g}") for x in relative]
 
 
-@contextlib.contextmanager
-def to_nearest() -> Iterator[None]:
-    """Keeps second moments rounded to nearest, as a plain cast would."""
-    own = _adam_step.round_at_random
-    _adam_step.round_at_random = lambda x, dtype, step: x.astype(dtype)
-    try:
-        yield
-    finally:
-        _adam_step.round_at_random = own
+def table(rows: list[Row]) -> str:
+    """The rows in Markdown."""
+    heads = ["rank", "condition", "arithmetic", "where", *(f"step {k}" for k in STEPS)]
+    lines = [
+        [
+            row["rank"],
+            f"{row['condition']:.0e}",
+            row["arithmetic"],
+            row["where"],
+            *(f"{x:.1e}" for x in row["errors"]),
+        ]
+        for row in rows
+    ]
+    return markdown.table(heads, lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ranks", nargs="+", type=int, default=[4, 16])
     parser.add_argument("--conditions", nargs="+", type=float, default=[1.0, 1e3])
-    parser.add_argument("--results", type=Path, help="append the rows to this JSON-lines file")
-    options = parser.parse_args()
-    print(
-        "| rank | condition | arithmetic | where | " + " | ".join(f"step {k}" for k in STEPS) + " |"
-    )
-    print("|---" * (4 + len(STEPS)) + "|")
+    add_results(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    rows = []
     for rank in options.ranks:
         for condition in options.conditions:
-            rows = measure(rank, condition)
-            append(options.results, rows)
-            for row in rows:
-                cells = " | ".join(f"{x:.1e}" for x in row["errors"])
-                where = f"| {rank} | {condition:.0e} | {row['arithmetic']} | {row['where']} |"
-                print(f"{where} {cells} |", flush=True)
-
-
-if __name__ == "__main__":
-    main()
+            found = measure(rank, condition)
+            append(options.results, found)
+            rows += found
+    print(table(rows))

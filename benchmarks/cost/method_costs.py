@@ -1,11 +1,11 @@
-"""State and arithmetic of every optimizer, counted in its program: no clock, so the same anywhere.
+"""Counts the state and the arithmetic of each optimizer in its program, for one pair.
 
-    python benchmarks/method_costs.py --m 4096 --n 4096 --rank 16
+    python -m benchmarks.cost method-costs --m 4096 --n 4096 --rank 16
 
-For one pair: the numbers of the state, and the multiply-adds of the matrix products of one step
-(twice that in FLOPs), those of the more expensive branch where the factors take turns. Elementwise
-work and the decompositions of r x r matrices are not counted. `optax.adamw` on the factors is the
-base: its state is ``2 r (m + n)``, and it has no products.
+The counts do not depend on the machine: the numbers of the state, and the multiply-adds (twice that
+in FLOPs) of the matrix products of one step, those of the more expensive branch where the factors
+alternate. Elementwise work and decompositions of r x r matrices are not counted. The base is
+`optax.adamw` on the factors, with a state of ``2 r (m + n)`` and no products.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from benchmarks import markdown
 from loft_jax import baselines, loft_adamw, loft_muon, loft_sgd
 
 OPTIMIZERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
@@ -39,17 +40,13 @@ OPTIMIZERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
 }
 
 
-def costs(
-    tx: optax.GradientTransformation, m: int, n: int, r: int, values: bool = False
-) -> tuple[int, int]:
-    """Returns the numbers of state and the multiply-adds of a step for one pair.
-
-    ``values``: with AdaLoRA's singular values.
-    """
+def costs(name: str, m: int, n: int, r: int) -> tuple[int, int]:
+    """The numbers of state and the multiply-adds of a step for one pair."""
     shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)
     params = {"lora_a": shape(m, r), "lora_b": shape(r, n)}
-    if values:
+    if name == "adalora":  # its adapters have singular values too
         params["lora_e"] = shape(r)
+    tx = OPTIMIZERS[name](1e-3)
     state = jax.eval_shape(tx.init, params)
     program = jax.make_jaxpr(tx.update)(params, state, params).jaxpr
     return sum(x.size for x in jax.tree.leaves(state) if x.ndim), products(program)
@@ -81,21 +78,19 @@ def products(jaxpr: Any) -> int:
     return total
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--m", type=int, default=4096)
     parser.add_argument("--n", type=int, default=4096)
     parser.add_argument("--rank", type=int, default=16)
-    args = parser.parse_args()
-    m, n, r = args.m, args.n, args.rank
-    print(f"m = {m}, n = {n}, r = {r}; forward and backward through W take 2 m n a token\n")
-    print("| optimizer | state / r (m + n) | products / r² (m + n) | products / m n |")
-    print("|---|---|---|---|")
-    for name, make in OPTIMIZERS.items():
-        state, work = costs(make(1e-3), m, n, r, values=name == "adalora")
-        thin = r * (m + n)
-        print(f"| {name} | {state / thin:.2f} | {work / (r * thin):.1f} | {work / (m * n):.2f} |")
 
 
-if __name__ == "__main__":
-    main()
+def run(options: argparse.Namespace) -> None:
+    m, n, r = options.m, options.n, options.rank
+    print(f"m = {m}, n = {n}, r = {r}; forward and backward through W take 2 m n per token\n")
+    heads = ["optimizer", "state / r (m + n)", "products / r² (m + n)", "products / m n"]
+    rows, thin = [], r * (m + n)
+    for name in OPTIMIZERS:
+        state, work = costs(name, m, n, r)
+        shares = (f"{state / thin:.2f}", f"{work / (r * thin):.1f}", f"{work / (m * n):.2f}")
+        rows.append([name, *shares])
+    print(markdown.table(heads, rows))

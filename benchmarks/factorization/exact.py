@@ -1,8 +1,8 @@
-"""How far LoFT is from the exact trajectories that the paper proves it to follow.
+"""The distance of LoFT to the exact trajectories that the paper proves it to follow.
 
-Lemma 1: momentum from the right subspaces; Lemma 2: a step of size one is alternating least
-squares; full rank: AdamW (and momentum, and Muon) on the weight. The references are dense and in
-float64; LoFT runs in float64 and in float32.
+Lemma 1: momentum in the right subspaces. Lemma 2: a step of size one is alternating least squares.
+Full rank: AdamW, momentum and Muon on the weight. The references are dense and in float64; LoFT
+runs in float64 and in float32.
 """
 
 from collections.abc import Callable
@@ -15,13 +15,13 @@ import optax
 
 from loft_jax import loft_adamw, loft_muon, loft_sgd
 
-M, N, RANK, STEPS, SIDE = 1024, 512, 8, 100, 48
+M, N, RANK, STEPS, WIDTH = 1024, 512, 8, 100, 48
 
 Gradient = Callable[[np.ndarray, int], np.ndarray]
 
 
 def exactness() -> list[tuple[str, np.ndarray]]:
-    """Returns ``(label, relative distance after each step)``."""
+    """A list of ``(label, relative distance after each step)``."""
     found = []
     for dtype in (np.float64, np.float32):
         name = np.dtype(dtype).name
@@ -50,7 +50,7 @@ def _lemma_1(dtype: Any) -> np.ndarray:
 
 def _lemma_2(dtype: Any) -> np.ndarray:
     rng = np.random.default_rng(0)
-    # Some noise, for a target of rank 8 is reached in two steps.
+    # Without noise two steps would reach the target.
     target = rng.normal(size=(M, RANK)) @ rng.normal(size=(RANK, N)) + rng.normal(size=(M, N))
     u, v = rng.uniform(-1, 1, (M, RANK)) / M**0.5, np.zeros((N, RANK))
     start, path = (u, v), []
@@ -65,15 +65,15 @@ def _lemma_2(dtype: Any) -> np.ndarray:
 
 def _full_rank(dtype: Any) -> list[tuple[str, np.ndarray]]:
     rng = np.random.default_rng(0)
-    base, *factors = rng.normal(size=(3, SIDE, SIDE)) / SIDE**0.5
+    base, *factors = rng.normal(size=(3, WIDTH, WIDTH)) / WIDTH**0.5
     u, v = (np.linalg.qr(x)[0] for x in factors)
-    inputs, outputs = rng.normal(size=(2, STEPS, 16, SIDE))
-    # Each step sees a batch of its own, and the objective is not quadratic.
+    inputs, outputs = rng.normal(size=(2, STEPS, 16, WIDTH))
+    # Each step has its own batch, and the objective is not quadratic.
     gradient: Gradient = lambda w, k: inputs[k].T @ np.tanh(inputs[k] @ (base + w) - outputs[k])
     rows = (
         ("LoFT-AdamW", loft_adamw(0.01, weight_decay=0.0), optax.adamw(0.01, weight_decay=0.0)),
         ("LoFT-SGD with momentum", loft_sgd(3e-4, momentum=0.9), optax.sgd(3e-4, 0.9)),
-        # No epsilon: Optax adds it to the norm of an average of gradients, Algorithm 2 of a sum.
+        # No epsilon: Optax adds it to the norm of an average, Algorithm 2 to that of a sum.
         (
             "LoFT-Muon",
             loft_muon(0.02, ns_eps=0.0),
@@ -102,7 +102,7 @@ def _distances(
     path: list[np.ndarray],
     dtype: Any,
 ) -> np.ndarray:
-    """Steps the factors; returns ``|U V^T - W| / |W|`` in Frobenius norms after each step."""
+    """Trains the factors; returns ``|U V^T - W| / |W|`` in Frobenius norms after each step."""
     with jax.enable_x64(dtype == np.float64):
         params: Any = {"lora_a": jnp.asarray(u, dtype), "lora_b": jnp.asarray(v.T, dtype)}
         state, update, found = tx.init(params), jax.jit(tx.update), []

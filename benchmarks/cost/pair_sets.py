@@ -1,4 +1,4 @@
-"""The adapters that the benchmarks of cost run on: real models' shapes, random values."""
+"""Adapters for the benchmarks of cost: shapes of real models, random values."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ class PairSet(NamedTuple):
     """The adapted weights of a model.
 
     Attributes:
-      layers: how many layers it has.
+      layers: the number of layers.
       shapes: ``(inputs, outputs)`` of each adapted weight of a layer.
     """
 
@@ -22,55 +22,51 @@ class PairSet(NamedTuple):
 
     @property
     def pairs(self) -> int:
+        """The number of adapted weights."""
         return self.layers * len(self.shapes)
 
     @property
     def entries(self) -> int:
-        """Numbers of all adapted weights, the sum of their ``m n``."""
+        """The number of entries of all adapted weights: the sum of ``m n``."""
         return self.layers * sum(m * n for m, n in self.shapes.values())
 
     @property
     def rows(self) -> int:
-        """Rows of all factors, the sum of ``m + n``."""
+        """The number of rows of all factors: the sum of ``m + n``."""
         return self.layers * sum(m + n for m, n in self.shapes.values())
 
 
-SMOLLM2 = {
-    "q": (576, 576),
-    "k": (576, 192),
-    "v": (576, 192),
-    "up": (576, 1536),
-    "down": (1536, 576),
-}
-LLAMA = {
-    "q": (4096, 4096),
-    "k": (4096, 4096),
-    "v": (4096, 4096),
-    "up": (4096, 11008),
-    "down": (11008, 4096),
-}
+def _projections(hidden: int, keys: int, inner: int) -> dict[str, tuple[int, int]]:
+    """The weights that the paper adapts in LLaMA-7B: Q, K, V, Up and Down."""
+    return {
+        "q": (hidden, hidden),
+        "k": (hidden, keys),
+        "v": (hidden, keys),
+        "up": (hidden, inner),
+        "down": (inner, hidden),
+    }
+
+
+SMOLLM2 = _projections(576, 192, 1536)
+LLAMA = _projections(4096, 4096, 11008)
 
 PAIR_SETS = {
-    # All linear layers of GPT-2's blocks but the MLP's first.
+    # All linear layers of GPT-2's blocks except the first of the MLP.
     "gpt2": PairSet(12, {"qkv": (768, 2304), "out": (768, 768), "down": (3072, 768)}),
-    # Q, K, V, Up and Down, as the paper adapts LLaMA-7B.
     "smollm2": PairSet(30, SMOLLM2),
     "llama-7b": PairSet(32, LLAMA),
-    # One of the 32 layers: on a CPU all of them take minutes a step.
+    # One of the 32 layers: on a CPU all of them take minutes per step.
     "llama-7b-layer": PairSet(1, LLAMA),
-    # All seven projections.
-    "llama-7b-all": PairSet(32, LLAMA | {"o": (4096, 4096), "gate": (4096, 11008)}),
 }
 
-
 STACKED = LoraPairs(axes=LoraAxes(batch=(0,)))
-"""How the optimizer is told of stacked layers."""
+"""The pairs of layers that are stacked on a first axis."""
 
 
 def adapters(pair_set: PairSet, rank: int, stacked: bool = False) -> dict[str, Any]:
-    """Factors as training leaves them: neither is zero.
+    """Factors as training leaves them, neither of them zero.
 
-    Layers are apart, or stacked on a first axis as models with scanned layers have them.
+    Layers are separate arrays, or stacked on a first axis as in models with scanned layers.
     """
 
     def factors(seed: int, m: int, n: int) -> dict[str, jax.Array]:
@@ -87,11 +83,6 @@ def adapters(pair_set: PairSet, rank: int, stacked: bool = False) -> dict[str, A
     if stacked:
         return jax.tree.map(lambda *x: jnp.stack(x), *layers)
     return {f"layer_{i}": layer for i, layer in enumerate(layers)}
-
-
-def abstract_adapters(pair_set: PairSet, rank: int) -> dict[str, Any]:
-    """Their shapes and dtypes alone."""
-    return jax.eval_shape(lambda: adapters(pair_set, rank))
 
 
 def like(params: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The figure of `matrix_factorization.py`."""
+"""The figure of docs/results.md."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +31,7 @@ PANELS = {
         "LoFT-Muon",
         "full, Muon",
     ),
-    "Peers": (
+    "Baselines": (
         "full fine-tuning",
         "LoFT",
         "LoRA+",
@@ -43,7 +43,6 @@ PANELS = {
         "scaled SGD",
     ),
 }
-SWEPT = ("full fine-tuning", "LoFT", "LoRA", "LoFT, no alternation", "LoFT, factored")
 REGIMES = ("paper's setting", "Adam regime")
 
 
@@ -51,8 +50,8 @@ def draw(found: dict[str, Any], path: Path) -> None:
     """Losses in both regimes, final loss against learning rate, distances to exact trajectories.
 
     Args:
-      found: what `matrix_factorization.measure` returns.
-      path: where to write the PNG.
+      found: the result of `measure`.
+      path: the PNG file to write.
     """
     import matplotlib
 
@@ -65,7 +64,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
         for ax, (title, labels) in zip(row, PANELS.items(), strict=True):
             _losses(ax, found[regime], labels)
             ax.set_title(f"{title}: {regime}", loc="left")
-    _sweep(axes[2, 0], found["sweep"])
+    _sweep(axes[2, 0], found["sweep"], found["swept"])
     exact = dict(found["exact"])
     _distances(axes[2, 1], {k: v for k, v in exact.items() if k.startswith("Lemma")})
     axes[2, 1].set_title("Distance to the exact path: the lemmas", loc="left")
@@ -81,36 +80,36 @@ def draw(found: dict[str, Any], path: Path) -> None:
 
 
 def _losses(ax: Any, runs: dict[str, np.ndarray], labels: Sequence[str]) -> None:
-    """Median over seeds, and the range behind it."""
-    colours = iter(OTHERS)
+    """The median over seeds, and the range."""
+    colors = iter(OTHERS)
     for label in (x for x in labels if x in runs):
-        # A full fine-tuning of another family shares the colour of the LoFT before it.
+        # Full fine-tuning of another family has the color of the LoFT before it.
         if label in REFERENCE:
             style = REFERENCE[label]
         elif label.startswith("full"):
             style = (style[0], "--", 1.2)
         else:
-            style = (next(colours), "-", 1.3)
+            style = (next(colors), "-", 1.3)
         curve = np.where(np.isfinite(runs[label]), runs[label], np.nan)
         steps = np.arange(curve.shape[1])
-        colour, line, width = style
+        color, line, width = style
         order = 3 if label in REFERENCE else 2
-        ax.plot(steps, np.median(curve, 0), line, color=colour, lw=width, label=label, zorder=order)
-        ax.fill_between(steps, curve.min(0), curve.max(0), color=colour, alpha=0.15, lw=0)
+        ax.plot(steps, np.median(curve, 0), line, color=color, lw=width, label=label, zorder=order)
+        ax.fill_between(steps, curve.min(0), curve.max(0), color=color, alpha=0.15, lw=0)
     ax.set_ylim(1e-17, 1e2)
     ax.set_xlabel("step")
     ax.set_ylabel("loss / initial loss")
 
 
-def _sweep(ax: Any, sweep: dict[tuple[str, float], np.ndarray]) -> None:
-    colours = iter(OTHERS)
-    for label in SWEPT:
-        colour, line, width = REFERENCE.get(label) or (next(colours), "-", 1.3)
+def _sweep(ax: Any, sweep: dict[tuple[str, float], np.ndarray], labels: Sequence[str]) -> None:
+    colors = iter(OTHERS)
+    for label in labels:
+        color, line, width = REFERENCE.get(label) or (next(colors), "-", 1.3)
         rates = sorted(rate for name, rate in sweep if name == label)
         final = np.array([np.nan_to_num(sweep[label, r][:, -1], nan=1e2) for r in rates])
-        ax.plot(rates, np.median(final, 1), line, color=colour, lw=width, marker="o", ms=3.5)
+        ax.plot(rates, np.median(final, 1), line, color=color, lw=width, marker="o", ms=3.5)
         ax.lines[-1].set_label(label)
-        ax.fill_between(rates, final.min(1), final.max(1), color=colour, alpha=0.15, lw=0)
+        ax.fill_between(rates, final.min(1), final.max(1), color=color, alpha=0.15, lw=0)
     ax.set_xscale("log")
     ax.set_xlabel("learning rate")
     ax.set_ylabel("final loss / initial loss")
@@ -119,11 +118,11 @@ def _sweep(ax: Any, sweep: dict[tuple[str, float], np.ndarray]) -> None:
 
 def _distances(ax: Any, exact: dict[str, np.ndarray]) -> None:
     names = list(dict.fromkeys(label.rpartition(", ")[0] for label in exact))
-    for name, colour in zip(names, (LOFT, *OTHERS), strict=False):
+    for name, color in zip(names, (LOFT, *OTHERS), strict=False):
         for dtype, line in (("float64", "-"), ("float32", "--")):
             label = f"{name}, {dtype}"
             distance = np.maximum(exact[label], 1e-18)
-            ax.plot(np.arange(1, len(distance) + 1), distance, line, color=colour, lw=1.5)
+            ax.plot(np.arange(1, len(distance) + 1), distance, line, color=color, lw=1.5)
             ax.lines[-1].set_label(label)
     ax.set_ylim(1e-17, 1e-2)
     ax.set_xlabel("step")

@@ -1,9 +1,9 @@
-"""What crosses devices in a compiled program: its collectives, counted in the HLO text.
+"""Counts the collectives of a compiled program in its HLO text.
 
-A collective in a loop counts once a trip. Of conditionals the same branch counts in all of them,
-the first or the second, whichever costs more: LoFT's two are the two factors' turns. A collective
-that a compiler has made asynchronous is printed several times (its start, steps in between, its
-end), all with one channel, and counts once.
+A collective in a loop counts once per trip. The same branch counts in all conditionals, the first
+or the second, whichever costs more: LoFT's branches correspond to the two active factors. The text
+shows an asynchronous collective several times (start, intermediate steps, end) with one channel;
+it counts once.
 """
 
 import math
@@ -30,11 +30,11 @@ class Collective(NamedTuple):
     Attributes:
       kind: one of `KINDS`.
       shapes: its arrays on one device, as in the text.
-      bytes: of the whole array that is gathered, summed or exchanged within a group.
-      group: how many devices take part.
-      trips: how often it runs in a step.
-      source: the name of the operation that it comes from, with its `jax.named_scope`; of the
-        loop or conditional around it where the compiler has put it there itself.
+      bytes: size of the whole array that a group gathers, sums or exchanges.
+      group: the number of devices in a group.
+      trips: the number of runs per step.
+      source: the name of the operation, with its `jax.named_scope`; if the compiler inserted the
+        collective, the name of the enclosing loop or conditional.
     """
 
     kind: str
@@ -46,7 +46,7 @@ class Collective(NamedTuple):
 
     @property
     def sent(self) -> float:
-        """Bytes that a device sends in a step, if the devices of a group form a ring."""
+        """Bytes that a device sends per step if the devices of a group form a ring."""
         if self.kind == "collective-permute":
             return self.trips * self.bytes
         passes = 2 if self.kind == "all-reduce" else 1
@@ -54,7 +54,7 @@ class Collective(NamedTuple):
 
 
 def collectives(text: str) -> list[Collective]:
-    """Returns the collectives of a compiled program that cross devices."""
+    """The collectives of a compiled program that involve several devices."""
     bodies, entry = _computations(text)
     return max((_of_branch(bodies, entry, branch) for branch in (0, 1)), key=total_sent)
 
@@ -63,7 +63,7 @@ def _of_branch(bodies: dict[str, list[str]], entry: str, branch: int) -> list[Co
     found: dict[str, tuple[bool, Collective]] = {}
     for channel, starts, collective in _walk(bodies, entry, 1, True, "", branch):
         known = found.get(channel)
-        # Steps in between may lie in an inner loop: the start says how often.
+        # Intermediate steps may be in an inner loop; the start has the right number of trips.
         better = known is None or (starts, collective.trips) > (known[0], known[1].trips)
         if collective.group > 1 and better:
             found[channel] = starts, collective
@@ -71,7 +71,7 @@ def _of_branch(bodies: dict[str, list[str]], entry: str, branch: int) -> list[Co
 
 
 def total_sent(of: Iterable[Collective]) -> float:
-    """Bytes that a device sends in a step for these collectives."""
+    """Bytes that a device sends per step for these collectives."""
     return sum(collective.sent for collective in of)
 
 
@@ -90,7 +90,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 def _walk(
     bodies: dict[str, list[str]], name: str, trips: int, starts: bool, around: str, branch: int
 ) -> Iterator[tuple[str, bool, Collective]]:
-    """Yields the channel of each collective, whether it begins there, and the collective."""
+    """Yields each collective with its channel, and whether the collective starts there."""
     for number, line in enumerate(bodies.get(name, ())):
         named = re.search(r'op_name="([^"]*)"', line)
         source = named[1] if named else around
@@ -112,14 +112,14 @@ def _walk(
 
 
 def _called(line: str) -> dict[str, list[str]]:
-    """The computations that an instruction calls, by their role."""
+    """The computations that an instruction calls, by role."""
     return {role: re.findall(r"[\w.\-]+", names) for role, names in _CALLED.findall(line)}
 
 
 def _trip_count(bodies: dict[str, list[str]], line: str) -> int:
-    """Trips of a loop: as the compiler says, or by its counter's limit and step.
+    """The trips of a loop: as annotated, or from the limit and the step of its counter.
 
-    1 where neither can be read, so that a count is never too large.
+    The result is 1 if neither is known, so that counts are never too large.
     """
     if match := re.search(r'known_trip_count":\{"n":"(\d+)"', line):
         return int(match[1])
@@ -130,7 +130,7 @@ def _trip_count(bodies: dict[str, list[str]], line: str) -> int:
 
 
 def _step(condition: str, body: str) -> int:
-    """What a loop adds to its counter; more than 1 where the compiler has unrolled it."""
+    """The increment of a loop's counter; more than 1 in a loop that the compiler unrolled."""
     counter = re.search(r"get-tuple-element\(.*?\), index=(\d+)", condition)
     result = re.search(r"ROOT .* tuple\((.*?)\)(?:,|$)", body, re.MULTILINE)
     if not counter or not result:
@@ -149,9 +149,9 @@ def _collective(match: re.Match[str], line: str, trips: int, source: str) -> Col
         _BYTES.get(dtype, 0) * math.prod(int(size) for size in shape.split(",") if size)
         for dtype, shape in arrays
     ]
-    if start and kind == "all-gather":  # the operands, then the results
+    if start and kind == "all-gather":  # operands, then results
         sizes = sizes[len(sizes) // 2 :]
-    elif start and kind == "collective-permute":  # operand, result, and two counters
+    elif start and kind == "collective-permute":  # operand, result, two counters
         sizes = sizes[:1]
     group = _group_size(line)
     whole = sum(sizes) * (group if kind == "reduce-scatter" else 1)
@@ -160,7 +160,7 @@ def _collective(match: re.Match[str], line: str, trips: int, source: str) -> Col
 
 
 def _group_size(line: str) -> int:
-    """Devices of a group, in each of the forms in which HLO prints groups."""
+    """The number of devices in a group, in each of HLO's notations."""
     if match := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
         return len(match[1].split(","))
     if match := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
