@@ -23,7 +23,8 @@ def main(folder: str, commands: Sequence[str], argv: Sequence[str] | None = None
     program = f"python -m benchmarks.{folder}"
     parser = argparse.ArgumentParser(prog=program, formatter_class=Formatter)
     parser.description = "\n".join(f"{name:16} {_summary(folder, name)}" for name in commands)
-    parser.add_argument("command", choices=commands, metavar="COMMAND", help="--help describes it")
+    parser.epilog = f"{program} COMMAND --help describes a command."
+    parser.add_argument("command", choices=commands, metavar="COMMAND", help="one of these")
     name = parser.parse_known_args(argv[:1])[0].command
     return run_module(f"benchmarks.{folder}.{_module(name)}", f"{program} {name}", argv[1:])
 

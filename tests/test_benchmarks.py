@@ -1,10 +1,14 @@
-"""Matrix factorization runs at a small size, and docs/methods.md states the counted costs."""
+"""Matrix factorization at a small size, the costs that docs/methods.md states, and doctests."""
+
+import doctest
 
 import jax
 import numpy as np
 import optax
 import pytest
 
+from benchmarks import markdown
+from benchmarks.accuracy import search, summary
 from benchmarks.cost import method_costs
 from benchmarks.factorization import exact, figure, measure
 
@@ -95,3 +99,9 @@ def test_documented_costs_of_the_dense_methods():
     state, products = method_costs.costs("loft_adamw, calibrated", n, n, r)
     assert state == (2 * r + t) * 2 * n
     assert 2 * products == pytest.approx(356 * n * n, rel=1e-2)
+
+
+@pytest.mark.parametrize("module", [markdown, search, summary], ids=lambda x: x.__name__)
+def test_examples_in_docstrings(module):
+    failed, attempted = doctest.testmod(module)
+    assert attempted > 0 == failed

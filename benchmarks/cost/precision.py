@@ -65,7 +65,7 @@ PRODUCTS: dict[str, Product] = {
     "TF32, 3 passes": in_three_passes(11),
 }
 PLACES = ("moment", "second moment", "projection")
-"""The products of the loop, told apart by the length of the sums: r, r (r + 1) / 2, a block."""
+"""The products of the loop, distinguished by the length of the sums: r, r (r + 1) / 2, other."""
 
 
 @contextlib.contextmanager

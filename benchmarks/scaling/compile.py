@@ -6,13 +6,14 @@
 No accelerator is needed. The whole step (`step.py`) is compiled ahead of time, for TPUs by libtpu
 (`pip install libtpu`), for GPUs by jax's CUDA plugin (`pip install jax-cuda12-plugin
 jax-cuda12-pjrt nvidia-cuda-nvcc-cu12`). The tables show the compiler's plan for one device and the
-prediction of the formulas (`formulas.py`). The rows are appended to scaling/results/compile.jsonl.
+prediction of the formulas (`formulas.py`).
 """
 
 import argparse
 import importlib.metadata
 import json
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -113,6 +114,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--method", choices=METHODS, default="calibrated")
     add("--batch", type=int, default=16, help="sequences per step (default 16)")
     add("--length", type=int, default=256, help="tokens of a sequence (default 256)")
+    add("--results", type=Path, default=RESULTS, help="append the rows to this JSON-lines file")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -120,5 +122,5 @@ def run(options: argparse.Namespace) -> None:
     for setting in [setting_of(options)] if options.target else compiled():
         row = measure(setting)
         print(tables([row]), flush=True)
-        with RESULTS.open("a") as file:
+        with options.results.open("a") as file:
             file.write(json.dumps(row) + "\n")
