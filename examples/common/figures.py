@@ -80,7 +80,7 @@ def draw_accuracy(records: Sequence[Mapping[str, Any]], path: Path, title: str) 
         right.annotate(
             f"{100 * accuracy:.1f}",
             (steps[index], 100 * accuracy),
-            xytext=(0, -16) if accuracy > 0.5 else (9, -4),
+            xytext=(0, -16 if accuracy > 0.5 else 9),
             textcoords="offset points",
             ha="left" if index == 0 else "right",
             color=HELD_OUT,

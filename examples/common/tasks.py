@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -13,6 +13,8 @@ from .data import choices, images, text
 from .figures import draw_accuracy, draw_perplexity
 from .llm_settings import LlmSettings
 from .training import Loss, Outputs
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,15 +42,11 @@ class Task:
 
 def language_modelling(settings: LlmSettings, tokenizer: Tokenizer) -> Task:
     """Prediction of the next token in windows of text."""
-    documents = text.load_documents(settings.data)
-    if settings.eval_data is None:
-        documents, held_out = text.hold_out(documents)
-    else:
-        held_out = text.load_documents(settings.eval_data)
+    documents, evaluated = _load(text.load_documents, settings)
     length = settings.seq_len
     train = text.windows(tokenizer, documents, length, "training")
-    evaluate = text.windows(tokenizer, held_out, length, "held-out")
-    evaluate = batches.spread(evaluate, settings.eval_windows)
+    held_out = text.windows(tokenizer, evaluated, length, "held-out")
+    held_out = batches.spread(held_out, settings.eval_windows)
 
     def metrics(losses: np.ndarray) -> dict[str, float]:
         loss = float(losses.mean())
@@ -56,9 +54,9 @@ def language_modelling(settings: LlmSettings, tokenizer: Tokenizer) -> Task:
 
     return Task(
         kind="text",
-        description=f"{len(train)} training windows of {length} tokens, {len(evaluate)} held out",
+        description=f"{len(train)} training windows of {length} tokens, {len(held_out)} held out",
         train=train,
-        held_out=evaluate,
+        held_out=held_out,
         units=length,
         loss=text.next_token_loss,
         outputs=text.next_token_loss,
@@ -73,11 +71,7 @@ def language_modelling(settings: LlmSettings, tokenizer: Tokenizer) -> Task:
 def multiple_choice(settings: LlmSettings, tokenizer: Tokenizer) -> Task:
     """Multiple-choice questions."""
     load = functools.partial(choices.load_questions, answers=settings.answers)
-    questions = load(settings.data)
-    if settings.eval_data is None:
-        questions, held_out = text.hold_out(questions)
-    else:
-        held_out = load(settings.eval_data, "--eval-data")
+    questions, held_out = _load(load, settings)
     places = batches.spread(np.arange(len(held_out)), settings.eval_questions)
     held_out = [held_out[place] for place in places]
     train = choices.encode(tokenizer, questions, settings.seq_len, every=False)
@@ -109,10 +103,18 @@ def multiple_choice(settings: LlmSettings, tokenizer: Tokenizer) -> Task:
 
 def language_task(settings: LlmSettings, tokenizer: Tokenizer) -> Task:
     """The task of `--task`; by default, the suffix of `--data` determines it."""
-    of_questions = choices.is_multiple_choice(settings.data)
-    if (settings.task or ("multiple-choice" if of_questions else "text")) == "text":
+    default = "multiple-choice" if str(settings.data).endswith(".json") else "text"
+    if (settings.task or default) == "text":
         return language_modelling(settings, tokenizer)
     return multiple_choice(settings, tokenizer)
+
+
+def _load(load: Callable[..., list[T]], settings: LlmSettings) -> tuple[list[T], list[T]]:
+    """Training and held-out documents or questions."""
+    examples = load(settings.data)
+    if settings.eval_data is None:
+        return text.hold_out(examples)
+    return examples, load(settings.eval_data, "--eval-data")
 
 
 def image_classification(train: images.Images, held_out: images.Images) -> Task:

@@ -62,7 +62,7 @@ def record(case: str) -> dict[str, Any]:
     torch.manual_seed(0)
     model = make_model(config).eval()
     with torch.no_grad():
-        for parameter in model.parameters():  # initial values hide differences
+        for parameter in model.parameters():  # the initial values would hide differences
             parameter.add_(0.3 * torch.randn_like(parameter))
             parameter.copy_(parameter.half())  # so that the file can hold them in 16 bits
         ids = torch.randint(0, config.vocab_size, (1, 24))

@@ -31,7 +31,7 @@ CASES: dict[str, dict[str, Any]] = {
         "qkv_bias": False,
     },
     "dinov2": {"model_type": "dinov2", "image_size": 12, "mlp_ratio": 2},
-    # Its position table is of a grid of 5 x 5 patches, and is interpolated.
+    # Its position table for 5 x 5 patches is interpolated.
     "dinov2 on smaller images": {"model_type": "dinov2", "image_size": 20, "mlp_ratio": 2},
     "dinov2 on larger images": {"model_type": "dinov2", "image_size": 8, "mlp_ratio": 2},
 }
@@ -39,7 +39,7 @@ IMAGE_SIZE = 12
 
 
 def save(case: str, folder: Path) -> dict[str, np.ndarray]:
-    """Writes a case's model as save_pretrained does, and gives uint8 images and their logits."""
+    """Saves a case's model with save_pretrained; returns uint8 images and their logits."""
     import torch
     from transformers import (
         Dinov2Config,
@@ -64,7 +64,7 @@ def save(case: str, folder: Path) -> dict[str, np.ndarray]:
     images = np.random.default_rng(0).integers(0, 256, (2, IMAGE_SIZE, IMAGE_SIZE, 3))
     pixels = torch.tensor(((images / 255 - mean) / std).transpose(0, 3, 1, 2), dtype=torch.float32)
     with torch.no_grad():
-        for parameter in model.parameters():  # initial values hide differences
+        for parameter in model.parameters():  # the initial values would hide differences
             parameter.add_(0.3 * torch.randn_like(parameter))
             parameter.copy_(parameter.half())  # so that the file can hold them in 16 bits
         logits = model(pixels).logits.numpy()
@@ -73,7 +73,7 @@ def save(case: str, folder: Path) -> dict[str, np.ndarray]:
 
 
 def record(case: str) -> dict[str, Any]:
-    """A case's config and tensors as the files have them, images and logits."""
+    """A case's config and tensors from the saved files, images and logits."""
     from safetensors.numpy import load_file
 
     with tempfile.TemporaryDirectory() as folder:

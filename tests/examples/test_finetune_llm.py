@@ -232,6 +232,7 @@ def test_without_an_output_folder_the_next_free_one_is_taken(tmp_path, monkeypat
         (["--rank", "17"], "layers/self_attn/q_proj: rank 17 is above 16"),
         (["--model", "missing"], "--model missing: there is no such folder"),
         (["--data", "missing.txt"], "--data missing.txt: there is no such file"),
+        (["--eval-data", "missing.txt"], "--eval-data missing.txt: there is no such file"),
         (["--seq-len", "4096"], "fewer than one window of 4096 + 1"),
         (["--seq-len", "4097"], "--seq-len 4097 is longer than the context of tiny-llama"),
         (["--method", "full", "--quantize", "nf4"], "--method full trains all weights"),

@@ -131,7 +131,7 @@ def test_what_cannot_work_is_explained_in_one_paragraph(
 
 
 def test_the_script_runs_by_its_path_and_fails_without_a_traceback(tmp_path):
-    """No argument and no network: one paragraph, with the remedy."""
+    """Without arguments and network, the error is one paragraph with a remedy."""
     script = Path(__file__).parents[2] / "examples" / "finetune_vit.py"
     result = subprocess.run(
         [sys.executable, script], capture_output=True, text=True, cwd=tmp_path, check=False

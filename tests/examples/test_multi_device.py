@@ -31,7 +31,7 @@ MESH = "fsdp=4,tensor=2"
 
 @pytest.fixture(scope="module")
 def arguments(model_folder, text_file) -> list[str]:
-    """Flags for a run of seconds."""
+    """Flags for a short run."""
     flags = f"--steps {STEPS} --eval-every 8 --save-every 2 --batch-size 4 --seq-len 8 --rank 2"
     return [*flags.split(), "--model", str(model_folder), "--data", str(text_file)]
 
@@ -42,7 +42,7 @@ def run(*arguments) -> int:
 
 
 def metrics(folder: Path) -> list[dict]:
-    """The whole lines of metrics.jsonl."""
+    """The complete lines of metrics.jsonl."""
     path = folder / "metrics.jsonl"
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
     return [json.loads(line) for line in lines]
@@ -59,7 +59,7 @@ def adapter(folder: Path) -> list[np.ndarray]:
 
 @pytest.fixture(scope="module")
 def uninterrupted(arguments, tmp_path_factory) -> Path:
-    """A run of one process with eight devices, not to be changed."""
+    """A run of one process with eight devices; tests must not change its folder."""
     folder = tmp_path_factory.mktemp("mesh") / "out"
     assert run(*arguments, "--mesh", MESH, "--output", folder) == 0
     return folder

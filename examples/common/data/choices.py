@@ -34,11 +34,6 @@ class Question:
     right: int
 
 
-def is_multiple_choice(source: str | None) -> bool:
-    """Whether the file name of `--data` is that of a file of questions."""
-    return source is not None and Path(source).suffix == ".json"
-
-
 def load_questions(
     source: str | None, flag: str = "--data", *, answers: Answers = "labels"
 ) -> list[Question]:

@@ -20,16 +20,16 @@ from ..errors import UserError
 T = TypeVar("T")
 
 
-def load_documents(source: str | None) -> list[str]:
+def load_documents(source: str | None, flag: str = "--data") -> list[str]:
     """Wikipedia articles if `source` is None, else a text file (.gz too) or a hub dataset."""
     if source is None:
         return split_documents(downloads.read_member(downloads.WIKIPEDIA).decode())
     if Path(source).is_file():
         return split_documents(_read_text(Path(source)))
     if re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", source) and not Path(source).suffix:
-        return _from_hub(source)
+        return _from_hub(source, flag)
     raise UserError(
-        f"--data {source}: there is no such file, and it is not a hub dataset "
+        f"{flag} {source}: there is no such file, and it is not a hub dataset "
         "(owner/name or owner/name:configuration)."
     )
 
@@ -98,14 +98,14 @@ def _read_text(path: Path) -> str:
         ) from error
 
 
-def _from_hub(source: str) -> list[str]:
+def _from_hub(source: str, flag: str) -> list[str]:
     name, _, configuration = source.partition(":")
     try:
         # The package is large and not part of the extras, so a type checker may not find it.
         from datasets import load_dataset  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise UserError(
-            f"--data {source} is not a file, and a hub dataset needs the datasets package: "
+            f"{flag} {source} is not a file, and a hub dataset needs the datasets package: "
             "pip install datasets, or pass a text file."
         ) from error
     try:
