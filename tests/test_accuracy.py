@@ -1,4 +1,4 @@
-"""The accuracy study: its search, its store, its files, and its page."""
+"""The accuracy study: its search, its store, its settings, and its page."""
 
 import json
 import math
@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from accuracy import config, gradient_init, plan, report, run, store, summary, variants
-from accuracy.config import Cell, Runs
-from accuracy.search import place_of, rate_at, search
-from accuracy.store import Key
 from flax import nnx
 
+from benchmarks.accuracy import config, gradient_init, plan, report, run, store, summary, variants
+from benchmarks.accuracy.config import Cell, Runs
+from benchmarks.accuracy.search import index_of, rate_at, search
+from benchmarks.accuracy.store import Key
+from benchmarks.command_line import main
 from loft_jax.adapters import LoraRule, add_lora
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -43,37 +44,34 @@ def bowl(best: float, rate: float, seed: int) -> float:
     return 3 + 0.1 * math.log10(rate / best) ** 2 + 0.01 * seed
 
 
-def test_places_and_rates_are_inverse():
-    for place in range(-14, 3):
-        assert place_of(rate_at(place)) == place
-    assert store.path_of(Path(), Key(Cell("t", "m", None), rate_at(-7), 1)).name == (
-        "lr3e-04-seed1.json"
-    )
+def test_indices_and_rates_are_inverse():
+    for index in range(-14, 3):
+        assert index_of(rate_at(index)) == index
 
 
 @pytest.mark.parametrize(
     ("best", "tried", "at_edge"),
     [
-        (0, [0, 1, -1, 2, -2], False),  # enclosed by two on each side
+        (0, [0, 1, -1, 2, -2], False),  # two tries on each side
         (1, [0, 1, -1, 2, 3], False),
         (-1, [0, 1, -1, -2, -3], False),
-        (5, [0, 1, -1, 2, 3], True),  # goes on to the better side until the budget is spent
+        (5, [0, 1, -1, 2, 3], True),  # moves to the better side until the budget is spent
         (-5, [0, 1, -1, -2, -3], True),
     ],
 )
-def test_search_goes_to_the_better_side_within_its_budget(best, tried, at_edge):
+def test_search_moves_to_the_better_side_within_its_budget(best, tried, at_edge):
     losses = {place: abs(place - best) - 0.01 * place for place in range(-9, 9)}
     found = search(losses, 0, 5)
     assert sorted(found.tried[1:3]) == [-1, 1]
     assert list(found.tried) == tried or best == 0
     assert sorted(found.tried) == sorted(tried)
-    assert found.wanted is None
+    assert found.next_index is None
     assert found.at_edge == at_edge
-    # What it wants next does not depend on losses that it has not come to.
+    # The next index does not depend on losses that the search has not reached.
     known = {}
     for place in found.tried:
-        assert search(known, 0, 5).wanted == place
-        assert search({**known, 7: -9.0}, 0, 5).wanted == place
+        assert search(known, 0, 5).next_index == place
+        assert search({**known, 7: -9.0}, 0, 5).next_index == place
         known[place] = losses[place]
 
 
@@ -97,7 +95,7 @@ def test_all_files_of_settings_are_understood():
             task = config.read_task(cell.task)
             assert plan.plan({}, cell, runs, task).now
             assert task.kind != "text" or task.validation
-            assert all(rate == rate_at(place_of(rate)) for rate in runs.rates or ())
+            assert all(rate == rate_at(index_of(rate)) for rate in runs.rates or ())
 
 
 def test_runs_are_made_once_and_the_search_is_resumed(tmp_path, capsys):
@@ -116,13 +114,14 @@ def test_runs_are_made_once_and_the_search_is_resumed(tmp_path, capsys):
     chosen = [(runs, cell) for cell in runs.cells()]
     with pytest.raises(KeyboardInterrupt):
         run.make_missing(tmp_path, chosen, open_cell)
-    assert len(list(tmp_path.rglob("*.json"))) == 3
+    assert len((tmp_path / "wikitext2.jsonl").read_text().splitlines()) == 3
     assert run.make_missing(tmp_path, chosen, open_cell) == 4
     assert run.make_missing(tmp_path, chosen, open_cell) == 0
     made = [call for number, call in enumerate(calls) if number != 3]
     assert len(set(made)) == len(made) == 7
     assert made[5:] == [("lora", 0.01, 1), ("lora", 0.01, 2)]
-    assert len(list(tmp_path.rglob("*"))) == 2 + 7  # folders, files, nothing partial
+    assert [path.name for path in tmp_path.iterdir()] == ["wikitext2.jsonl"]
+    assert len((tmp_path / "wikitext2.jsonl").read_text().splitlines()) == 7
     results = store.read(tmp_path, config.read_task("wikitext2"))
     assert results[Key(chosen[0][1], 0.03, 0)]["test"] is None
     assert run.listed(results, chosen) == ["0.0 h in all"]
@@ -152,9 +151,26 @@ def test_results_of_other_settings_are_refused(tmp_path):
     key = Key(Cell("wikitext2", "lora", 4), 1e-2, 0)
     other = outcome(3.0)
     other["settings"] = other["settings"] | {"steps": 21}
-    store.write(tmp_path, key, other)
+    store.append(tmp_path, key, other)
     with pytest.raises(run.UserError, match="other settings"):
         store.read(tmp_path, config.read_task("wikitext2"))
+
+
+def test_a_line_cut_short_is_ignored_and_then_overwritten(tmp_path):
+    keys = [Key(Cell("wikitext2", "lora", 4), 1e-2, seed) for seed in range(3)]
+    for key in keys[:2]:
+        store.append(tmp_path, key, outcome(3.0))
+    path = tmp_path / "wikitext2.jsonl"
+    path.write_bytes(path.read_bytes()[:-20])  # the writer was killed
+    assert list(store.read(tmp_path)) == keys[:1]
+    store.append(tmp_path, keys[2], outcome(3.0))
+    assert list(store.read(tmp_path)) == [keys[0], keys[2]]
+
+
+def test_a_line_that_is_not_a_result_is_named(tmp_path):
+    (tmp_path / "wikitext2.jsonl").write_text('{"task": "wikitext2"}\n')
+    with pytest.raises(run.UserError, match="line 1, is not a result"):
+        store.read(tmp_path)
 
 
 def write_study(root: Path) -> None:
@@ -184,7 +200,7 @@ def test_report_of_a_partial_study(tmp_path, monkeypatch):
     text = "Before.\n\n<!-- table: language wikitext2 -->\nold\n<!-- end -->\n\nAfter.\n"
     page.write_text(text)
     options = [f"--{x}={tmp_path / x}" for x in ("results", "images")]
-    assert report.main([*options, f"--page={page}"]) == 0
+    assert main("accuracy", ("run", "report"), ["report", *options, f"--page={page}"]) == 0
     once = page.read_text()
     assert once.startswith("Before.")
     assert once.endswith("After.\n")
@@ -204,7 +220,7 @@ def test_report_of_a_partial_study(tmp_path, monkeypatch):
 
 def test_figures_of_a_single_run(tmp_path):
     key = Key(Cell("wikitext2", "lora", 4), 1e-2, 0)
-    store.write(tmp_path, key, outcome(3.0))
+    store.append(tmp_path, key, outcome(3.0))
     drawn = report.draw_all(report.read_all(tmp_path), tmp_path)
     expected = ["ranks", "transfer"]
     assert [path.name for path in drawn] == [f"accuracy_{name}.png" for name in expected]
@@ -233,7 +249,7 @@ def test_paired_differences_and_their_p():
 def test_the_page_has_the_tables_of_the_results():
     page = (DOCS / "accuracy.md").read_text()
     parts = report.make_parts(report.read_all(config.RESULTS))
-    assert report.fill(page, parts) == page, "run benchmarks/accuracy/report.py"
+    assert report.fill(page, parts) == page, "python -m benchmarks.accuracy report"
     marks = {match[2] for match in report.MARKED.finditer(page)}
     # Where a figure's experiment has its own grid, the table by rate stands for that by method.
     assert parts.keys() - marks == {"table: transfer wikitext2", "table: transfer cifar10"}
@@ -242,14 +258,15 @@ def test_the_page_has_the_tables_of_the_results():
             assert (DOCS / f"images/accuracy_{name.split()[1]}.png").exists()
 
 
-def test_committed_results_are_small_and_complete():
-    for path in config.RESULTS.rglob("*.json"):
-        record = json.loads(path.read_text())
-        assert path.stat().st_size < 2500
-        assert {"commit", "machine", "jax", "seed", "seconds", "peak_memory_bytes"} <= record.keys()
-        key = Key(Cell(*(record[x] for x in ("task", "method", "rank"))), record["rate"], 0)
-        key = key._replace(seed=record["seed"])
-        assert store.path_of(config.RESULTS, key) == path
+def test_committed_results_are_complete_and_each_run_is_there_once():
+    paths = sorted(config.RESULTS.iterdir())
+    assert [path.name for path in paths] == [f"{name}.jsonl" for name in config.task_names()]
+    records = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+    assert len(store.read(config.RESULTS)) == len(records) > 400
+    for path in paths:
+        assert len(store.read(config.RESULTS, config.read_task(path.stem))) > 0
+    for record in records:
+        assert {"commit", "machine", "jax", "seconds", "peak_memory_bytes"} <= record.keys()
 
 
 class Tiny(nnx.Module):

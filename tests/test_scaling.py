@@ -1,7 +1,7 @@
-"""The training step at scale: its formulas, and what TPU and GPU compilers make of it.
+"""The training step at scale: its formulas, compared with compiled programs of a small model.
 
-The compilers are asked where they are installed (`pip install libtpu`; jax's CUDA plugin with
-nvidia-cuda-nvcc-cu12), for a small model: docs/scaling.md has LLaMA-7B and 70B.
+TPU and GPU compilers take part if they are installed (`pip install libtpu`; jax's CUDA plugin with
+nvidia-cuda-nvcc-cu12). docs/scaling.md has LLaMA-7B and 70B.
 """
 
 import dataclasses
@@ -13,11 +13,14 @@ import sys
 from pathlib import Path
 
 import pytest
-import scaling
-from collectives import Collective, collectives, total_sent
 from optimizers import hasty_compiler as hasty_compiler
-from scaling_model import loft_traffic, memory, stored, traffic
-from scaling_step import MODELS, Setting, compiled_step
+
+from benchmarks.scaling import compile, predict, settings, tables
+from benchmarks.scaling.collectives import Collective, collectives, total_sent
+from benchmarks.scaling.formulas import loft_traffic, memory, stored, traffic
+from benchmarks.scaling.step import MODELS, Setting, compiled_step
+
+ROOT = Path(__file__).parents[1]
 
 pytestmark = pytest.mark.usefixtures("hasty_compiler")
 
@@ -28,8 +31,8 @@ TINY = Setting("cpu", "tiny", MESH, rank=4, length=32, targets=("q", "down"))
 def test_the_step_has_the_predicted_arguments_and_collectives():
     compiled = compiled_step(TINY)
     assert compiled.memory_analysis().argument_size_in_bytes == memory(TINY).arguments
-    assert scaling.shardings_kept(compiled)
-    of_update = [x for x in collectives(compiled.as_text()) if scaling.is_of_update(x)]
+    assert compile.shardings_kept(compiled)
+    of_update = [x for x in collectives(compiled.as_text()) if compile.is_of_update(x)]
     assert {x.kind for x in of_update} == {"all-reduce"}
     assert total_sent(of_update) == pytest.approx(loft_traffic(TINY), rel=0.2)
 
@@ -38,21 +41,20 @@ def test_the_step_has_the_predicted_arguments_and_collectives():
     ("target", "compiler"), [("v5e:2x4", "libtpu"), ("h200:8", "jax_cuda12_plugin")]
 )
 def test_accelerators_compile_it_as_predicted(target, compiler):
-    """In a process of its own: a compiler's library stays loaded, and wants flags of its own."""
+    """In a separate process, because the library of a compiler stays loaded and needs flags."""
     if importlib.util.find_spec(compiler) is None:
         pytest.skip(f"{compiler} is not installed")
     setting = dataclasses.replace(TINY, target=target, batch=64, length=128)
     script = (
-        "import json, sys, scaling\n"
-        "row = scaling.measure(scaling.Setting(**json.loads(sys.argv[1])))\n"
-        "print(json.dumps(row))"
+        "import json, sys\n"
+        "from benchmarks.scaling.compile import Setting, measure\n"
+        "print(json.dumps(measure(Setting(**json.loads(sys.argv[1])))))"
     )
-    root = Path(scaling.__file__).parents[1]
-    paths = [str(root / name) for name in ("benchmarks", "examples", ".")]
     flags = {"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     done = subprocess.run(
         [sys.executable, "-c", script, json.dumps(dataclasses.asdict(setting))],
-        env=os.environ | flags | {"PYTHONPATH": os.pathsep.join(paths)},
+        cwd=ROOT,
+        env=os.environ | flags,
         capture_output=True,
         text=True,
         check=False,
@@ -66,19 +68,19 @@ def test_accelerators_compile_it_as_predicted(target, compiler):
 
 
 def test_kept_rows_fit_within_ten_percent():
-    rows = scaling.results()
-    assert len(rows) == len(scaling.rows()) > 15
+    rows = tables.results()
+    assert len(rows) == len(settings.compiled()) > 15
     for row in rows:
-        assert memory(scaling.setting_from(row)).arguments == row["arguments"]
+        assert memory(settings.from_row(row)).arguments == row["arguments"]
         assert row["shardings_kept"]
         total = row["arguments"] + row["temporaries"]
-        assert memory(scaling.setting_from(row)).total == pytest.approx(total, rel=0.1)
+        assert memory(settings.from_row(row)).total == pytest.approx(total, rel=0.1)
 
 
 def test_the_guide_shows_these_rows():
-    guide = (Path(scaling.__file__).parents[1] / "docs" / "scaling.md").read_text()
-    assert scaling.tables(scaling.results()).strip() in guide
-    assert scaling.paper(scaling.on_paper()).strip() in guide
+    guide = (ROOT / "docs" / "scaling.md").read_text()
+    assert tables.tables(tables.results()) in guide
+    assert predict.table(settings.predicted()) in guide
 
 
 def test_what_a_step_holds_and_sends_as_the_mesh_grows():

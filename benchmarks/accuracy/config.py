@@ -1,54 +1,53 @@
-"""The study's settings: tasks/*.toml say how a run is made, experiments/*.toml which ones."""
+"""The settings of the study: tasks/*.toml define the tasks, experiments/*.toml the runs."""
 
 import dataclasses
 import tomllib
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from accuracy.variants import VARIANTS
-
+from benchmarks.accuracy.variants import VARIANTS
 from examples.common.errors import UserError
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 
 BUDGET = 5
-"""Learning rates that a search tries, of every method at rank 4."""
+"""The number of learning rates that a search tries for each method at rank 4."""
 
 BUDGET_NEARBY = 3
-"""The same at other ranks, where the search starts from the best rate of rank 4."""
+"""The same at other ranks, where the search starts at the best rate of rank 4."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
-    """How a run on one task is made, but for method, rank, learning rate and seed."""
+    """What all runs of a task share: everything except method, rank, learning rate and seed."""
 
     name: str
     kind: Literal["text", "images", "questions"]
     model: str
     measure: Literal["loss", "accuracy", "likelihood"]
-    """What methods are compared by on the test split."""
+    """The test metric that compares methods."""
     full_rate: float
-    """Where the search starts for full fine-tuning, and in proportion for the others."""
+    """The learning rate at which the search starts for full fine-tuning; others are multiples."""
     targets: tuple[str, ...]
-    """The layers with an adapter, by the examples' short names."""
+    """The layers with an adapter, by the short names of the examples."""
     steps: int
     batch_size: int
     length: int
-    """Tokens of a window or of a question, or pixels along an image's edge."""
+    """Tokens of a window or of a question, or pixels along an edge of an image."""
     max_norm: float
     train: str
-    """A file in the folder of data; so are the next two."""
+    """A file in the data folder, like `test` and `validation`."""
     test: str
     validation: str | None = None
-    """None: a tenth of the training examples."""
+    """None: a tenth of the training examples is held out."""
     validation_examples: int
     test_examples: int
     head_rate: float | None = None
-    """The peak learning rate of a new head, for all methods; None: the model has its head."""
+    """The peak learning rate of a new head for all methods; None: the model has a head."""
 
     def settings(self) -> dict[str, Any]:
-        """What a result must have been made with, as JSON has it."""
+        """The settings as JSON; a result records them."""
         values = dataclasses.asdict(self)
         return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
 
@@ -59,22 +58,22 @@ class Cell(NamedTuple):
     task: str
     method: str
     rank: int | None
-    """None where nothing has a rank."""
+    """None for methods without a rank."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Runs:
-    """Some runs of an experiment, all on one task."""
+    """Runs of an experiment on one task."""
 
     task: str
     methods: tuple[str, ...]
     ranks: tuple[int, ...]
     seeds: tuple[int, ...]
     rates: tuple[float, ...] | None = None
-    """None: searched with the first seed; the best rate then gets the others."""
+    """None: the first seed searches for the best rate, which then gets the other seeds."""
 
     def cells(self) -> list[Cell]:
-        """By method, then by rank."""
+        """The cells, ordered by method, then by rank."""
         found = [
             Cell(self.task, method, rank if VARIANTS[method].ranked else None)
             for method in self.methods
@@ -85,33 +84,35 @@ class Runs:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """Runs, and what is made of their results."""
+    """Runs, and how to present their results."""
 
     name: str
     title: str
     runs: tuple[Runs, ...]
     figure: Literal["rates", "ranks"] | None = None
     against: tuple[str, ...] = ("lora", "full")
-    """The methods that the others are compared with."""
+    """The methods that the tables subtract."""
     paper_column: str | None = None
     paper: dict[tuple[str, int | None], str] = dataclasses.field(default_factory=dict)
-    """The paper's own figures, by method and rank."""
+    """The figures of the paper, by method and rank."""
 
     def tasks(self) -> list[str]:
-        """Their names, in order."""
+        """The names of the tasks, in order."""
         return list(dict.fromkeys(runs.task for runs in self.runs))
 
 
 def task_names() -> list[str]:
+    """The names of all tasks."""
     return sorted(path.stem for path in (HERE / "tasks").glob("*.toml"))
 
 
 def experiment_names() -> list[str]:
+    """The names of all experiments."""
     return sorted(path.stem for path in (HERE / "experiments").glob("*.toml"))
 
 
 def read_task(name: str) -> Task:
-    """The task of tasks/NAME.toml."""
+    """Reads tasks/NAME.toml."""
     values = _tuples(_read("tasks", name, task_names()))
     try:
         return Task(name=name, **values)
@@ -120,7 +121,7 @@ def read_task(name: str) -> Task:
 
 
 def read_experiment(name: str) -> Experiment:
-    """The experiment of experiments/NAME.toml."""
+    """Reads experiments/NAME.toml."""
     values = _read("experiments", name, experiment_names())
     paper = values.pop("paper", {"column": None, "values": []})
     try:
@@ -152,4 +153,4 @@ def _tuples(values: dict[str, Any]) -> dict[str, Any]:
 
 def _check_known(where: str, names: list[str], known: list[str]) -> None:
     if unknown := [name for name in names if name not in known]:
-        raise UserError(f"{where}: {unknown[0]!r} is none of {', '.join(known)}")
+        raise UserError(f"{where}: unknown name {unknown[0]!r}; choose from {', '.join(known)}.")

@@ -1,15 +1,15 @@
-"""Results as figures."""
+"""The figures of docs/accuracy.md."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from accuracy.config import Experiment, Task
-from accuracy.plan import Results, first_losses
-from accuracy.search import rate_at
-from accuracy.store import Key
-from accuracy.summary import Row, mean_and_error, rows
-from accuracy.variants import VARIANTS
+from benchmarks.accuracy.config import Experiment, Task
+from benchmarks.accuracy.plan import Results, first_losses
+from benchmarks.accuracy.search import rate_at
+from benchmarks.accuracy.store import Key
+from benchmarks.accuracy.summary import Row, mean_and_error, rows
+from benchmarks.accuracy.variants import VARIANTS
 
 COLORS = {
     "zero-shot": "#999999",
@@ -31,18 +31,17 @@ AXES = {
     "likelihood": "likelihood of the right answer",
 }
 MARGIN = 0.25
-"""The loss of a figure reaches so far, of the distance between the lowest and that before training,
-above the latter: what is above counts as diverged and is marked at the edge."""
-
+"""The loss axis ends above the loss before training, by this share of the distance between that and
+the lowest loss. Runs above it count as diverged and are marked at the edge."""
 
 Panel = Callable[[Any], None]
-"""Draws on axes of matplotlib."""
+"""Draws on matplotlib axes."""
 
 
 def panels(
     results: Results, experiment: Experiment, read_task: Callable[[str], Task]
 ) -> list[Panel]:
-    """The panels of an experiment's figure for which there are results."""
+    """The panels of an experiment's figure that have results."""
     kinds = {"rates": rate_panels, "ranks": rank_panels}
     if experiment.figure is None:
         return []
@@ -53,7 +52,7 @@ def panels(
 
 
 def draw(chosen: Sequence[Panel], path: Path) -> None:
-    """Draws panels side by side; the first has the legend."""
+    """Draws panels side by side, with a legend in the first."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -70,19 +69,19 @@ def draw(chosen: Sequence[Panel], path: Path) -> None:
 
 
 def rate_panels(results: Results, experiment: Experiment, task: Task) -> list[Panel]:
-    """Test loss against the learning rate."""
+    """The panel of test loss against the learning rate."""
     lines = rate_lines(results, experiment, task)
     return [lambda axes: _draw_rates(axes, lines, task)] if lines else []
 
 
 Line = Sequence[tuple[float, float | None]]
-"""(learning rate, test loss), None for a run that diverged."""
+"""(learning rate, test loss); None for a run that diverged."""
 
 
 def rate_lines(
     results: Results, experiment: Experiment, task: Task
 ) -> dict[str, tuple[Line, float]]:
-    """For each method its line, at all learning rates that were tried, and the loss before."""
+    """The line of each method over the learning rates tried, and the loss before training."""
     found = {}
     for runs in experiment.runs:
         for cell in runs.cells() if runs.task == task.name else ():
@@ -117,7 +116,7 @@ def _draw_rates(axes: Any, lines: Mapping[str, tuple[Line, float]], task: Task) 
 
 
 def rank_panels(results: Results, experiment: Experiment, task: Task) -> list[Panel]:
-    """Test loss against the rank, and what the task is measured by, if that is something else."""
+    """The panels of test loss, and of the metric of the task, against the rank."""
     found = rows(results, experiment, task)
     if not found:
         return []

@@ -1,4 +1,4 @@
-"""LoRA-GA on a whole model: the factors start along the gradient of the weights they adapt."""
+"""LoRA-GA on a whole model: the gradient of the adapted weights initializes the factors."""
 
 import functools
 from typing import Any
@@ -11,20 +11,20 @@ from loft_jax.adapters import LoraRule
 from loft_jax.baselines import lora_ga_init
 
 ITERATIONS = 4
-"""Of the randomised singular value decomposition; an exact one of every weight takes minutes."""
+"""Iterations of the randomized singular value decomposition; exact ones take minutes."""
 
 
 def lora_ga(model: Any, loss: Loss, batch: Any, rule: LoraRule) -> Any:
-    """The model with LoRA-GA's factors, and residuals in place of the frozen weights.
+    """Returns the model with LoRA-GA's factors, and residuals in place of the frozen weights.
 
-    It is the same function as before. The model given, with adapters of `add_lora` that add nothing
-    yet, is left as it is.
+    The result computes the same function as `model`, which is not changed.
 
     Args:
-        model: its adapters are on kernels `(in, out)`, or `(layers, in, out)` of stacked layers.
-        loss: what will be minimised, a loss for each example.
-        batch: examples whose mean gradient is taken.
-        rule: the one by which the adapters were made.
+        model: a model with new adapters of `add_lora` on kernels `(in, out)`, or on
+            `(layers, in, out)` of stacked layers.
+        loss: the objective, a loss for each example.
+        batch: the examples of the gradient.
+        rule: the rule of the adapters.
     """
     is_adapted = lambda path, _: tuple(path[-2:]) == ("base", "kernel")
     graphdef, kernels, factors, rest = nnx.split(model, is_adapted, nnx.LoRAParam, ...)

@@ -1,4 +1,4 @@
-"""Where a result comes from: the commit, the versions, the machine, the memory it took."""
+"""The origin of a result: commit, versions, machine and peak memory."""
 
 import datetime
 import functools
@@ -8,24 +8,18 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-import timing
+from benchmarks import records
 
 ROOT = Path(__file__).parents[2]
-CODE = (
-    "loft_jax",
-    "examples",
-    "benchmarks",
-    ":!benchmarks/results",
-    ":!benchmarks/accuracy/results",
-)
-"""What a result depends on, as git's paths."""
+CODE = ("loft_jax", "examples", "benchmarks", ":!benchmarks/*/results")
+"""The code that a result depends on, as git pathspecs."""
 
 
 @functools.cache
 def commit() -> str | None:
     """The commit of the code, with a + if the code differs from it; None outside git.
 
-    Found out once: the code that runs is the one that was there at the beginning.
+    The value is cached, because the process runs the code that was there when it started.
     """
     try:
         head = _git("rev-parse", "--short=12", "HEAD").strip()
@@ -40,26 +34,26 @@ def _git(*arguments: str) -> str:
 
 
 def origin() -> dict[str, str | None]:
-    """Commit, versions, machine and the present date."""
+    """Commit, versions, machine and date."""
     now = datetime.datetime.now(datetime.UTC)
     return {
         "commit": commit(),
-        **timing.here(),
+        **records.here(),
         "flax": metadata.version("flax"),
         "date": now.isoformat(timespec="minutes"),
     }
 
 
 def reset_peak_memory() -> None:
-    """Counts the peak of the memory from here on, where the system can: on Linux."""
+    """Restarts the measurement of the peak memory, on Linux."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
-        return  # the peak is then the one since the process began
+        return  # the peak is then that of the whole process
 
 
 def peak_memory() -> int:
-    """The largest resident memory of this process, bytes."""
+    """The peak resident memory of this process, in bytes."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(x.split()[1]) * 1024 for x in lines if x.startswith("VmHWM"))

@@ -1,25 +1,20 @@
-"""Draws every figure and writes every table of the study from its results.
+"""Writes the tables of docs/accuracy.md and draws its figures from the results.
 
-    python benchmarks/accuracy/report.py
+    python -m benchmarks.accuracy report
 
-The tables go into docs/accuracy.md, each between the comments `table: EXPERIMENT TASK` and `end`,
-and figures, at `figure: EXPERIMENT`, into docs/images/accuracy_EXPERIMENT.png; the rest of the page
-is left alone. Results may be incomplete: what is missing is left out.
+A table goes between the comments `table: EXPERIMENT TASK` and `end` of the page, and a figure at
+`figure: EXPERIMENT` into docs/images/accuracy_EXPERIMENT.png. The rest of the page is not changed.
+Results may be incomplete.
 """
 
 import argparse
 import re
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from accuracy import config, figures, store, tables
-from accuracy.plan import Results
-
-from examples.common.errors import UserError, exit_status
+from benchmarks.accuracy import config, figures, store, tables
+from benchmarks.accuracy.plan import Results
+from examples.common.errors import UserError
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 MARKED = re.compile(r"(<!-- ((?:table|figure): [\w ]+) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
@@ -34,7 +29,7 @@ def read_all(root: Path) -> Results:
 
 
 def make_parts(results: Results) -> dict[str, str]:
-    """Every table and every reference to a figure, by its mark on the page."""
+    """All tables and references to figures, by their marks on the page."""
     found = {}
     for experiment in map(config.read_experiment, config.experiment_names()):
         name = experiment.name
@@ -52,18 +47,18 @@ def make_parts(results: Results) -> dict[str, str]:
 
 
 def fill(page: str, parts: Mapping[str, str]) -> str:
-    """The page with these parts in place of what is between its marks."""
+    """The page with these parts between its marks."""
 
     def part(match: re.Match[str]) -> str:
         if match[2] not in parts:
-            raise UserError(f"there is no {match[2]!r}: there are {', '.join(parts)}")
+            raise UserError(f"unknown mark {match[2]!r}; choose from {', '.join(parts)}.")
         return f"{match[1]}\n{parts[match[2]]}\n\n{match[3]}"
 
     return MARKED.sub(part, page)
 
 
 def draw_all(results: Results, images: Path) -> list[Path]:
-    """Draws the figures for which there are results."""
+    """Draws the figures that have results."""
     drawn = []
     for experiment in map(config.read_experiment, config.experiment_names()):
         if panels := figures.panels(results, experiment, config.read_task):
@@ -72,21 +67,15 @@ def draw_all(results: Results, images: Path) -> list[Path]:
     return drawn
 
 
-def work(options: argparse.Namespace) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--results", type=Path, default=config.RESULTS, help="folder with the results")
+    add("--page", type=Path, default=DOCS / "accuracy.md", help="the page to fill")
+    add("--images", type=Path, default=DOCS / "images", help="folder for the figures")
+
+
+def run(options: argparse.Namespace) -> None:
     results = read_all(options.results)
     options.page.write_text(fill(options.page.read_text(), make_parts(results)))
     drawn = draw_all(results, options.images)
     print(f"{len(results)} results; {', '.join(str(path) for path in [options.page, *drawn])}")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--results", type=Path, default=config.RESULTS)
-    parser.add_argument("--page", type=Path, default=DOCS / "accuracy.md")
-    parser.add_argument("--images", type=Path, default=DOCS / "images")
-    options = parser.parse_args(argv)
-    return exit_status(lambda: work(options))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,57 +1,48 @@
-"""Makes the runs of an experiment that are missing: accuracy and loss of LoFT and its peers.
+"""Makes the missing runs of the study, of LoFT and its baselines.
 
-    python benchmarks/accuracy/run.py --experiment transfer --data FOLDER
+    python -m benchmarks.accuracy run --experiment transfer --data FOLDER
 
-An experiment is a file in experiments/, the protocol of a task one in tasks/. FOLDER holds their
-data:
+experiments/ defines the experiments and tasks/ the protocol of each task. FOLDER holds the data:
 
-    wikitext2-train.txt, wikitext2-valid.txt, wikitext2-test.txt   WikiText-2 (.txt.gz will do)
+    wikitext2-train.txt, wikitext2-valid.txt, wikitext2-test.txt   WikiText-2 (or .txt.gz)
     cifar10-train.npz, cifar10-test.npz     images, uint8 (count, 32, 32, 3), and labels
     arc-easy-train.json, arc-easy-test.json instruction, input, output, answer of each question
 
-The pretrained models are downloaded once, as by the examples. Each run leaves one file in results/,
-and a run that has its file is not made again, in whichever experiment it occurs: Ctrl-C loses the
-current run only. `--list` says what is missing, and how long it took alike before. report.py makes
-tables and figures of what there is.
+The pretrained models are downloaded once, as in the examples. Each run appends one line to
+results/TASK.jsonl, and all experiments use it: no run is repeated. Ctrl-C loses the current run
+only. `--list` prints the missing runs and the time that they will take.
 """
 
 import argparse
-import contextlib
 import gc
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from accuracy import config, provenance, store, training_runs, workloads
-from accuracy.config import Cell, Experiment, Task
-from accuracy.plan import Results, cells, plan
-from accuracy.variants import VARIANTS
-
-from examples.common.errors import UserError, exit_status
+from benchmarks.accuracy import config, provenance, store, training_runs, workloads
+from benchmarks.accuracy.config import Cell, Task
+from benchmarks.accuracy.plan import Results, cells, plan
+from benchmarks.accuracy.variants import VARIANTS
+from examples.common.errors import UserError
 
 UNKNOWN = 120.0
-"""Seconds of a run of a task of which there are no results."""
+"""Seconds that a run of a task without results is expected to take."""
 
 OpenCell = Callable[[Task, Cell], training_runs.MakeRun]
 
 
 def seconds_of(results: Results, cell: Cell) -> float:
-    """The median time of runs like these: of the cell, the method, or the task."""
-    likes = (
+    """The median time of runs of the same cell, or else method, or else task."""
+    similar = (
         lambda other: other == cell,
         lambda other: other[:2] == cell[:2],
         lambda other: other.task == cell.task,
     )
-    for like in likes:
-        if times := [record["seconds"] for key, record in results.items() if like(key.cell)]:
+    for is_similar in similar:
+        if times := [record["seconds"] for key, record in results.items() if is_similar(key.cell)]:
             return statistics.median(times)
     return UNKNOWN
 
@@ -65,18 +56,18 @@ def make_missing(
     most: float = float("inf"),
     clock: Callable[[], float] = time.monotonic,
 ) -> int:
-    """Makes what is missing, cell by cell, each with one compiled step.
+    """Makes the missing runs, cell by cell; the runs of a cell share one compiled step.
 
     Args:
         root: the folder of results.
-        chosen: of `cells`.
-        open_cell: makes what makes the runs of a cell.
-        limit: seconds; no run is begun that would probably end after them.
-        most: how many runs to make.
-        clock: seconds.
+        chosen: the result of `cells`.
+        open_cell: returns the function that makes the runs of a cell.
+        limit: seconds; no run starts that is expected to end later.
+        most: the largest number of runs to make.
+        clock: returns seconds.
 
     Returns:
-        How many runs were made.
+        The number of runs made.
     """
     began, made = clock(), 0
     tasks = {cell.task: config.read_task(cell.task) for _, cell in chosen}
@@ -91,14 +82,14 @@ def make_missing(
             make = make or open_cell(tasks[cell.task], cell)
             key = missing[0]
             results[key] = make(key.rate, key.seed)
-            store.write(root, key, results[key])
+            store.append(root, key, results[key])
             made += 1
-            print(told(key, results[key]), flush=True)
+            print(describe(key, results[key]), flush=True)
     return made
 
 
-def told(key: store.Key, record: store.Record) -> str:
-    """A line about a run."""
+def describe(key: store.Key, record: store.Record) -> str:
+    """A line that describes a run."""
     rank = "" if key.cell.rank is None else f" r={key.cell.rank}"
     rate = "" if key.rate is None else f" lr={key.rate:g}"
     test = record["test"] or {"": "diverged"}
@@ -108,7 +99,7 @@ def told(key: store.Key, record: store.Record) -> str:
 
 
 def listed(results: Results, chosen: Sequence[tuple[config.Runs, Cell]]) -> list[str]:
-    """What is missing, and how long it will take."""
+    """Lines that describe the missing runs and the time that they will take."""
     lines, whole, seen = [], 0.0, set()
     for runs, cell in chosen:
         missing = plan(results, cell, runs, config.read_task(cell.task))
@@ -127,11 +118,11 @@ def listed(results: Results, chosen: Sequence[tuple[config.Runs, Cell]]) -> list
 
 
 def opener(data: Path) -> OpenCell:
-    """Cells of real tasks; the data and the model of the last task are kept."""
+    """Opens cells of real tasks; data and model of the last task stay in memory."""
     kept: dict[str, workloads.Workload] = {}
 
     def open_cell(task: Task, cell: Cell) -> training_runs.MakeRun:
-        # The last cell's programs and arrays go first.
+        # Frees the programs and arrays of the last cell.
         jax.clear_caches()
         gc.collect()
         if task.name not in kept:
@@ -142,20 +133,32 @@ def opener(data: Path) -> OpenCell:
     return open_cell
 
 
-def work(options: argparse.Namespace) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--experiment", nargs="+", choices=config.experiment_names(), help="default: all")
+    add("--data", type=Path, help="folder with the data files")
+    add("--methods", nargs="+", choices=list(VARIANTS), metavar="NAME", help="only these")
+    add("--tasks", nargs="+", choices=config.task_names(), help="only these")
+    add("--ranks", nargs="+", type=int, help="only these")
+    add("--limit", type=float, default=float("inf"), help="minutes after which no run starts")
+    add("--count", type=float, default=float("inf"), help="the largest number of runs to make")
+    add("--list", action="store_true", help="print the missing runs and make none")
+    add("--results", type=Path, default=config.RESULTS, help="folder with the results")
+
+
+def run(options: argparse.Namespace) -> None:
     names = options.experiment or config.experiment_names()
-    experiments: list[Experiment] = [config.read_experiment(name) for name in names]
     chosen = [
         pair
-        for experiment in experiments
+        for experiment in map(config.read_experiment, names)
         for pair in cells(experiment, options.methods, options.tasks, options.ranks)
     ]
     if options.list:
         print("\n".join(listed(store.read(options.results), chosen)))
         return
     if options.data is None:
-        raise UserError("--data is missing: the folder with the data files (see --help).")
-    provenance.commit()  # of the code that is running, whatever becomes of the folder meanwhile
+        raise UserError("--data is missing: pass the folder with the data files (see --help).")
+    provenance.commit()  # cached now, before the code in the folder can change
     made = make_missing(
         options.results,
         chosen,
@@ -164,26 +167,3 @@ def work(options: argparse.Namespace) -> None:
         most=options.count,
     )
     print(f"{made} runs made")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    formatter: Any = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    add = parser.add_argument
-    add("--experiment", nargs="+", choices=config.experiment_names(), help="default all")
-    add("--data", type=Path, help="folder with the data files")
-    add("--methods", nargs="+", choices=list(VARIANTS), metavar="NAME", help="only these")
-    add("--tasks", nargs="+", choices=config.task_names(), help="only these")
-    add("--ranks", nargs="+", type=int, help="only these")
-    add("--limit", type=float, default=float("inf"), help="minutes, after which no run is begun")
-    add("--count", type=float, default=float("inf"), help="make so many runs at most")
-    add("--list", action="store_true", help="say what is missing, and make nothing")
-    add("--results", type=Path, default=config.RESULTS)
-    options = parser.parse_args(argv)
-    with contextlib.suppress(BrokenPipeError):
-        return exit_status(lambda: work(options))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,83 +1,86 @@
-"""The results: one JSON file a run, shared by all experiments.
+"""The results of the study: a JSON-lines file per task, RESULTS/TASK.jsonl, one run per line.
 
-A run lies at RESULTS/TASK/METHOD/r4-lr1e-03-seed0.json; without a rank where nothing has one, and
-without a learning rate where nothing is trained. Where it lies is what it is: a run that has a file
-is not made again.
+All experiments share the runs of a task. A run that is in the file is not repeated. One process may
+append to a file while others read it.
 """
 
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from accuracy.config import Cell, Task
-
+from benchmarks.accuracy.config import Cell, Task
 from examples.common.errors import UserError
 
 Record = Mapping[str, Any]
 
 
 class Key(NamedTuple):
-    """Which run."""
+    """Identifies a run."""
 
     cell: Cell
     rate: float | None
     seed: int
 
 
-def path_of(root: Path, key: Key) -> Path:
-    """The file of a run.
-
-    Example:
-      >>> path_of(Path("results"), Key(Cell("wikitext2", "lora", 4), 1e-3, 0)).as_posix()
-      'results/wikitext2/lora/r4-lr1e-03-seed0.json'
-    """
-    task, method, rank = key.cell
-    parts = [
-        *([] if rank is None else [f"r{rank}"]),
-        *([] if key.rate is None else [f"lr{key.rate:.0e}"]),
-        f"seed{key.seed}",
-    ]
-    return root / task / method / ("-".join(parts) + ".json")
-
-
-def write(root: Path, key: Key, record: Record) -> None:
-    """Writes the file of a run whole or not at all."""
-    path = path_of(root, key)
-    path.parent.mkdir(parents=True, exist_ok=True)
+def append(root: Path, key: Key, record: Record) -> None:
+    """Adds a finished run to the file of its task and flushes it to the disk."""
+    root.mkdir(parents=True, exist_ok=True)
     named = {**key.cell._asdict(), "rate": key.rate, "seed": key.seed, **record}
-    lines = [f"  {json.dumps(k)}: {json.dumps(v, allow_nan=False)}" for k, v in named.items()]
-    partial = path.with_suffix(".partial")
-    partial.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-    os.replace(partial, path)
+    line = json.dumps(named, allow_nan=False) + "\n"
+    with (root / f"{key.cell.task}.jsonl").open("ab+") as file:
+        _drop_partial_line(file)
+        file.write(line.encode())
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read(root: Path, task: Task | None = None) -> dict[Key, Record]:
-    """All runs, or those of one task, which must have been made as the task now says."""
+    """All runs, or those of one task.
+
+    Raises:
+        UserError: a line is not a result, or a run of `task` was made with other settings.
+    """
     found = {}
-    for path in sorted(root.glob(f"{task.name if task else '*'}/*/*.json")):
-        try:
-            record = json.loads(path.read_text())
-            cell = Cell(record["task"], record["method"], record["rank"])
-            found[Key(cell, record["rate"], record["seed"])] = record
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"{path} is no result of this study ({error}): remove it.") from error
-        if task is not None and record["settings"] != task.settings():
-            raise UserError(
-                f"{path} was made with other settings than tasks/{task.name}.toml has now: give "
-                "another --results, or remove the results of this task."
-            )
+    for path in [root / f"{task.name}.jsonl"] if task else sorted(root.glob("*.jsonl")):
+        for number, line in enumerate(_complete_lines(path), 1):
+            where = f"{path}, line {number}"
+            try:
+                record = json.loads(line)
+                cell = Cell(record["task"], record["method"], record["rank"])
+                found[Key(cell, record["rate"], record["seed"])] = record
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{where}, is not a result ({error}): delete the line.") from error
+            if task is not None and record.get("settings") != task.settings():
+                raise UserError(
+                    f"{where}: this run was made with other settings than tasks/{task.name}.toml "
+                    "has now. Pass another folder as --results, or delete the results of this task."
+                )
     return found
 
 
+def _complete_lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file, without a last one whose writer was killed or has not finished."""
+    if path.exists():
+        yield from path.read_bytes().split(b"\n")[:-1]
+
+
+def _drop_partial_line(file: Any) -> None:
+    """Removes what a killed writer left behind the last end of line."""
+    file.seek(0)
+    content = file.read()
+    if len(content) > (kept := content.rfind(b"\n") + 1):
+        file.truncate(kept)
+
+
 def loss_of(record: Record) -> float:
-    """The validation loss, infinite for a run that diverged."""
+    """The validation loss; infinite for a run that diverged."""
     validation = record["validation"]
     return math.inf if validation is None else validation["loss"]
 
 
 def rounded(value: float, digits: int = 5) -> float | None:
-    """A number as the files have it: None if it is not finite."""
+    """A number as the files store it: None if it is not finite."""
     return round(value, digits) if math.isfinite(value) else None

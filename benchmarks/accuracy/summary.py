@@ -1,4 +1,4 @@
-"""What the results of an experiment say: means, standard errors and paired tests over seeds."""
+"""Statistics of an experiment: means, standard errors and paired tests over seeds."""
 
 import dataclasses
 import math
@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 import scipy.stats
-from accuracy.config import Cell, Experiment, Runs, Task
-from accuracy.plan import Results, chosen
-from accuracy.variants import VARIANTS
+
+from benchmarks.accuracy.config import Cell, Experiment, Runs, Task
+from benchmarks.accuracy.plan import Results, chosen
+from benchmarks.accuracy.variants import VARIANTS
 
 LEAST_SEEDS = 3
-"""Seeds that a paired test needs."""
+"""The smallest number of seeds for a paired test."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,34 +24,35 @@ class Row:
     cell: Cell
     rate: float | None
     remark: str
-    """Why a better rate may exist: "unfinished", "edge", or nothing (see `Choice`)."""
+    """As in `Choice`."""
     by_seed: Mapping[int, Mapping[str, Any]]
-    """The results, by seed."""
+    """The results by seed."""
 
     @property
     def label(self) -> str:
+        """The name of the method in tables and figures."""
         return VARIANTS[self.cell.method].label
 
     def values(self, metric: str) -> dict[int, float]:
-        """The test metric by seed, without runs that diverged."""
+        """The test metric by seed, without diverged runs."""
         tests = {seed: record["test"] for seed, record in self.by_seed.items()}
         return {seed: test[metric] for seed, test in tests.items() if test and metric in test}
 
     def median(self, name: str) -> float | None:
-        """The median over seeds of an entry of the results."""
+        """The median over seeds of a field of the results."""
         found = [record[name] for record in self.by_seed.values() if record.get(name) is not None]
         return float(np.median(found)) if found else None
 
 
 def rows(results: Results, experiment: Experiment, task: Task) -> list[Row]:
-    """A row for each cell that has results, in the experiment's order, lower ranks first."""
+    """A row for each cell with results, by rank, then in the order of the experiment."""
     found = {}
     for runs in experiment.runs:
         if runs.task == task.name:
             for cell in runs.cells():
                 if cell not in found and (row := _row(results, cell, runs, task)):
                     found[cell] = row
-    # Cells without a rank stay first.
+    # Cells without a rank come first.
     return sorted(found.values(), key=lambda row: row.cell.rank or 0)
 
 
@@ -82,10 +84,10 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def paired(row: Row, base: Row | None, metric: str) -> tuple[float, float | None] | None:
-    """The mean difference to another row over their common seeds, and its p.
+    """The mean difference to another row over their common seeds, and its p value.
 
-    p is that of a two-sided paired t-test, not corrected for how many are made; None with fewer
-    than three seeds, or where all differences are the same.
+    The test is a two-sided paired t-test without correction for multiple comparisons. p is None
+    with fewer than three seeds, or if all differences are equal.
     """
     if base is None or base.cell == row.cell:
         return None
@@ -104,7 +106,7 @@ def paired(row: Row, base: Row | None, metric: str) -> tuple[float, float | None
 
 
 def base_of(found: Sequence[Row], row: Row, method: str) -> Row | None:
-    """The row that `row` is compared with: of that method, at its own rank if it has one."""
+    """The row of a method that `row` is compared with: that of the same rank, or without a rank."""
     for other in found:
         if other.cell.method == method and other.cell.rank in (None, row.cell.rank):
             return other

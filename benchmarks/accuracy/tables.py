@@ -1,13 +1,13 @@
-"""Results as Markdown tables."""
+"""The tables of docs/accuracy.md."""
 
 import math
-from collections.abc import Sequence
 
-from accuracy.config import Experiment, Runs, Task
-from accuracy.plan import Results
-from accuracy.store import Key
-from accuracy.summary import Row, base_of, mean_and_error, paired, rows
-from accuracy.variants import VARIANTS
+from benchmarks import markdown
+from benchmarks.accuracy.config import Experiment, Runs, Task
+from benchmarks.accuracy.plan import Results
+from benchmarks.accuracy.store import Key
+from benchmarks.accuracy.summary import Row, base_of, mean_and_error, paired, rows
+from benchmarks.accuracy.variants import VARIANTS
 
 NONE = "—"
 COLUMNS = {
@@ -19,9 +19,9 @@ COLUMNS = {
         "loss": "test loss",
     },
 }
-"""The metrics to show, by what the task compares by; that one comes first."""
+"""The metrics to show, by the metric of the task, which comes first."""
 SHORT = {"lora": "LoRA", "full": "full", "loft": "LoFT", "lora-nf4": "QLoRA"}
-"""What the heads of columns call methods that others are compared with."""
+"""The names of methods in heads of columns."""
 
 
 def best_rates(results: Results, experiment: Experiment, task: Task) -> str:
@@ -63,11 +63,11 @@ def best_rates(results: Results, experiment: Experiment, task: Task) -> str:
                 *([experiment.paper.get(key, NONE)] if experiment.paper_column else []),
             ]
         )
-    return markdown(heads, lines)
+    return markdown.table(heads, lines)
 
 
 def by_rate(results: Results, experiment: Experiment, task: Task) -> str:
-    """A row for each method, a column for each learning rate, of the first seed."""
+    """A row for each method and a column for each learning rate, with the first seed."""
     lines, rates = [], []
     for runs in experiment.runs:
         if runs.task == task.name and runs.rates is not None:
@@ -75,7 +75,7 @@ def by_rate(results: Results, experiment: Experiment, task: Task) -> str:
             lines += _rate_lines(results, runs, task.measure)
     if not lines:
         return "No results yet."
-    return markdown(["method", *(f"{x:g}" for x in rates)], lines)
+    return markdown.table(["method", *(f"{x:g}" for x in rates)], lines)
 
 
 def _rate_lines(results: Results, runs: Runs, measure: str) -> list[list[str]]:
@@ -91,21 +91,15 @@ def _rate_lines(results: Results, runs: Runs, measure: str) -> list[list[str]]:
     return lines
 
 
-def markdown(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A table."""
-    parts = [heads, ["---"] * len(heads), *lines]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in parts)
-
-
 def shown(value: float, metric: str, sign: str = "") -> str:
-    """A metric as tables have it: losses with four digits, accuracies in percent."""
+    """Formats a metric: losses with four digits, accuracies in percent."""
     if metric == "accuracy":
         return f"{100 * value:{sign}.1f}"
     return f"{value:{sign}.{3 if metric == 'likelihood' else 4}f}"
 
 
 def with_error(row: Row, metric: str) -> str:
-    """'3.1620 ± 0.0030'."""
+    """Mean and standard error: '3.1620 ± 0.0030'."""
     values = list(row.values(metric).values())
     if not values:
         return "diverged" if any(not r["finite"] for r in row.by_seed.values()) else NONE
@@ -114,7 +108,7 @@ def with_error(row: Row, metric: str) -> str:
 
 
 def difference(row: Row, base: Row | None, metric: str) -> str:
-    """'+0.0120 (p = 0.04)'."""
+    """Mean difference and p value: '+0.0120 (p = 0.04)'."""
     found = paired(row, base, metric)
     if found is None:
         return NONE
@@ -123,17 +117,18 @@ def difference(row: Row, base: Row | None, metric: str) -> str:
 
 
 def rate(row: Row) -> str:
-    """'0.001', or with what is to be said of the search: '0.001 (edge)'."""
+    """The best learning rate, with the remark of the search: '0.001 (edge)'."""
     if row.rate is None:
         return NONE
     return f"{row.rate:g}" + (f" ({row.remark})" if row.remark else "")
 
 
 def number(value: float | None, digits: int, unit: float = 1) -> str:
+    """Formats a number in another unit."""
     return NONE if value is None else f"{value * unit:.{digits}f}"
 
 
 def _perplexity(row: Row) -> str:
-    """Of the mean loss, which is the geometric mean over seeds."""
+    """The perplexity of the mean loss: the geometric mean over seeds."""
     values = list(row.values("loss").values())
     return f"{math.exp(mean_and_error(values)[0]):.2f}" if values else NONE

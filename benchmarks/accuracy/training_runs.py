@@ -1,4 +1,4 @@
-"""One training run, and the compiled step that all runs of a cell share."""
+"""Training runs; all runs of a cell share one compiled step."""
 
 import math
 import statistics
@@ -9,24 +9,31 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from accuracy import provenance
-from accuracy.config import Cell, Task
-from accuracy.gradient_init import lora_ga
-from accuracy.store import rounded
-from accuracy.variants import VARIANTS, adapted, make_optimizer, quantized, rule_of, trained_by
-from accuracy.workloads import Split, Workload
 from flax import nnx
 
+from benchmarks.accuracy import provenance
+from benchmarks.accuracy.config import Cell, Task
+from benchmarks.accuracy.gradient_init import lora_ga
+from benchmarks.accuracy.store import rounded
+from benchmarks.accuracy.variants import (
+    VARIANTS,
+    adapted,
+    make_optimizer,
+    quantized,
+    rule_of,
+    trained_by,
+)
+from benchmarks.accuracy.workloads import Split, Workload
 from examples.common import batches
 from examples.common.models.stacking import STACKED
 from examples.common.training import Trainer, TrainState, learning_rate_at
 
 MakeRun = Callable[[float | None, int], dict[str, Any]]
-"""(learning rate, seed) -> what the result file holds of the run."""
+"""(learning rate, seed) -> the record of the run."""
 
 
 def open_cell(task: Task, workload: Workload, cell: Cell) -> MakeRun:
-    """Makes the compiled step of a cell; the function returned makes its runs."""
+    """Builds the training step of a cell, and returns the function that makes its runs."""
     variant, rank = VARIANTS[cell.method], cell.rank or 1
     rule = rule_of(variant, workload.rule, rank)
     base = quantized(variant, workload.base(0), STACKED)
@@ -37,7 +44,7 @@ def open_cell(task: Task, workload: Workload, cell: Cell) -> MakeRun:
         return make_optimizer(variant, learning_rate, rule, task.max_norm, *head)
 
     def model_of(seed: int) -> Any:
-        # Only a head that the seed draws makes another base; it is not quantized.
+        # The base depends on the seed only through a new head.
         of_seed = base if workload.head is None else workload.base(seed)
         return adapted(variant, of_seed, rule, seed)
 
@@ -73,7 +80,7 @@ def open_cell(task: Task, workload: Workload, cell: Cell) -> MakeRun:
 
 
 def head_schedule(task: Task) -> optax.Schedule | None:
-    """The learning rate of the new head by the step: the same for every method and rate."""
+    """The learning rate of a new head by step, the same for all methods and rates."""
     if task.head_rate is None:
         return None
     rates = [learning_rate_at(step, task.steps, task.head_rate) for step in range(task.steps)]
@@ -83,7 +90,7 @@ def head_schedule(task: Task) -> optax.Schedule | None:
 def train(
     task: Task, workload: Workload, trainer: Trainer, state: TrainState, rate: float, seed: int
 ) -> dict[str, Any]:
-    """Trains and measures; a run whose loss is no longer finite ends there."""
+    """Trains and evaluates; the run ends early if its loss is not finite."""
     trained = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     optimizer_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state))
     losses, seconds = [], []
@@ -109,7 +116,7 @@ def train(
 def measured(
     task: Task, workload: Workload, trainer: Trainer, params: Any, finite: bool = True
 ) -> dict[str, Any]:
-    """Loss and other metrics on both splits; None each for a run that has diverged."""
+    """The metrics on both splits; None for a run that diverged."""
 
     def of(split: Split) -> dict[str, Any] | None:
         outputs = trainer.evaluate(params, split.examples, task.batch_size)

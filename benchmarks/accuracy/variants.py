@@ -1,4 +1,4 @@
-"""What is compared: the methods of the examples, and variants of them that only a study needs."""
+"""The methods of the study: those of the examples, and variants of them."""
 
 import dataclasses
 import functools
@@ -15,25 +15,25 @@ from loft_jax.adapters import LoraRule, lora_pairs, quantize
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Variant:
-    """One way to fine-tune, or none."""
+    """One way to fine-tune."""
 
     label: str
     method: str
-    """Of the examples: what is trained, the adapters' scale, how gradients are clipped."""
+    """The method of the examples, which defines what is trained, the scale and the clipping."""
     rate: float
-    """Where the search of the learning rate starts, as a multiple of full fine-tuning's."""
+    """The learning rate at which the search starts, as a multiple of that of full fine-tuning."""
     optimizer: Optimizer
     alpha: float = 1
     """LoRA's alpha as a multiple of the rank."""
     quantized: bool = False
-    """Whether the frozen layers are kept in 4 bits (NF4)."""
+    """Whether the frozen layers are stored in 4 bits (NF4)."""
     from_gradient: bool = False
-    """Whether the factors start as LoRA-GA's, from the gradient on the first batch."""
+    """Whether LoRA-GA initializes the factors, from the gradient on the first batch."""
     trained: bool = True
 
     @property
     def ranked(self) -> bool:
-        """Whether there are adapters, and so a rank."""
+        """Whether the method has adapters, and so a rank."""
         return METHODS[self.method].trains == "adapters"
 
 
@@ -50,9 +50,9 @@ def _loft_without(**parts: Any) -> Optimizer:
 VARIANTS = {name: _like(name) for name in METHODS} | {
     "zero-shot": _like("head", label="before training", trained=False),
     "loft": _like("loft", label="LoFT, calibrated"),
-    # With the scale 2. rsLoRA has the same at rank 4, where alpha / sqrt(r) is 2.
+    # The scale is 2, as in rsLoRA at rank 4, where alpha / sqrt(r) is 2.
     "lora-2r": _like("lora", label="LoRA, alpha = 2r", rate=10, alpha=2),
-    # With the scale of its paper, alpha / sqrt(r).
+    # The scale is alpha / sqrt(r), as in its paper.
     "lora-ga": _like("rslora", label="LoRA-GA", from_gradient=True),
     "no-alternation": _like(
         "loft", label="LoFT, no alternation", optimizer=_loft_without(alternate=False)
@@ -70,25 +70,25 @@ VARIANTS = {name: _like(name) for name in METHODS} | {
 
 
 def rule_of(variant: Variant, make_rule: Callable[[int, float], LoraRule], rank: int) -> LoraRule:
-    """The rule of the variant's adapters; `make_rule` makes a plain one of rank and alpha."""
+    """The rule of the variant's adapters; `make_rule(rank, alpha)` makes one of plain LoRA."""
     return adapter_rule(variant.method, make_rule(rank, variant.alpha * rank))
 
 
 def quantized(variant: Variant, base: Any, batch: tuple[int, ...] | None = None) -> Any:
-    """The pretrained model as the variant keeps it; `batch`: the axes that stack its layers."""
+    """The pretrained model, quantized if the variant is; `batch`: the axes of stacked layers."""
     return quantize(base, "layers/.*", batch=batch) if variant.quantized else base
 
 
 def adapted(variant: Variant, base: Any, rule: LoraRule, seed: int) -> Any:
-    """The base with adapters that the seed draws, where the variant has such.
+    """The base with adapters from the seed, if the variant has adapters.
 
-    It shares the base's variables: nothing may be written to them.
+    The result shares the variables of the base; do not write to them.
     """
     return adapt(base, variant.method, rule, nnx.Rngs(seed))
 
 
 def trained_by(variant: Variant, head: str | None) -> Any:
-    """The nnx filter of what is trained; `head` is the attribute of a new head, if there is one."""
+    """The nnx filter of the trained parameters; `head`: the attribute of a new head, or None."""
     return trainable(variant.method, head) if variant.trained else nnx.Nothing()
 
 
@@ -104,12 +104,12 @@ def make_optimizer(
 
     Args:
         variant: one of `VARIANTS`.
-        learning_rate: a number or a traced scalar, of everything but the head.
-        rule: of `rule_of`.
+        learning_rate: a number or a traced scalar, for everything except the head.
+        rule: the result of `rule_of`.
         max_norm: the global norm at which gradients are clipped.
-        head: the attribute of a new head; None for a model without one.
-        head_schedule: the learning rate of the head's AdamW, by the step; where the head alone is
-            trained, it is `learning_rate`.
+        head: the attribute of a new head, or None.
+        head_schedule: the learning rate of the head's AdamW by step. If only the head is trained,
+            its learning rate is `learning_rate`.
     """
     pairs: LoraPairs = lora_pairs(rule)
     clip = optax.clip_by_global_norm(max_norm)

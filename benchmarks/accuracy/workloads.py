@@ -1,4 +1,4 @@
-"""A task made ready: its data, the pretrained model, what is minimised and what is measured."""
+"""The data, the pretrained model, the loss and the metrics of a task."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -6,15 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from accuracy.config import Task
 
+from benchmarks.accuracy.config import Task
 from examples.common import batches
 from examples.common.data import choices, images, text
 from examples.common.data.images import classification, examples_of
 from examples.common.data.text import next_token_loss
 from examples.common.errors import UserError
-from examples.common.models import llama, vit, vit_weights
-from examples.common.models import llama_weights as weights
+from examples.common.models import llama, llama_weights, vit, vit_weights
 from examples.common.training import Loss, Outputs
 from loft_jax.adapters import LoraRule
 
@@ -23,51 +22,51 @@ Metrics = Mapping[str, float]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Split:
-    """Examples to measure on."""
+    """Examples for evaluation."""
 
     examples: Any
-    """An array or a tree of arrays, as the model takes them."""
+    """An array or a tree of arrays, in the form that the model takes."""
     count: int
-    """Windows, images or questions; a question is several examples, one for each choice."""
+    """The number of windows, images or questions. A question has an example for each choice."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Workload:
-    """All that the runs of a task share."""
+    """What all runs of a task share."""
 
     base: Callable[[int], Any]
-    """The pretrained model; the seed draws its new head, if it has one."""
+    """The pretrained model; the seed initializes its new head, if it has one."""
     rule: Callable[[int, float], LoraRule]
-    """Plain adapters of a rank and an alpha."""
+    """(rank, alpha) -> the rule of plain LoRA."""
     train: Any
     validation: Split
     test: Split
     loss: Loss
     outputs: Outputs
     metrics: Callable[[Split, Any], Metrics]
-    """From the outputs of all examples: loss, and accuracy and likelihood where there are such."""
+    """The metrics from the outputs of all examples: loss, and for some tasks others."""
     head: str | None = None
-    """The attribute of a new head."""
+    """The attribute of a new head, or None."""
 
 
 def load(task: Task, data: Path) -> Workload:
-    """Reads the task's files in the folder `data`, and the pretrained model."""
+    """Reads the data files of a task in the folder `data`, and the pretrained model."""
     return {"text": _text, "images": _images, "questions": _questions}[task.kind](task, data)
 
 
 def find(data: Path, name: str) -> str:
-    """The path of a data file, or of the same compressed by gzip."""
+    """The path of a data file, or of the same file compressed with gzip."""
     for path in (data / name, data / f"{name}.gz"):
         if path.is_file():
             return str(path)
-    raise UserError(f"{data} has no {name} (nor {name}.gz): see run.py --help for the data files.")
+    raise UserError(f"{data} has no {name} (or {name}.gz): `run --help` lists the data files.")
 
 
 def _text(task: Task, data: Path) -> Workload:
     assert task.validation is not None
     names = (task.train, task.validation, task.test)
     files = [find(data, name) for name in names]
-    pretrained = weights.load(None)
+    pretrained = llama_weights.load(None)
     train, validation, test = (
         text.windows(pretrained.tokenizer, text.load_documents(file), task.length, name)
         for file, name in zip(files, names, strict=True)
@@ -121,7 +120,7 @@ def _pictures(every: images.Images, most: int) -> Split:
 
 def _questions(task: Task, data: Path) -> Workload:
     files = [find(data, name) for name in (task.train, task.test)]
-    pretrained = weights.load(None)
+    pretrained = llama_weights.load(None)
     questions, test = (choices.load_questions(file, answers="words") for file in files)
     train, validation = text.hold_out(questions)
     encode = lambda these, every: choices.encode(

@@ -1,14 +1,12 @@
-"""The benchmarks of training steps, on the tiny model."""
+"""The benchmarks of whole training steps on the tiny model."""
 
-import peak_memory
-import training_step
-
-from examples.common.models import llama_weights as weights
+from benchmarks.cost import peak_memory, training_step
+from examples.common.models import llama_weights
 
 
 def test_methods_make_their_steps(model_folder):
     chosen = ["LoRA", "calibrated", "factored"]
-    rows = training_step.measure(weights.load(str(model_folder)), 2, (2, 8), chosen, 1)
+    rows = training_step.measure(llama_weights.load(str(model_folder)), 2, (2, 8), chosen, 1)
     assert [row["method"] for row in rows] == chosen
     assert all(row["step_ms"][1] > 0 for row in rows)
     state = {row["method"]: row["state_mb"] for row in rows}

@@ -1,0 +1,1 @@
+"""What LoFT costs: time, memory, compilation and precision (docs/cost.md)."""
