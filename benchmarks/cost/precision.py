@@ -24,8 +24,9 @@ import optax
 from benchmarks import markdown
 from benchmarks.command_line import add_results
 from benchmarks.records import Row, append
-from loft_jax import _projection, loft_adamw
-from loft_jax.transforms import _adam_step
+from loft_jax import loft_adamw
+from loft_jax.algorithm import calibrated
+from loft_jax.execution import update
 
 M, N = 256, 192
 STEPS = (1, 5, 20, 100, 1000)
@@ -71,29 +72,33 @@ PLACES = ("moment", "second moment", "projection")
 @contextlib.contextmanager
 def products(product: Product, places: tuple[str, ...], rank: int) -> Iterator[None]:
     """Replaces the products of the loop in these places."""
-    own = _projection.product
+    own = calibrated.product
     place_of = {rank: "moment", rank * (rank + 1) // 2: "second moment"}
 
     def chosen(x: jax.Array, y: jax.Array) -> jax.Array:
         here = place_of.get(x.shape[-1], "projection") in places
         return product(x, y) if here else own(x, y)
 
-    _projection.product = chosen
+    calibrated.product = chosen
+    jax.clear_caches()  # of the steps that were traced with the other product
     try:
         yield
     finally:
-        _projection.product = own
+        calibrated.product = own
+        jax.clear_caches()
 
 
 @contextlib.contextmanager
 def to_nearest() -> Iterator[None]:
     """Rounds stored second moments to nearest, as a plain cast does."""
-    own = _adam_step.round_at_random
-    _adam_step.round_at_random = lambda x, dtype, step: x.astype(dtype)
+    own = update.stochastic_round
+    update.stochastic_round = lambda x, dtype, step: x.astype(dtype)
+    jax.clear_caches()
     try:
         yield
     finally:
-        _adam_step.round_at_random = own
+        update.stochastic_round = own
+        jax.clear_caches()
 
 
 def path(rank: int, condition: float, dtype: Any, nu_dtype: Any = None) -> dict[int, np.ndarray]:

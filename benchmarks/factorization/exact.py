@@ -76,7 +76,7 @@ def _full_rank(dtype: Any) -> list[tuple[str, np.ndarray]]:
         # No epsilon: Optax adds it to the norm of an average, Algorithm 2 to that of a sum.
         (
             "LoFT-Muon",
-            loft_muon(0.02, ns_eps=0.0),
+            loft_muon(0.02, eps=0.0),
             optax.contrib.muon(0.02, eps=0.0, nesterov=False),
         ),
     )

@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from examples.common.models import llama
-from loft_jax import clip_by_projected_global_norm, loft_adamw
+from loft_jax import loft_adamw
 from loft_jax.adapters import add_lora, lora_pairs
 from loft_jax.sharding import adapter_shardings, state_shardings
 
@@ -255,10 +255,7 @@ def optimizer(setting: Setting, rule: Any) -> optax.GradientTransformation:
         return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
     pairs = lora_pairs(rule)
     second: Any = setting.method
-    return optax.chain(
-        clip_by_projected_global_norm(1.0, pairs=pairs),
-        loft_adamw(1e-3, second_moment=second, pairs=pairs),
-    )
+    return loft_adamw(1e-3, second_moment=second, max_norm=1.0, pairs=pairs)
 
 
 def loss(model: Any, tokens: jax.Array) -> jax.Array:

@@ -14,15 +14,17 @@ from loft_jax.pairs.find import find_pairs
 
 def lora_plus(
     learning_rate: optax.ScalarOrSchedule,
-    ratio: float | jax.Array = 16.0,
     b1: float | jax.Array = 0.9,
     b2: float | jax.Array = 0.999,
     eps: float | jax.Array = 1e-8,
-    weight_decay: float | jax.Array = 0.0,
-    *,
-    fast: FactorName = "b",
-    mask: Any | Callable[[optax.Params], Any] | None = None,
+    eps_root: float | jax.Array = 0.0,
     mu_dtype: jax.typing.DTypeLike | None = None,
+    weight_decay: float | jax.Array = 0.0,
+    mask: Any | Callable[[optax.Params], Any] | None = None,
+    *,
+    nesterov: bool = False,
+    ratio: float | jax.Array = 16.0,
+    fast: FactorName = "b",
     pairs: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""LoRA+: the zero-initialised factor learns ``ratio`` times as fast.
@@ -32,8 +34,9 @@ def lora_plus(
 
     Args:
       learning_rate: :math:`\eta`, a number or a schedule of the step.
+      b1, b2, eps, eps_root, mu_dtype, weight_decay, mask, nesterov: as in `optax.adamw`, whose
+        default weight decay is 1e-4.
       ratio: of the two learning rates; the paper advises about 16.
-      b1, b2, eps, weight_decay, mask, mu_dtype: as in `optax.adamw`.
       fast: the factor with the larger learning rate.
       pairs: what to look for, as in `scale_by_loft_adam`.
 
@@ -57,7 +60,7 @@ def lora_plus(
     """
     check_factor_name(fast, "fast")
     adamw = optax.adamw(
-        learning_rate, b1, b2, eps, mu_dtype=mu_dtype, weight_decay=weight_decay, mask=mask
+        learning_rate, b1, b2, eps, eps_root, mu_dtype, weight_decay, mask, nesterov=nesterov
     )
 
     def hasten(updates: optax.Updates, params: optax.Params | None) -> optax.Updates:

@@ -58,17 +58,20 @@ def scaled_adamw(
     b1: float | jax.Array = 0.9,
     b2: float | jax.Array = 0.999,
     eps: float | jax.Array = 1e-8,
-    weight_decay: float | jax.Array = 0.0,
-    *,
-    damping: float | jax.Array = 1e-6,
-    mask: Any | Callable[[optax.Params], Any] | None = None,
+    eps_root: float | jax.Array = 0.0,
     mu_dtype: jax.typing.DTypeLike | None = None,
+    weight_decay: float | jax.Array = 0.0,
+    mask: Any | Callable[[optax.Params], Any] | None = None,
+    *,
+    nesterov: bool = False,
+    damping: float | jax.Array = 1e-6,
     pairs: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Riemannian preconditioned LoRA with AdamW: `precondition_by_partner`, then `optax.adamw`.
 
     Args:
-      learning_rate, b1, b2, eps, weight_decay, mask, mu_dtype: as in `optax.adamw`.
+      learning_rate, b1, b2, eps, eps_root, mu_dtype, weight_decay, mask, nesterov: as in
+        `optax.adamw`, whose default weight decay is 1e-4.
       damping, pairs: see `precondition_by_partner`.
 
     Returns:
@@ -91,7 +94,7 @@ def scaled_adamw(
       -0.001
     """
     adamw = optax.adamw(
-        learning_rate, b1, b2, eps, mu_dtype=mu_dtype, weight_decay=weight_decay, mask=mask
+        learning_rate, b1, b2, eps, eps_root, mu_dtype, weight_decay, mask, nesterov=nesterov
     )
     return checked(optax.chain(precondition_by_partner(damping, pairs=pairs), adamw), pairs)
 
@@ -134,12 +137,14 @@ def lora_fa(
     b1: float | jax.Array = 0.9,
     b2: float | jax.Array = 0.999,
     eps: float | jax.Array = 1e-6,
+    eps_root: float | jax.Array = 0.0,
+    mu_dtype: jax.typing.DTypeLike | None = None,
     weight_decay: float | jax.Array = 0.0,
     *,
+    nesterov: bool = False,
     correct_gradient: bool = True,
     damping: float | jax.Array = 1e-8,
     frozen: FactorName = "a",
-    mu_dtype: jax.typing.DTypeLike | None = None,
     pairs: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""LoRA-FA: one factor stays as it was drawn, AdamW trains the other.
@@ -152,7 +157,8 @@ def lora_fa(
     it out of what is differentiated.
 
     Args:
-      learning_rate, b1, b2, eps, weight_decay, mu_dtype: as in `optax.adamw`.
+      learning_rate, b1, b2, eps, eps_root, mu_dtype, weight_decay, nesterov: as in `optax.adamw`,
+        whose defaults are 1e-8 for ``eps`` and 1e-4 for the weight decay.
       correct_gradient: False trains with the factor's own gradient, as the paper's first version.
       damping: :math:`\delta`, absolute.
       frozen: the factor that stays; the other must not need it to move first.
@@ -179,7 +185,9 @@ def lora_fa(
       (True, True)
     """
     check_factor_name(frozen, "frozen")
-    adamw = optax.adamw(learning_rate, b1, b2, eps, mu_dtype=mu_dtype, weight_decay=weight_decay)
+    adamw = optax.adamw(
+        learning_rate, b1, b2, eps, eps_root, mu_dtype, weight_decay, nesterov=nesterov
+    )
 
     def labels(params: optax.Params) -> Any:
         tree = find_pairs(params, pairs)

@@ -72,7 +72,7 @@ def test_lora_plus_is_adamw_with_two_learning_rates(shape, assert_close):
         u = u - LR * (of_u(k, g_u) + 0.1 * u)
         return u, v - 8 * LR * (of_v(k, g_v) + 0.1 * v)
 
-    tx = baselines.lora_plus(LR, 8.0, weight_decay=0.1)
+    tx = baselines.lora_plus(LR, ratio=8.0, weight_decay=0.1)
     assert_close(follow(tx, [problem], STEPS), [trajectory(problem, rule)])
 
 
