@@ -17,7 +17,7 @@ import pytest
 from optimizers import hasty_compiler as hasty_compiler
 
 from loft_jax import LoraPairs, loft_adamw
-from loft_jax._pairs import find_pairs
+from loft_jax.pairs.find import find_pairs
 
 os.environ.setdefault("KERAS_BACKEND", "jax")  # Keras reads it once, when it is imported
 keras = pytest.importorskip("keras", reason="Keras is not installed: pip install keras")

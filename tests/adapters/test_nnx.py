@@ -7,7 +7,6 @@ import pytest
 from flax import nnx
 from optimizers import hasty_compiler as hasty_compiler
 
-from loft_jax._pairs import find_pairs
 from loft_jax.adapters import (
     LoraLayer,
     LoraRule,
@@ -18,6 +17,8 @@ from loft_jax.adapters import (
     qwix_provider,
     remove_lora,
 )
+from loft_jax.pairs.find import find_pairs
+from loft_jax.pairs.spec import first_match
 
 normal = jax.nn.initializers.normal(0.3)
 
@@ -111,7 +112,8 @@ def test_the_optimizer_is_told_the_scale_of_every_adapter(model, path):
 def test_rules_tell_their_own_scales_in_their_own_order():
     rules = [LoraRule(path="a|b/c", rank=2, alpha=4), LoraRule(path=".*c|", rank=2, alpha=8)]
     paths = ["a/lora_a", "b/c/kernel_lora_a", "z/c/w_lora_a", "lora_a", "q/lora_a"]
-    assert [lora_pairs(rules).scale_of(path) for path in paths] == [2.0, 2.0, 4.0, 4.0, 1.0]
+    scale = lora_pairs(rules).scale
+    assert [first_match(scale, path) for path in paths] == [2.0, 2.0, 4.0, 4.0, None]
 
 
 def test_bfloat16_layers_compute_in_bfloat16_with_float32_factors():

@@ -22,8 +22,8 @@ from flax import nnx
 from optimizers import hasty_compiler as hasty_compiler
 
 from loft_jax import LoraPairs, clip_by_projected_global_norm, loft_adamw
-from loft_jax._pairs import find_pairs
 from loft_jax.adapters import LoraRule, lora_pairs, qwix_provider
+from loft_jax.pairs.find import find_pairs
 
 # Importing tunix turns this off for the whole process; the other tests keep Flax's own default.
 ALWAYS_SHARD = flax.config.flax_always_shard_variable
@@ -174,7 +174,8 @@ def test_the_adapters_as_loft_reads_them_merge_into_the_same_model(assert_close)
     for pair in tree.pairs:
         name = tree.paths[pair.a].removesuffix("_lora_a").split("/")
         weight = weights[tuple(int(key) if key.isdigit() else key for key in name)]
-        a, b = pair.layout_a.tall(tree.leaves[pair.a]), pair.layout_b.tall(tree.leaves[pair.b])
+        a = pair.layout_a.matricize(tree.leaves[pair.a])
+        b = pair.layout_b.matricize(tree.leaves[pair.b])
         weight[...] += pair.scale * (a @ b.mT).reshape(weight.shape)
     arguments = model_input(half_batches(1)[0])
     mask = arguments.pop("input_mask")
