@@ -34,6 +34,14 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[TABLES] = []
 
 
+@pytest.fixture(autouse=True)
+def forget_declared_adapters():
+    """Forgets the adapters that earlier tests have made, so that no test warns of them."""
+    from loft_jax.pairs.declared import forget_scales  # after the import hook
+
+    forget_scales()
+
+
 @pytest.fixture
 def x64():
     """Runs a test in float64."""

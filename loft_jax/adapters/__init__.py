@@ -1,7 +1,6 @@
-"""Adapters in Flax models: put on, split off, merged, exchanged with other ecosystems.
+"""Adds low-rank adapters to Flax models, merges them, and exchanges them with Hugging Face PEFT.
 
-`loft_jax` itself does not need Flax; this package does, and is imported by its own name:
-``from loft_jax import adapters``.
+The optimizers do not need this package: they find the adapters of any library by their names.
 """
 
 from loft_jax.adapters._families import FAMILIES as FAMILIES

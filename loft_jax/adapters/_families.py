@@ -1,7 +1,8 @@
-"""What the modules and tensors of a model are called by Hugging Face transformers.
+"""Maps modules and parameters of a model to the names and layouts of Hugging Face transformers.
 
-A family is a table: paths of our modules on one side, names of transformers' modules on the other.
-It also knows how transformers lays out each weight, so that a tensor can go either way.
+A family is a table with our module paths on one side and the module names of transformers on the
+other. It also knows the layout of each weight in transformers, so that tensors can be converted in
+both directions.
 """
 
 import dataclasses
@@ -13,10 +14,10 @@ import numpy as np
 
 LAYER = "{layer}"
 
-# What the parameters of Flax layers are called there; other names stay.
+# Names of Flax parameters in transformers; other names do not change.
 _PARAMETERS = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 
-# Components that an adapter's wrapper adds between a module and its parameters.
+# Keys that the wrapper of an adapter adds between a module and its parameters.
 _WRAPPERS = ("lora", "base", "base_module")
 
 _KINDS = ("linear", "conv1d", "conv2d", "embedding")
@@ -24,23 +25,24 @@ _KINDS = ("linear", "conv1d", "conv2d", "embedding")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
-    """How the modules of one kind of model are called in Hugging Face transformers.
+    """Maps the module paths of one kind of model to the names of Hugging Face transformers.
 
     Attributes:
-      name: for messages.
-      prefix: the attribute under which models with a task head hold their backbone; empty for
-        the backbone alone (``dataclasses.replace(FAMILIES["bert"], prefix="")`` is `BertModel`).
-      modules: ``(regex, template)`` entries, the first that matches counts. The regex matches the
-        whole path of our module, keys joined by ``/``, without leading ``params/``, ``model/`` and
-        ``prefix/``. The template is transformers' name; ``{group}`` stands for a named group of
-        the regex and ``{prefix}`` for the prefix and its dot. ``{layer}`` stands for the group
-        ``layer``, or for each index of the stack where layers are stacked and the path has none.
-      kinds: ``(regex, kind)`` entries over transformers' names, for the modules whose weight is
-        not (out, in): ``conv1d`` for GPT-2's (in, out), ``conv2d`` for (out, in, height, width),
+      name: the name in messages.
+      prefix: the attribute that contains the backbone in models with a task head. It is empty for
+        the backbone alone: ``dataclasses.replace(FAMILIES["bert"], prefix="")`` is for `BertModel`.
+      modules: ``(regex, template)`` entries, of which the first that matches is used. The regex
+        matches the whole path of our module, keys joined by ``/``, without leading ``params/``,
+        ``model/`` and ``prefix/``. The template is the name in transformers. In it ``{group}`` is
+        a named group of the regex and ``{prefix}`` the prefix with its dot. ``{layer}`` is the
+        group ``layer``, or each index of the stack if layers are stacked and the path has no
+        number.
+      kinds: ``(regex, kind)`` entries over names in transformers, for modules whose weight is not
+        (out, in): ``conv1d`` for GPT-2's (in, out), ``conv2d`` for (out, in, height, width), and
         ``embedding``.
 
     Raises:
-      ValueError: an entry that is no pair of a valid regex and a template, or an unknown kind.
+      ValueError: an entry is not a pair of a valid regex and a template, or a kind is unknown.
       TypeError: a field is not hashable; use tuples.
 
     Example:
@@ -63,25 +65,35 @@ class Family:
         try:
             hash((self.modules, self.kinds))
         except TypeError as error:
-            raise TypeError(f"Family: modules and kinds are tuples of pairs, got {self}") from error
+            raise TypeError(
+                f"Family: modules and kinds must be tuples of pairs, got {self}"
+            ) from error
         for entry in (*self.modules, *self.kinds):
             if not isinstance(entry, tuple) or len(entry) != 2:
-                raise ValueError(f"Family: an entry is a pair with a regex first, got {entry!r}")
+                raise ValueError(
+                    f"Family: each entry must be a pair with a regex first, got {entry!r}"
+                )
             try:
                 re.compile(entry[0])
             except re.error as error:
                 raise ValueError(
-                    f"Family: {entry[0]!r} is no regular expression: {error}"
+                    f"Family: {entry[0]!r} is not a valid regular expression: {error}"
                 ) from error
         for _, kind in self.kinds:
             if kind not in _KINDS:
-                raise ValueError(f"Family: unknown kind {kind!r}; choose from {', '.join(_KINDS)}")
+                raise ValueError(f"Family: unknown kind {kind!r}. Use one of {', '.join(_KINDS)}")
 
     def hf_module(self, path: str) -> str:
-        """Transformers' name of our module; ``{layer}`` is left in it for stacked layers.
+        """Returns the name in transformers of a module.
+
+        Args:
+          path: the path of our module, keys joined by ``/``.
+
+        Returns:
+          The name. It still contains ``{layer}`` if the path has no number of a layer.
 
         Raises:
-          ValueError: a path that the family does not know.
+          ValueError: the family has no such module.
 
         Example:
           >>> FAMILIES["llama"].hf_module("model/layers/3/self_attn/q_proj")
@@ -101,20 +113,35 @@ class Family:
                 prefix = self.prefix and self.prefix + "."
                 return template.format_map({"layer": LAYER, **groups, "prefix": prefix})
         raise ValueError(
-            f"{path or 'the root'}: the family {self.name!r} has no such module. Pass another "
-            "family, or extend it: dataclasses.replace(family, modules=((regex of the path, name "
-            "in transformers), *family.modules))"
+            f"{path or 'the root'}: the family {self.name!r} has no such module. Use another "
+            "family, or extend this one: dataclasses.replace(family, modules=((regex of the path, "
+            "name in transformers), *family.modules))"
         )
 
     def kind(self, module: str) -> str:
-        """What transformers' module of that name is: linear, conv1d, conv2d or embedding."""
+        """Returns the kind of a module, by its name in transformers.
+
+        Returns:
+          "linear", "conv1d", "conv2d" or "embedding".
+
+        Example:
+          >>> FAMILIES["gpt2"].kind("transformer.h.0.attn.c_attn")
+          'conv1d'
+        """
         return next((kind for regex, kind in self.kinds if re.fullmatch(regex, module)), "linear")
 
     def hf_tensors(self, path: str, shape: Sequence[int]) -> tuple[str, ...]:
-        """Transformers' names of one of our parameters: several where layers are stacked (axis 0).
+        """Returns the names in transformers of one parameter.
+
+        Args:
+          path: the path of our parameter, keys joined by ``/``.
+          shape: its shape. Stacked layers are stacked on axis 0.
+
+        Returns:
+          One name, or one for each stacked layer.
 
         Raises:
-          ValueError: a path that the family does not know.
+          ValueError: the family has no such module.
 
         Example:
           >>> FAMILIES["gpt2"].hf_tensors("h/0/ln_1/scale", (64,))
@@ -122,17 +149,31 @@ class Family:
           >>> FAMILIES["gpt2"].hf_tensors("h/ln_1/scale", (2, 64))
           ('transformer.h.0.ln_1.weight', 'transformer.h.1.ln_1.weight')
         """
-        module, parameter, stack = self._place(path, shape)
+        module, parameter, stack = self._locate(path, shape)
         names = each_layer(module, stack, path)
         return tuple(f"{name}.{parameter}" for name in names)
 
     def to_hf(self, path: str, value: np.ndarray) -> dict[str, np.ndarray]:
-        """One of our parameters as transformers has it: tensors by name.
+        """Converts one of our parameters to tensors of transformers.
+
+        Args:
+          path: the path of our parameter, keys joined by ``/``.
+          value: its value.
+
+        Returns:
+          Tensors by their names in transformers.
 
         Raises:
-          ValueError: an unknown path, or a kernel that is no matrix and no convolution's.
+          ValueError: the family has no such module, or the kernel is neither a matrix nor that of a
+            two-dimensional convolution.
+
+        Example:
+          >>> kernel = np.ones((64, 8), np.float32)
+          >>> tensors = FAMILIES["llama"].to_hf("layers/3/mlp/up_proj/kernel", kernel)
+          >>> {name: tensor.shape for name, tensor in tensors.items()}
+          {'model.layers.3.mlp.up_proj.weight': (8, 64)}
         """
-        module, _, stack = self._place(path, value.shape)
+        module, _, stack = self._locate(path, value.shape)
         order = self._axes(path, module, value.ndim - len(stack))
         values = [one.transpose(order) for one in (value if stack else [value])]
         return dict(zip(self.hf_tensors(path, value.shape), values, strict=True))
@@ -140,31 +181,46 @@ class Family:
     def from_hf(
         self, path: str, shape: Sequence[int], tensors: Mapping[str, np.ndarray]
     ) -> np.ndarray:
-        """Our parameter of that path and shape, from transformers' tensors; inverse of `to_hf`.
+        """Converts tensors of transformers to one of our parameters; the inverse of `to_hf`.
+
+        Args:
+          path: the path of our parameter, keys joined by ``/``.
+          shape: its shape.
+          tensors: tensors by their names in transformers.
+
+        Returns:
+          The value of our parameter.
 
         Raises:
-          KeyError: a tensor that is missing.
-          ValueError: a tensor of another shape, and as `to_hf`.
+          KeyError: a tensor is missing.
+          ValueError: a tensor has another shape; otherwise as `to_hf`.
+
+        Example:
+          >>> tensors = {"lm_head.weight": np.ones((8, 64), np.float32)}
+          >>> FAMILIES["llama"].from_hf("lm_head/kernel", (64, 8), tensors).shape
+          (64, 8)
         """
-        module, _, stack = self._place(path, shape)
+        module, _, stack = self._locate(path, shape)
         order = self._axes(path, module, len(shape) - len(stack))
         values = []
         for name in self.hf_tensors(path, shape):
-            wanted = tuple(shape[len(stack) :][axis] for axis in order)
-            if tensors[name].shape != wanted:
-                raise ValueError(f"{name}: {tensors[name].shape}, the template wants {wanted}")
+            required = tuple(shape[len(stack) :][axis] for axis in order)
+            if tensors[name].shape != required:
+                raise ValueError(
+                    f"{name}: the shape is {tensors[name].shape}, the template needs {required}"
+                )
             values.append(tensors[name].transpose(np.argsort(order)))
         return np.stack(values) if stack else values[0]
 
-    def _place(self, path: str, shape: Sequence[int]) -> tuple[str, str, tuple[int, ...]]:
-        """Transformers' module and parameter, and the sizes of the stack."""
+    def _locate(self, path: str, shape: Sequence[int]) -> tuple[str, str, tuple[int, ...]]:
+        """Returns the module and the parameter in transformers, and the sizes of the stack."""
         parent, _, parameter = path.rpartition("/")
         module = self.hf_module(parent)
         stack = tuple(shape[:1]) if LAYER in module else ()
         return module, _PARAMETERS.get(parameter, parameter), stack
 
     def _axes(self, path: str, module: str, dims: int) -> tuple[int, ...]:
-        """The axes of our parameter in the order in which transformers has them."""
+        """Returns the axes of our parameter in the order of transformers."""
         kind = self.kind(module)
         if path.rpartition("/")[2] != "kernel" or (kind == "conv1d" and dims == 2):
             return tuple(range(dims))
@@ -173,16 +229,21 @@ class Family:
         if dims == 4 and kind == "conv2d":
             return (3, 2, 0, 1)  # (height, width, in, out) to (out, in, height, width)
         raise ValueError(
-            f"{path}: a kernel of {dims} axes in one layer; reshape it to what {module} has: "
-            "(in, out), of a convolution (height, width, in, out)"
+            f"{path}: the kernel has {dims} axes in one layer. Reshape it to (in, out), or for a "
+            f"convolution to (height, width, in, out), as {module} needs it"
         )
 
 
 def each_layer(module: str, stack: Sequence[int], path: str) -> tuple[str, ...]:
-    """The names of the modules that one parameter is for: one, or each of its stacked layers.
+    """Returns the module names of one parameter: a single one, or one for each stacked layer.
+
+    Args:
+      module: a name, which may contain ``{layer}``.
+      stack: the sizes of the stacked axes of the parameter.
+      path: the path of the parameter, for the message.
 
     Raises:
-      ValueError: the name has an open layer and the parameter no stack, or the reverse.
+      ValueError: the name contains ``{layer}`` and there is no stacked axis, or the reverse.
 
     Example:
       >>> each_layer("h.{layer}.mlp", (2,), "h/mlp/kernel")
@@ -193,25 +254,26 @@ def each_layer(module: str, stack: Sequence[int], path: str) -> tuple[str, ...]:
     if LAYER in module and len(stack) == 1:
         return tuple(module.replace(LAYER, str(index)) for index in range(stack[0]))
     raise ValueError(
-        f"{path}: is {module} there, with {len(stack)} axes of stacked layers. A path without the "
-        "number of its layer has one such axis, and a path with it none: say which axes are "
-        "stacked with LoraPairs(axes=LoraAxes(batch=(0,))), or name the layer in the path"
+        f"{path}: its name in transformers is {module}, and it has {len(stack)} axes of stacked "
+        "layers. A path without a layer number needs one such axis, and a path with a number none. "
+        "Specify the stacked axes with LoraPairs(axes=LoraAxes(batch=(0,))), or put the number of "
+        "the layer into the path"
     )
 
 
 def as_family(family: Family | str) -> Family:
-    """A family, or the built-in one of that name.
+    """Returns a family, given itself or the name of a built-in one.
 
     Raises:
-      ValueError: an unknown name.
-      TypeError: neither a family nor a name.
+      ValueError: the name is unknown.
+      TypeError: it is neither a family nor a name.
     """
     if isinstance(family, Family):
         return family
     if not isinstance(family, str):
-        raise TypeError(f"family is a name or a Family, got {family!r}")
+        raise TypeError(f"family must be a name or a Family, got {family!r}")
     if family not in FAMILIES:
-        raise ValueError(f"unknown family {family!r}: choose from {', '.join(FAMILIES)}")
+        raise ValueError(f"unknown family {family!r}. Use one of {', '.join(FAMILIES)}")
     return FAMILIES[family]
 
 
@@ -223,7 +285,14 @@ def _family(
     kinds: tuple[tuple[str, str], ...] = (),
     column: int = 0,
 ) -> Family:
-    """A family of models whose modules go by one of several names; `column` is the one written."""
+    """Builds a family from a table of names.
+
+    Args:
+      name, prefix, kinds: as in `Family`.
+      backbone: for each module its names. All of them are recognized in our paths.
+      heads: names of modules outside of the backbone.
+      column: which of the names to write.
+    """
     entries = [
         (_regex(known), "{prefix}" + names[min(column, len(names) - 1)])
         for names in backbone
@@ -234,8 +303,8 @@ def _family(
 
 
 def _regex(name: str) -> str:
-    """Our path of a module by its name: layers are counted in it or not, with / or with _."""
-    # Apart, because re.escape escapes the braces too.
+    """Returns a regex of our paths of a module: layers have a number after / or _, or none."""
+    # Split before escaping, because re.escape also escapes the braces.
     parts = [re.escape(part.replace(".", "/")) for part in name.split("." + LAYER)]
     return r"(?:[/_](?P<layer>\d+))?".join(parts)
 
@@ -274,7 +343,7 @@ _BERT = _rows(
     "encoder.layer.{layer}.output.LayerNorm",
     "pooler.dense",
 )
-# The name in transformers 5, and that in 4 where it differs. Either is understood in our paths.
+# The name in transformers 5, then the one in version 4 if it differs. Our paths may use either.
 _VIT = _rows(
     "embeddings",
     "embeddings.patch_embeddings.projection",
@@ -302,7 +371,7 @@ _DINOV2 = _rows(
     _DINO + "norm2",
     _DINO + "mlp.fc1",
     _DINO + "mlp.fc2",
-    *(f"{_DINO}mlp.{part}_proj" for part in ("gate", "up", "down")),  # of the giant, transformers 5
+    *(f"{_DINO}mlp.{part}_proj" for part in ("gate", "up", "down")),  # giant, in transformers 5
     _DINO + "layer_scale2",
     "layernorm",
 )
@@ -346,6 +415,6 @@ FAMILIES: dict[str, Family] = {
 }
 """The built-in families, by name.
 
-``vit`` and ``dinov2`` are called as in transformers 5, which renamed them; adapters and models made
-with transformers 4 go by the names of ``vit_transformers4`` and ``dinov2_transformers4``.
+``vit`` and ``dinov2`` use the module names of transformers 5. For adapters and models made with
+transformers 4 use ``vit_transformers4`` and ``dinov2_transformers4``.
 """

@@ -1,11 +1,11 @@
-"""What an adapter of a linear layer looks like: the shapes of its factors, and its product.
+"""The adapter of one linear layer: the shapes of its factors and their product.
 
 A linear layer contracts its input with a kernel. Each axis of the kernel is an input axis (summed
-over), an output axis, or a batch axis, which is in input and output both (one expert each). The
-factors of the adapter divide these axes: ``a`` is (*batch, *inputs, rank) and ``b`` is
-(*batch, rank, *outputs), each group in the kernel's own order, and their product over the rank has
-the kernel's axes. An einsum equation says it for every layer but a convolution, whose ``a`` is
-itself the kernel of a convolution to ``rank`` channels.
+over), an output axis, or a batch axis, which appears in both input and output (experts). The
+factors share these axes: ``a`` is (*batch, *inputs, rank) and ``b`` is (*batch, rank, *outputs).
+Each group keeps the order of the kernel, and the product over the rank has the kernel's axes. An
+einsum equation describes every layer except a convolution, whose ``a`` is the kernel of a
+convolution to ``rank`` channels.
 """
 
 import dataclasses
@@ -21,10 +21,13 @@ from jaxtyping import Array, Float
 
 @dataclasses.dataclass(frozen=True)
 class Einsum:
-    """A layer ``y = einsum("lhs,kernel->out", x, kernel)``, its letters without spaces.
+    """A layer ``y = einsum("lhs,kernel->out", x, kernel)``.
+
+    Attributes:
+      lhs, kernel, out: the letters of each array, without spaces.
 
     Example:
-      >>> Einsum("ebd", "edf", "ebf").batch  # of experts
+      >>> Einsum("ebd", "edf", "ebf").batch  # experts
       'e'
     """
 
@@ -34,35 +37,43 @@ class Einsum:
 
     @property
     def batch(self) -> str:
-        """The kernel's axes that both factors have."""
+        """The axes of the kernel that both factors have."""
         return "".join(axis for axis in self.kernel if axis in self.lhs and axis in self.out)
 
     @property
     def inputs(self) -> str:
-        """The kernel's axes that are summed over."""
+        """The axes of the kernel that are summed over."""
         return "".join(axis for axis in self.kernel if axis not in self.out)
 
     @property
     def outputs(self) -> str:
-        """The kernel's axes that the input does not have."""
+        """The axes of the kernel that the input does not have."""
         return "".join(axis for axis in self.kernel if axis not in self.lhs)
 
     @property
     def rank(self) -> str:
-        """A letter that is free for the rank."""
+        """An unused letter, for the rank."""
         taken = self.lhs + self.kernel + self.out
         return next(axis for axis in reversed(string.ascii_letters) if axis not in taken)
 
 
 @dataclasses.dataclass(frozen=True)
 class Dense:
-    """A layer that contracts some axes of its input, and puts new ones last."""
+    """A layer that contracts some axes of its input and appends new ones.
+
+    Attributes:
+      axes: the axes of the input that are contracted.
+      outputs: the number of new axes.
+    """
 
     axes: tuple[int, ...] = (-1,)
     outputs: int = 1
 
     def einsum(self, dims: int | None = None) -> Einsum:
-        """Its equation for an input of so many dimensions; None for enough of them.
+        """Returns the equation of the layer.
+
+        Args:
+          dims: number of dimensions of the input; None for as many as the axes need.
 
         Example:
           >>> Dense(axes=(-1,), outputs=2).einsum(dims=3)
@@ -71,7 +82,7 @@ class Dense:
         if dims is None:
             dims = len(self.axes) + max(map(abs, self.axes))
         lhs = string.ascii_letters[:dims]
-        # The kernel has its input axes in the order of the input, however they were listed.
+        # The input axes of the kernel are in the order of the input, in whatever order `axes` is.
         contracted = "".join(lhs[axis] for axis in sorted(axis % dims for axis in self.axes))
         new = string.ascii_letters[dims : dims + self.outputs]
         kept = "".join(axis for axis in lhs if axis not in contracted)
@@ -80,7 +91,11 @@ class Dense:
 
 @dataclasses.dataclass(frozen=True)
 class Convolution:
-    """A convolution over windows: all but the last axis of its kernel are inputs."""
+    """A convolution over windows. All axes of its kernel except the last are inputs.
+
+    Attributes:
+      kernel_size, strides, padding, input_dilation, kernel_dilation: as in Flax's `Conv`.
+    """
 
     kernel_size: tuple[int, ...]
     strides: Any
@@ -89,7 +104,7 @@ class Convolution:
     kernel_dilation: Any
 
     def __call__(self, x: jax.Array, kernel: jax.Array, precision: Any) -> jax.Array:
-        """Flax's layer with that kernel, without a bias."""
+        """Applies Flax's convolution with this kernel and without a bias."""
         layer = nn.Conv(
             features=kernel.shape[-1],
             kernel_size=self.kernel_size,
@@ -110,30 +125,40 @@ Form = Dense | Einsum | Convolution
 
 
 def parse_einsum(equation: str) -> Einsum:
-    """The equation of an einsum layer.
+    """Parses the equation of an einsum layer.
 
     Raises:
-      ValueError: an equation of other than two operands, without ``->``, with an ellipsis or a
-        repeated letter in the kernel, or with an axis of the kernel that is summed on its own.
+      ValueError: the equation does not have two operands and ``->``, the kernel has an ellipsis or
+        a repeated letter, or an axis of the kernel is in neither input nor output.
     """
     operands, arrow, out = equation.replace(" ", "").partition("->")
     lhs, comma, kernel = operands.partition(",")
     if not arrow or not comma or "," in kernel:
-        raise ValueError(f"the equation {equation!r} is not of the form 'x,kernel->y'")
+        raise ValueError(f"the equation {equation!r} does not have the form 'x,kernel->y'")
     if "." in kernel or len(set(kernel)) < len(kernel):
-        raise ValueError(f"name each axis of the kernel in {equation!r} with a letter of its own")
-    if lost := [axis for axis in kernel if axis not in lhs and axis not in out]:
-        raise ValueError(f"{equation!r} sums the kernel's axis {lost[0]!r} before it is used")
+        raise ValueError(
+            f"the equation {equation!r} must name each axis of the kernel by a different letter"
+        )
+    if summed := [axis for axis in kernel if axis not in lhs and axis not in out]:
+        raise ValueError(
+            f"the equation {equation!r} sums the kernel over its axis {summed[0]!r} alone, which "
+            "an adapter cannot follow"
+        )
     return Einsum(lhs, kernel, out)
 
 
 def factor_shapes(
     form: Form, kernel: tuple[int, ...], rank: int
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Shapes of the batch axes, and of one ``a`` and one ``b`` without them.
+    """Returns the shapes of the batch axes, of ``a`` without them, and of ``b`` without them.
+
+    Args:
+      form: how the layer contracts its input with the kernel.
+      kernel: the shape of the kernel, without stacked axes.
+      rank: of the adapter.
 
     Raises:
-      ValueError: a rank above both dimensions of the kernel.
+      ValueError: the rank is above both dimensions of the kernel.
 
     Example:
       >>> factor_shapes(parse_einsum("btd,ndh->btnh"), (4, 64, 16), rank=8)
@@ -143,7 +168,7 @@ def factor_shapes(
     limit = max(math.prod(inputs), math.prod(outputs))
     if rank > limit:
         raise ValueError(
-            f"rank {rank} is above {limit}, the larger side of a kernel of shape {kernel}"
+            f"rank {rank} is above {limit}, the larger dimension of the kernel {kernel} as a matrix"
         )
     return batch, (*inputs, rank), (rank, *outputs)
 
@@ -151,7 +176,7 @@ def factor_shapes(
 def draw_factor(
     key: jax.Array, init: Any, shape: tuple[int, ...], dtype: Any, copies: tuple[int, ...] = ()
 ) -> jax.Array:
-    """A new factor (*copies, *shape): each copy is drawn by itself, from its own fan-in."""
+    """Returns a new factor (*copies, *shape). The fan-in of the initializer is that of one copy."""
     if not copies:
         return init(key, shape, dtype)
     keys = jax.random.split(key, math.prod(copies))
@@ -160,7 +185,7 @@ def draw_factor(
 
 
 def factor_names(form: Form, names: tuple[Any, ...]) -> tuple[tuple, tuple]:
-    """Mesh axes or logical names of the factors' axes, from those of the kernel's."""
+    """Returns the mesh axes or logical names of both factors, given those of the kernel."""
     batch, inputs, outputs = _divide(form, names)
     return (*batch, *inputs, None), (*batch, None, *outputs)
 
@@ -172,7 +197,15 @@ def apply_kernel(
     precision: Any,
     out_sharding: Any = None,
 ) -> Float[Array, "..."]:
-    """The layer without its bias; `out_sharding` for Explicit meshes, as layers of nnx take it."""
+    """Applies the layer without its bias.
+
+    Args:
+      form: how the layer contracts its input with the kernel.
+      x: the input.
+      kernel: the kernel of one layer.
+      precision: as in `jax.numpy.einsum`.
+      out_sharding: sharding of the result on an Explicit mesh.
+    """
     if isinstance(form, Convolution):
         return _sharded(form(x, kernel, precision), out_sharding)
     e = _equation(form, x.ndim)
@@ -188,7 +221,12 @@ def apply_factors(
     precision: Any,
     out_sharding: Any = None,
 ) -> Float[Array, "..."]:
-    """``(x a) b``: first down to the rank, then up. The product of the factors is not formed."""
+    """Returns ``(x a) b``, without forming the product of the factors.
+
+    Args:
+      form, x, precision, out_sharding: as in `apply_kernel`.
+      a, b: the factors of one layer.
+    """
     if isinstance(form, Convolution):
         return _sharded(jnp.matmul(form(x, a, precision), b, precision=precision), out_sharding)
     e = _equation(form, x.ndim)
@@ -202,7 +240,7 @@ def apply_factors(
 def kernel_update(
     form: Form, a: Float[Array, "..."], b: Float[Array, "..."]
 ) -> Float[Array, "..."]:
-    """The product of the factors, with the axes of the kernel."""
+    """Returns the product of the factors, with the axes of the kernel."""
     if isinstance(form, Convolution):
         return jnp.matmul(a, b, precision="highest")
     e = _equation(form)
@@ -211,16 +249,21 @@ def kernel_update(
 
 
 def broadcast_bias(form: Form, bias: jax.Array) -> jax.Array:
-    """The bias with axes of length one where the layer's output has others between its own."""
+    """Returns the bias with axes of length one where only the layer's output has an axis."""
     if not isinstance(form, Einsum):
-        return bias  # its axes are the last of the output
+        return bias  # its axes are the last ones of the output
     after = form.out.rpartition(".")[2]
     sizes = iter(bias.shape)
     return bias.reshape([next(sizes) if axis in form.kernel else 1 for axis in after])
 
 
+def num_batch_axes(form: Form) -> int:
+    """Returns how many axes of the kernel enumerate experts."""
+    return len(form.batch) if isinstance(form, Einsum) else 0
+
+
 def _divide(form: Form, values: tuple[Any, ...]) -> tuple[tuple, tuple, tuple]:
-    """What each axis of the kernel has, divided into batch, input and output axes."""
+    """Divides one value for each axis of the kernel into batch, input and output axes."""
     if isinstance(form, Convolution):
         return (), values[:-1], values[-1:]
     equation = _equation(form)

@@ -1,7 +1,8 @@
-"""Adapters on the layers of a linen model."""
+"""Adds adapters to the layers of a linen model."""
 
 import contextlib
 import dataclasses
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,6 +21,7 @@ from loft_jax.adapters._layers import (
     parse_einsum,
 )
 from loft_jax.adapters._rule import LoraRule, Rules, as_rules, check_all_used, rule_for
+from loft_jax.pairs.declared import declare_batch, declare_scale
 
 ADAPTED = (nn.Dense, nn.DenseGeneral, nn.Einsum, nn.Conv)
 
@@ -28,31 +30,31 @@ ADAPTED = (nn.Dense, nn.DenseGeneral, nn.Einsum, nn.Conv)
 class LoraModel:
     """A linen model with adapters on the layers that the rules match.
 
-    Its parameters are the model's own, at the same paths, and beside each adapted ``kernel`` the
-    factors ``lora_a`` (*batch, *inputs, rank) and ``lora_b`` (*batch, rank, *outputs): (in, rank)
-    and (rank, out) for `nn.Dense`. Adapted are `nn.Dense`, `nn.DenseGeneral` (and so attention),
-    `nn.Einsum` and `nn.Conv`; under `nn.scan` and `nn.vmap` the factors are stacked on the axis
-    on which the other parameters are, and they are partitioned as the kernel is.
+    The parameters keep their paths. Next to each adapted ``kernel`` are the factors ``lora_a`` of
+    shape (*batch, *inputs, rank) and ``lora_b`` of shape (*batch, rank, *outputs); for `nn.Dense`
+    these are (in, rank) and (rank, out). Supported layers are `nn.Dense`, `nn.DenseGeneral` (so
+    also attention), `nn.Einsum` and `nn.Conv`. Under `nn.scan` and `nn.vmap` the factors are
+    stacked on the same axis as the other parameters. They are partitioned like their kernel.
 
-    It is no module itself but stands where one is initialized and applied, so that no path
-    changes. Dropout is on where `apply` is given an rng named "dropout", and off where it is not;
-    an `nn.scan` must have it among its ``split_rngs``, or its layers are not given it.
+    A `LoraModel` is not a module. It has the `init` and `apply` of one, so that no path changes.
+    Dropout is on if `apply` gets an rng named "dropout", and off otherwise. An `nn.scan` passes
+    that rng on only if ``split_rngs`` contains it.
 
     Attributes:
       model: a linen module.
-      rules: which layers, and the rank, scale, dropout, initializers and dtype of their adapters.
-        The first rule that matches a layer's path counts.
+      rules: the layers to adapt, with rank, scale, dropout, initializers and dtype. The first rule
+        that matches a layer's path is used.
 
     Example:
       >>> from loft_jax import loft_adamw
-      >>> from loft_jax.adapters import join, lora_pairs, split
+      >>> from loft_jax.adapters import join, split
       >>> rule = LoraRule(path="layers_0", rank=2, alpha=4)
       >>> model = LoraModel(nn.Sequential([nn.Dense(5), nn.relu]), rule)
       >>> params = model.init(jax.random.key(0), jnp.ones((1, 6)))["params"]
       >>> jax.tree.map(jnp.shape, params["layers_0"])
       {'bias': (5,), 'kernel': (6, 5), 'lora_a': (6, 2), 'lora_b': (2, 5)}
       >>> adapter, base = split(params)
-      >>> tx = loft_adamw(1e-3, pairs=lora_pairs(rule))
+      >>> tx = loft_adamw(1e-3, pairs=rule)
       >>> state = tx.init(adapter)
       >>> y = model.apply({"params": join(adapter, base)}, jnp.ones((1, 6)))
     """
@@ -61,33 +63,50 @@ class LoraModel:
     rules: Rules
 
     def init(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
-        """`nn.Module.init`: the variables, factors among the "params".
+        """Initializes the variables of the model and the factors, as `nn.Module.init`.
+
+        Args:
+          rngs: a key, or keys by name.
+          *args, **kwargs: arguments of the model.
+
+        Returns:
+          The variables. The factors are in the collection "params".
 
         Raises:
-          ValueError: a rule that no layer follows, a rank that does not fit, or a layer that
-            cannot be adapted; the message names the layer.
+          ValueError: a rule matches no layer, the rank is too high, or a layer cannot be adapted.
+            The message names the layer.
         """
         with adapt(self.rules):
             return self.model.init(rngs, *args, **kwargs)
 
     def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
-        """`nn.Module.apply`, with any `method`; errors as in `init`."""
+        """Applies the adapted model, as `nn.Module.apply`.
+
+        Args:
+          variables: as `init` returns them.
+          *args, **kwargs: arguments of the model, and of `nn.Module.apply` such as `rngs` and
+            `method`.
+
+        Raises:
+          ValueError: as `init`.
+        """
         with adapt(self.rules):
             return self.model.apply(variables, *args, **kwargs)
 
 
 @contextlib.contextmanager
 def adapt(rules: Rules) -> Iterator[None]:
-    """Within it, the layers of any linen model that the rules match have adapters.
+    """A context in which the matching layers of any linen model have adapters.
 
-    What `LoraModel` is made of, for models that are not used through `init` and `apply`. It acts
-    where a function is traced: one that was jitted and called before keeps its trace.
+    `LoraModel` is built on it. Use it for models that are not called through `init` and `apply`. It
+    takes effect when a function is traced; a jitted function that was called before keeps its
+    earlier trace.
 
     Args:
       rules: as in `LoraModel`.
 
     Raises:
-      ValueError: at the end of an initialization, a rule that no layer has followed.
+      ValueError: at the end of an initialization, if a rule has matched no layer.
 
     Example:
       >>> model = nn.Dense(5)
@@ -100,7 +119,7 @@ def adapt(rules: Rules) -> Iterator[None]:
     used: list[LoraRule] = []
     seen: list[str] = []
     initializing = False
-    inside = False  # an adapter, which may be made of layers itself
+    inside = False  # an adapter, which may itself consist of layers
 
     def intercept(
         call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext
@@ -115,25 +134,32 @@ def adapt(rules: Rules) -> Iterator[None]:
         if (rule := rule_for(path, rules)) is None:
             return call(*args, **kwargs)
         used.append(rule)
+        declare_scale(f"(?:params/)?{_path_of_a(path)}", rule.scale)
+        if rule.batch is not None:  # the layer does not know on which axis a scan stacks it
+            declare_batch(f"(?:params/)?{_path_of_a(path)}", rule.batch)
         y = call(*args, **kwargs)
         inside = True
         try:
             return y + _low_rank(module, rule, y.dtype, *args, **kwargs)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+            raise ValueError(f"{path or 'the model'}: {error}") from error
         finally:
             inside = False
 
     with nn.intercept_methods(intercept):
         yield
-    if initializing:  # `apply` may use a part of the model only
+    if initializing:  # `apply` may call only a part of the model
         check_all_used(rules, used, seen)
+
+
+def _path_of_a(layer: str) -> str:
+    return re.escape(f"{layer}/lora_a" if layer else "lora_a")
 
 
 def _low_rank(
     module: Any, rule: LoraRule, dtype: Any, inputs: jax.Array, *args: Any, **kwargs: Any
 ) -> jax.Array:
-    """The adapter's part of the layer's output; makes its factors in `init`."""
+    """Returns the adapter's part of the layer's output; creates the factors in `init`."""
     x = jnp.asarray(inputs)
     form = _form_of(module, *args, **kwargs)
     boxed = module.get_variable("params", "kernel")
@@ -146,7 +172,7 @@ def _low_rank(
         draw = lambda key: draw_factor(key, init, shape, rule.dtype, batch)
         if not isinstance(boxed, nn.Partitioned):
             return module.param(name, draw)
-        # The kernel's kind of box, which may be of logical names or have a mesh.
+        # The same class of box as the kernel's, which may hold logical names or a mesh.
         return module.param(name, lambda key: boxed.replace(value=draw(key), names=names))
 
     a = factor("lora_a", rule.init_a, shape_a, names_a)
@@ -160,20 +186,22 @@ def _low_rank(
 
 
 def _form_of(module: Any, einsum_str: str | None = None) -> Form:
-    """How the layer, called with these arguments beside its input, contracts it."""
+    """Returns how the layer contracts its input, given the other arguments of its call."""
     if isinstance(module, nn.Dense):
         return Dense()
     if isinstance(module, nn.DenseGeneral):
         if module.batch_dims:
-            raise ValueError("an nn.DenseGeneral with batch_dims: write it as an nn.Einsum")
+            raise ValueError(
+                "an nn.DenseGeneral with batch_dims is not supported. Use an nn.Einsum instead"
+            )
         axes = (module.axis,) if isinstance(module.axis, int) else tuple(module.axis)
         return Dense(axes, 1 if isinstance(module.features, int) else len(module.features))
     if isinstance(module, nn.Einsum):
         equation = einsum_str or module.einsum_str
-        assert equation is not None  # or the layer itself has complained
+        assert equation is not None  # otherwise the layer itself has raised
         return parse_einsum(equation)
     if module.feature_group_count != 1 or module.mask is not None:
-        raise ValueError("a grouped or masked convolution is no product of two factors")
+        raise ValueError("a grouped or masked convolution is not supported")
     size = module.kernel_size
     return Convolution(
         (size,) if isinstance(size, int) else tuple(size),

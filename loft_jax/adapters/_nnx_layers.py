@@ -1,4 +1,4 @@
-"""The linear layers of nnx that can carry an adapter, and a quantized one beside them."""
+"""The linear layers of nnx that can have an adapter, and a quantized layer."""
 
 import itertools
 from typing import Any, Literal
@@ -23,26 +23,35 @@ QType = Literal["nf4", "int4", "int8"]
 
 
 class QuantizedParam(nnx.Variable):
-    """A `qwix.QArray`: integers, and a scale for each tile. It is no `nnx.Param`: frozen."""
+    """Holds a `qwix.QArray`: integers and a scale for each tile.
+
+    It is not an `nnx.Param`, so it is frozen in training.
+    """
 
 
 class QuantizedLayer(nnx.Module):
-    """A linear layer whose kernel lies in memory in 4 or 8 bits. Made by `quantize`.
+    """A linear layer whose kernel is stored in 4 or 8 bits. `quantize` makes these.
 
-    The kernel is restored where it is used, so the layer works under any transformation of the
-    model, a scan over stacked layers among them.
+    Each call dequantizes the kernel, so the layer works under any transformation of the model,
+    including a scan over stacked layers.
 
     Attributes:
       kernel: a `QuantizedParam`.
-      bias: as it was, or None.
-      form, single_shape, dtype, precision: how the layer works, from the layer that it was.
+      bias: the bias of the original layer, or None.
+      form, single_shape, dtype, precision: how the original layer computes.
     """
 
     def __init__(self, base: Any, stack: tuple[int, ...], qtype: QType, tile_size: int):
-        """Quantizes the kernel of `base`, which is stacked on those axes.
+        """Quantizes the kernel of a layer.
+
+        Args:
+          base: the layer.
+          stack: the axes of the kernel on which it is stacked.
+          qtype: the number format.
+          tile_size: how many numbers along the last input axis share a scale.
 
         Raises:
-          ValueError: tiles of that size do not fill the last input axis.
+          ValueError: the tile size does not divide the last input axis.
         """
         self.form = form_of(base)
         self.single_shape = single_shape(base)
@@ -53,15 +62,15 @@ class QuantizedLayer(nnx.Module):
         tile = min(tile_size, self.single_shape[axis])
         if self.single_shape[axis] % tile:
             raise ValueError(
-                f"tiles of {tile} do not fill an axis of {self.single_shape[axis]}: choose a "
-                "tile_size that divides it"
+                f"tile_size {tile} does not divide the last input axis, which has "
+                f"{self.single_shape[axis]} entries. Use a divisor of that number"
             )
         kernel = base.kernel[...]
-        tiled = [place for place in range(kernel.ndim) if place not in stack][axis]
+        tiled = [k for k in range(kernel.ndim) if k not in stack][axis]
         self.kernel = QuantizedParam(_quantize(kernel, tiled, tile, qtype))
 
     def __call__(self, x: jax.Array, *, out_sharding: Any = None) -> jax.Array:
-        """The input and the result of the layer that it was."""
+        """Applies the layer; arguments and result are those of the original layer."""
         import qwix
 
         kernel = qwix.dequantize(self.kernel.get_value())
@@ -74,10 +83,10 @@ class QuantizedLayer(nnx.Module):
 
 
 def form_of(layer: Any) -> Form:
-    """How a layer contracts its input with its kernel.
+    """Returns how a layer contracts its input with its kernel.
 
     Raises:
-      ValueError: a layer that is no product of its input and one kernel.
+      ValueError: the layer is not a product of its input and one kernel.
     """
     if isinstance(layer, QuantizedLayer):
         return layer.form
@@ -85,35 +94,39 @@ def form_of(layer: Any) -> Form:
         return Dense()
     if isinstance(layer, nnx.LinearGeneral):
         if layer.batch_axis:
-            raise ValueError("an nnx.LinearGeneral with batch_axis: write it as an nnx.Einsum")
+            raise ValueError(
+                "an nnx.LinearGeneral with batch_axis is not supported. Use an nnx.Einsum instead"
+            )
         return Dense(layer.axis, len(layer.out_features))
     if isinstance(layer, nnx.Einsum):
         if layer.einsum_str is None:
-            raise ValueError("an nnx.Einsum needs its equation when it is made, not when called")
+            raise ValueError(
+                "an nnx.Einsum must get its equation in its constructor, not in its call"
+            )
         return parse_einsum(layer.einsum_str)
     if layer.feature_group_count != 1 or layer.mask is not None:
-        raise ValueError("a grouped or masked convolution is no product of two factors")
+        raise ValueError("a grouped or masked convolution is not supported")
     return Convolution(
         layer.kernel_size, layer.strides, layer.padding, layer.input_dilation, layer.kernel_dilation
     )
 
 
 def check_own_call(layer: Any) -> None:
-    """Refuses a subclass that computes more than its base, which would be lost.
+    """Refuses subclasses with their own ``__call__``, which an adapter would not apply.
 
     Raises:
-      ValueError: naming the class.
+      ValueError: the layer is of such a class, which the message names.
     """
     known = (*PLAIN, QuantizedLayer)
     if not any(type(layer).__call__ is kind.__call__ for kind in known):
         raise ValueError(
-            f"{type(layer).__name__} has a __call__ of its own, which an adapter or a quantized "
-            "kernel would not follow; put the plain layer inside it"
+            f"{type(layer).__name__} overrides __call__, which an adapter or a quantized kernel "
+            "would bypass. Make the plain layer an attribute of it instead"
         )
 
 
 def single_shape(layer: Any) -> tuple[int, ...]:
-    """The kernel's shape as the layer itself knows it, without the axes of a stack."""
+    """Returns the shape of the kernel of one layer, without stacked axes."""
     if isinstance(layer, QuantizedLayer):
         return layer.single_shape
     if isinstance(layer, nnx.Linear):
@@ -124,13 +137,14 @@ def single_shape(layer: Any) -> tuple[int, ...]:
 
 
 def stacked_axes(layer: Any, batch: tuple[int, ...] | None) -> tuple[int, ...]:
-    """The axes of the kernel on which a scan or a vmap has stacked the layer.
+    """Returns the axes of the kernel on which a scan or a vmap has stacked the layer.
 
     Args:
-      batch: the axes among which they are, as in `LoraRule`; None for all.
+      layer: the layer, whose own sizes are compared with the shape of its kernel.
+      batch: the axes to choose from, as in `LoraRule`; None for all.
 
     Raises:
-      ValueError: the shapes leave them in doubt.
+      ValueError: the shapes fit several axes, or none.
     """
     shape, single = tuple(layer.kernel.get_value().shape), single_shape(layer)
     extra = max(len(shape) - len(single), 0)
@@ -142,15 +156,15 @@ def stacked_axes(layer: Any, batch: tuple[int, ...] | None) -> tuple[int, ...]:
     ]
     if len(found) != 1:
         raise ValueError(
-            f"a kernel of shape {shape} in a layer made for {single} is stacked on "
-            f"{'one of ' + str(found) if found else 'no axes that fit'}: "
-            "say batch=(0,) for layers stacked on axis 0"
+            f"the kernel has shape {shape} and one layer {single}, so the stacked axes "
+            f"{'may be any of ' + str(found) if found else 'cannot be found'}. "
+            "Specify them, for example batch=(0,) for layers stacked on axis 0"
         )
     return found[0]
 
 
 def _last_input(form: Form, dims: int) -> int:
-    """The last axis of the kernel that is summed over."""
+    """Returns the last axis of the kernel that is summed over."""
     if isinstance(form, Convolution):
         return dims - 2
     equation = form if isinstance(form, Einsum) else form.einsum()
@@ -161,7 +175,7 @@ def _quantize(kernel: jax.Array, tiled: int, tile: int, qtype: QType) -> Any:
     import qwix
 
     others = tuple(axis for axis in range(kernel.ndim) if axis != tiled)
-    # Under jit, so that the distances to the levels are not all in memory at once.
+    # Under jit, so that XLA does not hold all distances to the levels in memory at once.
     run = jax.jit(
         lambda kernel: qwix.quantize(
             kernel, qtype, channelwise_axes=others, tiled_axes={tiled: tile}

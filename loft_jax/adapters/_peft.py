@@ -1,9 +1,10 @@
-"""Adapters exchanged with Hugging Face PEFT, without PyTorch or PEFT.
+"""Exchanges adapters with Hugging Face PEFT, without PyTorch or PEFT.
 
-PEFT keeps an adapter in a folder: ``adapter_model.safetensors`` with ``lora_A`` (r, in) and
-``lora_B`` (out, r) of each module, and ``adapter_config.json``, which has the scale.
+PEFT stores an adapter as a folder with two files. ``adapter_model.safetensors`` contains ``lora_A``
+(r, in) and ``lora_B`` (out, r) of each module, and ``adapter_config.json`` contains the scale.
 """
 
+import dataclasses
 import itertools
 import math
 import os
@@ -24,8 +25,9 @@ from loft_jax.adapters._peft_load import load_peft as load_peft
 from loft_jax.adapters._safetensors import replacing, write_tensors
 from loft_jax.pairs.axes import FactorLayout
 from loft_jax.pairs.find import Pair, PairedTree, find_pairs
+from loft_jax.pairs.spec import as_pairs
 
-# PEFT adds these modules to modules_to_save by the task, and then wants their weights in the file.
+# For these tasks PEFT adds the modules to modules_to_save and then requires their weights.
 _HEADS = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
@@ -43,32 +45,36 @@ def save_peft(
     task_type: str | None = None,
     use_rslora: bool = False,
 ) -> Path:
-    """Writes an adapter for PEFT: `PeftModel.from_pretrained(model, path)` then loads it.
+    """Writes an adapter that `PeftModel.from_pretrained(model, path)` of PEFT loads.
 
     Args:
-      path: the folder; it is made where there is none. The files are written aside and then
-        renamed, so that a failed write leaves the old ones whole.
-      adapter: a pytree of the factors, as the optimizer has them, of any layout and float dtype.
-        Leaves that are no factors, such as a classification head, are saved in full as PEFT's
-        modules_to_save: give all parameters of such a module, which PEFT asks for on loading.
+      path: the folder, which is created if necessary. Both files are written to a temporary folder
+        and then renamed, so a failed write leaves the old ones intact.
+      adapter: a pytree of the factors, of any layout and float dtype. Other leaves, such as a
+        classification head, are saved in full as PEFT's modules_to_save. PEFT requires all
+        parameters of such a module.
       family: the names of the model's modules in transformers: ``llama``, ``gpt2``, ``bert``,
         ``vit``, ``dinov2``, or a `Family`.
-      pairs: names, axes and scale of the factors, as in the optimizer. The scale matters here.
-      base_model: what PEFT's AutoPeftModel is to load: a hub id or a folder.
-      task_type: PEFT's, such as ``CAUSAL_LM`` or ``SEQ_CLS``; it decides PEFT's model class.
-      use_rslora: whether the scale is written as ``lora_alpha / sqrt(r)``, not ``lora_alpha / r``.
+      pairs: names, axes and scale of the factors, as in the optimizers: a `LoraPairs`, or the
+        `LoraRule` with which the model was adapted. The scale is written to the configuration.
+      base_model: the hub id or folder of the base model, for AutoPeftModel of PEFT.
+      task_type: PEFT's task type, such as ``CAUSAL_LM`` or ``SEQ_CLS``, which selects its model
+        class.
+      use_rslora: whether to write the scale as ``lora_alpha / sqrt(r)`` instead of
+        ``lora_alpha / r``.
 
     Returns:
       The folder.
 
     Raises:
-      ValueError: a path that the family does not know, a stack of layers that the path or the
-        axes do not tell, factors on an embedding, a module both adapted and saved in full, a head
-        that the task asks for and the adapter lacks, a NaN or an infinity. The message names it.
+      ValueError: the family has no such module, the stacked axes are unclear, an embedding is
+        adapted, a module is both adapted and saved in full, the head that the task needs is
+        missing, or a value is NaN or infinite. The message names the path or the module.
       ImportError: safetensors is not installed.
 
     Example:
       >>> import tempfile
+      >>> from loft_jax import LoraPairs
       >>> layer = {"q_proj": {"lora_a": jnp.ones((2, 6, 3)), "lora_b": jnp.ones((2, 3, 4))}}
       >>> adapter = {"layers": {"self_attn": layer}}  # two layers, stacked
       >>> with tempfile.TemporaryDirectory() as folder:
@@ -81,14 +87,18 @@ def save_peft(
     """
     family = as_family(family)
     if task_type is not None and task_type not in TASK_TYPES:
-        raise ValueError(f"task_type {task_type!r}: choose from {', '.join(TASK_TYPES)}, or None")
-    tree = find_pairs(adapter, pairs)
+        raise ValueError(
+            f"unknown task_type {task_type!r}. Use one of {', '.join(TASK_TYPES)}, or None"
+        )
+    tree = _find(adapter, pairs)
     named, others = _names(tree, family)
     tensors, ranks, scales = {}, {}, {}
     for pair, modules in named:
         for module, a, b in zip(modules, *_to_peft(tree, pair, family, modules[0]), strict=True):
             if module in ranks:
-                raise ValueError(f"{tree.paths[pair.a]}: a second adapter for {module}")
+                raise ValueError(
+                    f"{tree.paths[pair.a]}: another adapter is also written as {module}"
+                )
             tensors[f"{PREFIX}{module}.lora_A.weight"] = a
             tensors[f"{PREFIX}{module}.lora_B.weight"] = b
             ranks[module], scales[module] = pair.r, pair.scale
@@ -97,7 +107,9 @@ def save_peft(
         values = family.to_hf(tree.paths[position], np.asarray(tree.leaves[position]))
         for name, value in values.items():
             if PREFIX + name in tensors:
-                raise ValueError(f"{tree.paths[position]}: a second parameter for {name}")
+                raise ValueError(
+                    f"{tree.paths[position]}: another parameter is also written as {name}"
+                )
             tensors[PREFIX + name] = value
             saved.add(name.rpartition(".")[0])
     _check_saved(saved, ranks, task_type)
@@ -123,23 +135,23 @@ def fill(
     family: Family | str,
     pairs: Any = None,
 ) -> Any:
-    """The tree of an adapter with the values that PEFT has saved.
+    """Fills the tree of an adapter with values that PEFT has saved.
 
     Args:
-      template: a pytree of the factors (and of modules saved in full), of arrays or of
-        `jax.ShapeDtypeStruct`, such as ``nnx.state(model, nnx.LoRAParam)`` of the adapted model.
-      peft: from `load_peft`.
+      template: a pytree of the factors and of modules saved in full, with arrays or
+        `jax.ShapeDtypeStruct` as leaves, such as ``nnx.state(model, nnx.LoRAParam)``.
+      peft: the result of `load_peft`.
       family: as in `save_peft`.
-      pairs: names and axes of the factors. A scale that it tells must be the file's. Without
-        `pairs` no scale is compared: give the model ``peft.scale_of(module)``.
+      pairs: names, axes and scale of the factors, as in `save_peft`. The scale must be the file's.
+        With None the scale is not compared; the model needs ``peft.scale_of(module)``.
 
     Returns:
-      The template's tree, its leaves of the template's dtypes, and on its devices where it is
-      sharded over a mesh; NumPy arrays where it has them.
+      The template's tree with the template's dtypes. Leaves are NumPy arrays if the template's
+      are, and they are on its mesh if the template is sharded.
 
     Raises:
-      ValueError: modules of the file that the template lacks or the reverse, other shapes, or
-        another scale. The message lists all of them.
+      ValueError: the file and the template have different modules, shapes or scales. The message
+        lists them.
 
     Example:
       >>> import tempfile
@@ -152,17 +164,17 @@ def fill(
       {'h': {'0': {'mlp': {'c_fc': {'lora_a': (6, 3), 'lora_b': (3, 4)}}}}}
     """
     family = as_family(family)
-    tree = find_pairs(template, pairs)
+    tree = _find(template, pairs)
     named, others = _names(tree, family)
-    wanted = [module for _, modules in named for module in modules]
+    required = [module for _, modules in named for module in modules]
     for position in others:
-        wanted += family.hf_tensors(tree.paths[position], jnp.shape(tree.leaves[position]))
-    _compare_names(wanted, (*peft.factors, *peft.saved), peft.path)
+        required += family.hf_tensors(tree.paths[position], jnp.shape(tree.leaves[position]))
+    _compare_names(required, (*peft.factors, *peft.saved), peft.path)
     leaves = list(tree.leaves)
     problems: list[str] = []
     for pair, modules in named:
         factors = [peft.factors[module] for module in modules]
-        wrong = _misfits(pair, modules, factors, told=pairs is not None)
+        wrong = _misfits(pair, modules, factors, compare_scale=pairs is not None)
         problems += wrong
         if not wrong:
             a = np.stack([one.a.reshape(pair.m, pair.r) for one in factors])
@@ -182,20 +194,24 @@ def fill(
     return jax.tree.unflatten(tree.treedef, leaves)
 
 
+def _find(adapter: Any, pairs: Any) -> PairedTree:
+    # A weight next to its own adapter gets the message of `_check_saved`.
+    return find_pairs(adapter, dataclasses.replace(as_pairs(pairs), train_weights=True))
+
+
 def _names(
     tree: PairedTree, family: Family
 ) -> tuple[list[tuple[Pair, tuple[str, ...]]], list[int]]:
-    """Each pair with its modules in transformers, and the positions of the other leaves."""
+    """Returns each pair with its modules in transformers, and the positions of other leaves."""
     named = []
     for pair in tree.pairs:
         path = _common(tree.paths[pair.a], tree.paths[pair.b])
         named.append((pair, each_layer(family.hf_module(path), pair.batch, tree.paths[pair.a])))
-    factors = {position for pair in tree.pairs for position in (pair.a, pair.b)}
-    return named, [position for position in range(len(tree.paths)) if position not in factors]
+    return named, tree.others
 
 
 def _common(path_a: str, path_b: str) -> str:
-    """The path of the module whose factors lie at these paths."""
+    """Returns the path of the module, given those of its factors."""
     keys = zip(path_a.split("/"), path_b.split("/"), strict=False)
     return "/".join(a for a, _ in itertools.takewhile(lambda both: both[0] == both[1], keys))
 
@@ -203,79 +219,81 @@ def _common(path_a: str, path_b: str) -> str:
 def _to_peft(
     tree: PairedTree, pair: Pair, family: Family, module: str
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """lora_A and lora_B of each layer of a pair; `module` is one of them."""
+    """Returns lora_A and lora_B of each layer of a pair; `module` is one of them."""
     a, b = jnp.asarray(tree.leaves[pair.a]), jnp.asarray(tree.leaves[pair.b])
     shape = a.shape
     a = np.asarray(pair.layout_a.matricize(a)).reshape(-1, pair.m, pair.r)
     b = np.asarray(pair.layout_b.matricize(b)).reshape(-1, pair.n, pair.r)
     kind = family.kind(module)
     if kind == "embedding":
-        raise ValueError(f"{tree.paths[pair.a]}: adapters of an embedding are not supported")
+        raise ValueError(f"{tree.paths[pair.a]}: adapters on an embedding are not supported")
     if kind != "conv2d":
         return list(a.swapaxes(1, 2)), list(b)
     window = [shape[axis] for axis in pair.layout_a.rows]  # height, width, in
     if len(window) != 3:
         raise ValueError(
-            f"{tree.paths[pair.a]}: {module} is a convolution, whose a is (height, width, in, r), "
-            f"but this one is {shape}"
+            f"{tree.paths[pair.a]}: {module} is a convolution, so a must be (height, width, in, "
+            f"r), got {shape}"
         )
     return list(a.reshape(-1, *window, pair.r).transpose(0, 4, 3, 1, 2)), list(b[..., None, None])
 
 
 def _check_saved(saved: Iterable[str], adapted: Iterable[str], task_type: str | None) -> None:
-    """Refuses what PEFT would not load."""
+    """Refuses an adapter that PEFT could not load."""
     for module, target in itertools.product(saved, adapted):
-        # PEFT adapts no module that is, or lies in, one of modules_to_save.
+        # PEFT does not adapt modules in modules_to_save, nor their submodules.
         if f".{module}." in f".{target}.":
             raise ValueError(
-                f"{module} is saved in full and {target} is adapted, which PEFT cannot load: train "
-                "one of the two, or merge the adapter (save_merged)"
+                f"{module} is saved in full and {target} is adapted, which PEFT cannot load. If "
+                "this is the frozen base, save the adapter alone (loft_jax.adapters.split, or "
+                "nnx.state(model, nnx.LoRAParam)). If it is trained, merge the adapter and use "
+                "save_merged"
             )
     heads = _HEADS.get(task_type or "", ())
     if heads and not any(module.endswith(heads) for module in saved):
         raise ValueError(
-            f"task_type {task_type} makes PEFT look for the trained head ({' or '.join(heads)}) in "
-            "the file: put its parameters beside the factors, or leave task_type out"
+            f"with task_type {task_type} PEFT requires the trained head ({' or '.join(heads)}) in "
+            "the file. Add its parameters to the adapter, or omit task_type"
         )
 
 
-def _compare_names(wanted: Sequence[str], found: Sequence[str], path: Path) -> None:
+def _compare_names(required: Sequence[str], found: Sequence[str], path: Path) -> None:
     parts = [
-        f"the {there} has what the {missing} lacks: {few(names)}"
-        for there, missing, names in (
-            ("file", "template", [name for name in found if name not in set(wanted)]),
-            ("template", "file", [name for name in wanted if name not in set(found)]),
+        f"only the {one} has {few(names)}"
+        for one, names in (
+            ("file", [name for name in found if name not in set(required)]),
+            ("template", [name for name in required if name not in set(found)]),
         )
         if names
     ]
     if parts:
         raise ValueError(
-            f"{path} and the template differ: {'; '.join(parts)}. The template is the adapter of "
-            "the same modules, without the base: nnx.state(model, nnx.LoRAParam), or "
+            f"{path} and the template differ: {'; '.join(parts)}. The template must be the adapter "
+            "of the same modules without the base, from nnx.state(model, nnx.LoRAParam) or "
             "loft_jax.adapters.split"
         )
 
 
 def _misfits(
-    pair: Pair, modules: Sequence[str], factors: Sequence[PeftFactors], *, told: bool
+    pair: Pair, modules: Sequence[str], factors: Sequence[PeftFactors], *, compare_scale: bool
 ) -> list[str]:
-    """What keeps these factors of the file from being that pair."""
+    """Returns the differences between these factors of the file and a pair of the template."""
     wrong = []
     for module, (a, b, scale) in zip(modules, factors, strict=True):
         size = (math.prod(a.shape[:-1]), a.shape[-1], b.shape[1])
         if size != (pair.m, pair.r, pair.n):
             wrong.append(
-                f"{module}: in, rank, out are {size}, in the template {(pair.m, pair.r, pair.n)}"
+                f"{module}: (in, rank, out) is {size}, in the template {(pair.m, pair.r, pair.n)}"
             )
-        if told and not math.isclose(scale, pair.scale, rel_tol=1e-6):
+        if compare_scale and not math.isclose(scale, pair.scale, rel_tol=1e-6):
             wrong.append(
-                f"{module}: the scale is {scale}, LoraPairs has {pair.scale}; give {scale} to it "
-                "and to the model"
+                f"{module}: the scale is {scale}, pairs= has {pair.scale}. Use {scale} there and "
+                "in the model"
             )
         elif not math.isclose(scale, factors[0].scale, rel_tol=1e-6):
             wrong.append(
-                f"{module}: the scale is {scale}, of {modules[0]} it is {factors[0].scale}; "
-                "stacked layers share one: unstack them"
+                f"{module}: the scale is {scale}, that of {modules[0]} is {factors[0].scale}. "
+                "Stacked layers must have the same scale; unstack them"
             )
     return wrong
 
@@ -283,7 +301,7 @@ def _misfits(
 def _like(
     leaf: Any, value: np.ndarray, layout: FactorLayout | None = None, batch: Sequence[int] = ()
 ) -> Any:
-    """The value in the leaf's layout, dtype and place."""
+    """Returns the value with the leaf's layout, dtype and sharding."""
     x = jnp.asarray(value)
     if layout is not None:
         x = layout.unmatricize(x.reshape(*batch, *x.shape[1:]), jnp.shape(leaf))

@@ -1,6 +1,6 @@
-"""PEFT's adapter_config.json: made, read, checked, and what it says of each module.
+"""Writes, reads and checks PEFT's adapter_config.json, and looks up ranks and scales in it.
 
-https://huggingface.co/docs/peft/developer_guides/checkpoint, fields as of PEFT 0.21.
+https://huggingface.co/docs/peft/developer_guides/checkpoint, with the fields of PEFT 0.21.
 """
 
 import json
@@ -23,7 +23,7 @@ TASK_TYPES = (
     "FEATURE_EXTRACTION",
 )
 
-# Each field that PEFT writes, with its default.
+# All fields that PEFT writes, with their defaults.
 _DEFAULTS: dict[str, Any] = {
     "alora_invocation_tokens": None,
     "alpha_pattern": {},
@@ -68,8 +68,8 @@ _DEFAULTS: dict[str, Any] = {
     "velora_config": None,
 }
 
-# Fields that may be set: they are read here, or concern how the adapter was found or trained and
-# not what it computes. Any other that is set, a future one too, says that W + scale a b is wrong.
+# Fields that may be set: they are read here, or they concern how the adapter was trained and not
+# what it computes. If any other field is set, also a future one, W + scale a b may be wrong.
 _ALLOWED = frozenset(
     {
         *("peft_type", "peft_version", "task_type", "inference_mode", "runtime_config"),
@@ -82,7 +82,7 @@ _ALLOWED = frozenset(
     }
 )
 
-# The initializations that leave the base weights as they are.
+# The initializations that do not change the base weights.
 _PLAIN_INITIALIZATIONS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
@@ -93,10 +93,16 @@ def make_config(
     use_rslora: bool,
     **fields: Any,
 ) -> dict[str, Any]:
-    """The configuration of an adapter with these ranks and scales, by transformers' module names.
+    """Returns the configuration of an adapter.
 
-    Each module is named in full: a shorter name could match more modules of the model than those
-    adapted. The commonest rank and alpha become the general ones, others go into the patterns.
+    Each module is named in full, because a shorter name could match further modules of the model.
+    The most common rank and alpha become the general ones; the patterns contain the others.
+
+    Args:
+      ranks: ranks by module names of transformers.
+      scales: scales by the same names.
+      use_rslora: whether the scale is ``lora_alpha / sqrt(r)``.
+      **fields: further fields.
 
     Example:
       >>> config = make_config({"h.0.up": 4, "h.1.up": 2}, {"h.0.up": 2.0, "h.1.up": 2.0},
@@ -109,7 +115,7 @@ def make_config(
         for module, rank in ranks.items()
     }
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
-    # PEFT takes the keys for expressions that may match after any dot; this one matches one module.
+    # PEFT reads the keys as regexes that may match after any dot. This one matches one module.
     exact = lambda module: "^" + re.escape(module)
     return _DEFAULTS | {
         "target_modules": sorted(ranks),
@@ -123,7 +129,7 @@ def make_config(
 
 
 def write_config(path: Path, config: Mapping[str, Any]) -> None:
-    """Writes it as PEFT does."""
+    """Writes a configuration in PEFT's format."""
     path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
@@ -132,20 +138,23 @@ def read_config(path: Path) -> dict[str, Any]:
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: no JSON, no LoRA, a field of a wrong type, or a feature that is not supported.
+      ValueError: the file is not JSON or not of LoRA, a field has a wrong type, or a feature is not
+        supported.
     """
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path} is missing: pass a folder as PEFT's save_pretrained writes it"
+            f"{path} is missing. Pass a folder that PEFT's save_pretrained has written"
         )
     try:
         config = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); save or fetch it again") from error
+        raise ValueError(f"{path}: not valid JSON ({error}). Save or download it again") from error
     if not isinstance(config, dict):
-        raise ValueError(f"{path}: a JSON object is expected, not a {type(config).__name__}")
+        raise ValueError(f"{path}: expected a JSON object, got a {type(config).__name__}")
     if config.get("peft_type") != "LORA":
-        raise ValueError(f"{path}: peft_type is {config.get('peft_type')!r}; only LORA is read")
+        raise ValueError(
+            f"{path}: peft_type is {config.get('peft_type')!r}; only LORA is supported"
+        )
     config = _DEFAULTS | config
     _refuse_unsupported(config, path)
     _check_types(config, path)
@@ -156,52 +165,52 @@ def _refuse_unsupported(config: Mapping[str, Any], path: Path) -> None:
     for field, value in config.items():
         if value and field not in _ALLOWED:
             raise ValueError(
-                f"{path}: {field} is set ({value!r}); with it the adapter is not scale * a @ b, "
-                "and it is not supported. Merge it in PEFT (merge_and_unload) instead"
+                f"{path}: {field} is set ({value!r}), which is not supported: the adapter may then "
+                "not be scale * a @ b. Merge it in PEFT (merge_and_unload) instead"
             )
     if config["bias"] != "none":
         raise ValueError(
-            f"{path}: bias is {config['bias']!r}; trained biases are not supported, only 'none'"
+            f"{path}: bias is {config['bias']!r}; only 'none' is supported, not trained biases"
         )
     if config["init_lora_weights"] not in _PLAIN_INITIALIZATIONS:
         raise ValueError(
             f"{path}: init_lora_weights is {config['init_lora_weights']!r}, which changed the base "
-            "weights; convert the adapter in PEFT with "
+            "weights. Convert the adapter in PEFT with "
             "save_pretrained(path_initial_model_for_weight_conversion=...)"
         )
 
 
 def _check_types(config: Mapping[str, Any], path: Path) -> None:
-    def check(field: str, good: bool, wanted: str) -> None:
-        if not good:
-            raise ValueError(f"{path}: {field} must be {wanted}, got {config[field]!r}")
+    def check(field: str, valid: bool, required: str) -> None:
+        if not valid:
+            raise ValueError(f"{path}: {field} must be {required}, got {config[field]!r}")
 
-    check("r", _is_rank(config["r"]), "a whole number from 1 on")
-    check("lora_alpha", _is_alpha(config["lora_alpha"]), "a finite number, not zero")
+    check("r", _is_rank(config["r"]), "an integer of at least 1")
+    check("lora_alpha", _is_alpha(config["lora_alpha"]), "a finite number other than zero")
     check("use_rslora", isinstance(config["use_rslora"], bool), "true or false")
-    for field, good in (("rank_pattern", _is_rank), ("alpha_pattern", _is_alpha)):
+    for field, is_valid in (("rank_pattern", _is_rank), ("alpha_pattern", _is_alpha)):
         pattern = config[field] or {}
         check(field, isinstance(pattern, dict), "an object")
         check(field, all(map(_is_regex, pattern)), "an object whose keys are regular expressions")
-        check(field, all(map(good, pattern.values())), "an object of fitting numbers")
+        check(field, all(map(is_valid, pattern.values())), "an object of valid numbers")
     saved = config["modules_to_save"] or []
     names = isinstance(saved, list) and all(isinstance(name, str) for name in saved)
     check("modules_to_save", names, "a list of names, or null")
 
 
 def rank_of(config: Mapping[str, Any], module: str) -> int:
-    """The rank that the configuration gives a module."""
+    """Returns the rank of a module."""
     return _matching(config["rank_pattern"], module, config["r"])
 
 
 def scale_of(config: Mapping[str, Any], module: str) -> float:
-    """The factor of ``a @ b`` that the configuration gives a module."""
+    """Returns the scale of a module."""
     alpha = _matching(config["alpha_pattern"], module, config["lora_alpha"])
     return alpha / _divisor(rank_of(config, module), use_rslora=config["use_rslora"])
 
 
 def _matching(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """The value of the first key, in the order of the file, that matches the end of the name."""
+    """Returns the value of the first key, in file order, that matches the end of the name."""
     entries = (pattern or {}).items()
     return next((v for key, v in entries if re.fullmatch(rf"(.*\.)?({key})", module)), default)
 
@@ -210,7 +219,7 @@ def _alpha(scale: float, rank: int, *, use_rslora: bool) -> int | float:
     divisor = _divisor(rank, use_rslora=use_rslora)
     alpha = scale * divisor
     whole = round(alpha)
-    # 16 / 6 * 6 and the like: the whole number is what the user had said.
+    # For example 16 / 6 * 6: the user had specified the integer.
     return whole if whole and math.isclose(whole / divisor, scale, rel_tol=1e-12) else alpha
 
 
@@ -224,7 +233,7 @@ def _is_rank(value: Any) -> bool:
 
 def _is_alpha(value: Any) -> bool:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and 0 < abs(value) <= sys.float_info.max  # a NaN compares as false
+    return number and 0 < abs(value) <= sys.float_info.max  # False for a NaN
 
 
 def _is_regex(value: str) -> bool:
@@ -236,7 +245,11 @@ def _is_regex(value: str) -> bool:
 
 
 def is_saved_in_full(tensor: str, modules_to_save: Sequence[str]) -> bool:
-    """Whether a tensor belongs to a module of that list, whose names may be ends of names.
+    """Returns whether a tensor is part of a module in the list.
+
+    Args:
+      tensor: the name of the tensor.
+      modules_to_save: names of modules, or ends of them.
 
     Example:
       >>> is_saved_in_full("classifier.dense.weight", ["classifier"])

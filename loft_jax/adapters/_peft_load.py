@@ -1,4 +1,4 @@
-"""Reading what Hugging Face PEFT has saved, without PyTorch, PEFT or unpickling."""
+"""Reads adapters that Hugging Face PEFT has saved, without PyTorch, PEFT or unpickling."""
 
 import dataclasses
 import os
@@ -18,24 +18,24 @@ PICKLE = "adapter_model.bin"
 PREFIX = "base_model.model."
 
 _UNSUPPORTED_KEYS = (
-    ("lora_embedding_", "an adapter of an embedding, which is not supported"),
-    ("lora_magnitude_vector", "DoRA, which is not supported: merge it in PEFT instead"),
-    ("lora_B.bias", "a bias in the adapter (lora_bias), which is not supported"),
+    ("lora_embedding_", "adapters on an embedding are not supported"),
+    ("lora_magnitude_vector", "DoRA is not supported; merge it in PEFT instead"),
+    ("lora_B.bias", "a bias in the adapter (lora_bias) is not supported"),
     (
         "embed",
-        "no factor, and of none of modules_to_save; PEFT's save_pretrained writes embeddings "
-        "unless it is told save_embedding_layers=False",
+        "neither a factor nor part of modules_to_save. PEFT's save_pretrained writes embeddings "
+        "unless it gets save_embedding_layers=False",
     ),
 )
 
 
 class PeftFactors(NamedTuple):
-    """One adapter: it adds ``scale * a @ b`` to a kernel (in, out).
+    """One adapter, which adds ``scale * a @ b`` to a kernel (in, out).
 
     Attributes:
-      a: (in, r); of a two-dimensional convolution (height, width, in, r).
+      a: (in, r), or (height, width, in, r) for a two-dimensional convolution.
       b: (r, out).
-      scale: PEFT's ``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` of rsLoRA.
+      scale: ``lora_alpha / r`` in PEFT, or ``lora_alpha / sqrt(r)`` with rsLoRA.
     """
 
     a: np.ndarray
@@ -45,11 +45,11 @@ class PeftFactors(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PeftAdapter:
-    """An adapter as PEFT keeps it.
+    """The adapter in a folder of PEFT.
 
     Attributes:
       path: the folder.
-      config: adapter_config.json, with PEFT's defaults where it says nothing.
+      config: adapter_config.json, with PEFT's defaults for missing fields.
       factors: `PeftFactors` by the name of the module in transformers, in the file's dtype.
       saved: the tensors of PEFT's modules_to_save, by name and in the layout of transformers.
     """
@@ -60,34 +60,39 @@ class PeftAdapter:
     saved: Mapping[str, np.ndarray]
 
     def scale_of(self, module: str) -> float:
-        """The factor of ``a @ b`` of a module, by its name or the end of it.
+        """Returns the scale of a module's adapter.
+
+        Args:
+          module: the name of the module in transformers, or the end of it such as ``q_proj``.
 
         Raises:
-          KeyError: no such module, or several that have different scales.
+          KeyError: there is no such module, or there are several with different scales.
         """
         ends = [f for name, f in self.factors.items() if f".{name}".endswith(f".{module}")]
         scales = {factors.scale for factors in ends}
         if len(scales) != 1:
-            found = f"scales {sorted(scales)}" if scales else "no adapter"
-            raise KeyError(f"{self.path}: {found} for {module!r} among {few(self.factors)}")
+            found = f"different scales {sorted(scales)}" if scales else "no adapter"
+            raise KeyError(
+                f"{self.path}: {found} for {module!r}. The modules are {few(self.factors)}"
+            )
         return scales.pop()
 
 
 def load_peft(path: str | os.PathLike[str]) -> PeftAdapter:
-    """Reads an adapter that PEFT, or `save_peft`, has written. Nothing is unpickled.
+    """Reads an adapter written by PEFT or by `save_peft`. Nothing is unpickled.
 
     Args:
       path: the folder with adapter_config.json and adapter_model.safetensors.
 
     Returns:
-      A `PeftAdapter`; `fill` puts it into a tree.
+      A `PeftAdapter`. Use `fill` to put it into a tree.
 
     Raises:
       FileNotFoundError: one of the files is missing.
-      ValueError: a damaged file, pickled weights, an adapter that is no plain LoRA of linear
-        layers and convolutions, a factor without its partner or of another rank than the
-        configuration's, an unknown tensor, a NaN or an infinity. The message names file, key and
-        remedy.
+      ValueError: a file is damaged, the weights are pickled, the adapter is not plain LoRA on
+        linear layers and convolutions, a factor has no partner or another rank than in the
+        configuration, a tensor is unknown, or a value is NaN or infinite. The message names the
+        file and the key and says what to do.
       ImportError: safetensors is not installed.
 
     Example:
@@ -106,45 +111,45 @@ def load_peft(path: str | os.PathLike[str]) -> PeftAdapter:
     if not weights.is_file():
         if (folder / PICKLE).exists():
             raise ValueError(
-                f"{folder / PICKLE} is a pickle, which can run any code and is not read: convert "
+                f"{folder / PICKLE} is a pickle, which can run any code and is not read. Convert "
                 "it in PEFT with save_pretrained(..., safe_serialization=True)"
             )
         raise FileNotFoundError(
-            f"{weights} is missing: pass a folder as PEFT's save_pretrained writes it"
+            f"{weights} is missing. Pass a folder that PEFT's save_pretrained has written"
         )
     config = read_config(folder / CONFIG)
-    sides: dict[str, dict[str, np.ndarray]] = {}
+    tensors: dict[str, dict[str, np.ndarray]] = {}
     saved: dict[str, np.ndarray] = {}
     for key, tensor in read_tensors(weights).items():
         if not key.startswith(PREFIX):
-            raise ValueError(f"{weights}: {key}: a key of PEFT starts with {PREFIX}")
+            raise ValueError(f"{weights}: {key}: a key of PEFT must start with {PREFIX}")
         name = key.removeprefix(PREFIX)
         if match := re.fullmatch(r"(.+)\.lora_([AB])\.weight", name):
-            sides.setdefault(match[1], {})[match[2]] = tensor
+            tensors.setdefault(match[1], {})[match[2]] = tensor
         elif is_saved_in_full(name, config["modules_to_save"] or ()):
             saved[name] = tensor
         else:
             raise ValueError(f"{weights}: {key}: {_why_unknown(key)}")
-    if not sides:
-        raise ValueError(f"{weights}: there is no lora_A and lora_B in it")
+    if not tensors:
+        raise ValueError(f"{weights}: the file contains no lora_A and lora_B")
     factors = {
-        module: _read_factors(module, sides[module], config, weights)
-        for module in sorted(sides, key=_natural)
+        module: _read_factors(module, tensors[module], config, weights)
+        for module in sorted(tensors, key=_natural)
     }
     return PeftAdapter(folder, config, factors, saved)
 
 
 def _read_factors(
-    module: str, sides: Mapping[str, np.ndarray], config: Mapping[str, Any], path: Path
+    module: str, tensors: Mapping[str, np.ndarray], config: Mapping[str, Any], path: Path
 ) -> PeftFactors:
-    """The factors of one module in Flax's orientation, checked against the configuration."""
+    """Returns the factors of one module in Flax's layout, checked against the configuration."""
     key = f"{PREFIX}{module}.lora_"
-    if missing := {"A", "B"} - sides.keys():
+    if missing := {"A", "B"} - tensors.keys():
         raise ValueError(
-            f"{path}: {key}{missing.pop()}.weight is missing, the other factor is there; the file "
-            "is incomplete, save or fetch it again"
+            f"{path}: {key}{missing.pop()}.weight is missing, while the other factor is present. "
+            "The file is incomplete; save or download it again"
         )
-    a, b = sides["A"], sides["B"]
+    a, b = tensors["A"], tensors["B"]
     shapes = f"lora_A {a.shape}, lora_B {b.shape}"
     if a.ndim == b.ndim == 4 and b.shape[2:] == (1, 1):
         a, b = a.transpose(2, 3, 1, 0), b[:, :, 0, 0].T
@@ -152,29 +157,29 @@ def _read_factors(
         a, b = a.T, b.T
     else:
         raise ValueError(
-            f"{path}: {key}A.weight: {shapes}; only linear layers (r, in), (out, r) and "
+            f"{path}: {key}A.weight: {shapes}. Only linear layers (r, in), (out, r) and "
             "two-dimensional convolutions (r, in, height, width), (out, r, 1, 1) are supported"
         )
     rank = rank_of(config, module)
     if (a.shape[-1], b.shape[0]) != (rank, rank):
         raise ValueError(
             f"{path}: {key}A.weight: {shapes}, but r and rank_pattern in {CONFIG} give this module "
-            f"rank {rank}; the two files do not belong together"
+            f"rank {rank}. The two files do not belong together"
         )
     return PeftFactors(a, b, scale_of(config, module))
 
 
 def _why_unknown(key: str) -> str:
     why = (reason for part, reason in _UNSUPPORTED_KEYS if part in key)
-    return next(why, f"neither lora_A nor lora_B, and of no module of modules_to_save in {CONFIG}")
+    return next(why, f"neither lora_A nor lora_B, nor part of modules_to_save in {CONFIG}")
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    """Sorts layer 10 after layer 9."""
+    """A sort key that puts layer 10 after layer 9."""
     return [(int(key), "") if key.isdecimal() else (-1, key) for key in name.split(".")]
 
 
 def few(names: Iterable[str]) -> str:
-    """The first names of many, for a message."""
+    """Returns the first names of many, for a message."""
     names = list(names)
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

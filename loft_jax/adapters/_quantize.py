@@ -1,6 +1,6 @@
-"""A frozen base in 4 or 8 bits with the adapters beside it: QLoRA's storage, for LoFT.
+"""Quantizes the frozen base to 4 or 8 bits, as in QLoRA.
 
-The number formats are qwix's. Its own wrapping of models is not needed for them.
+The number formats are those of qwix. Its provider is not needed.
 """
 
 import re
@@ -8,39 +8,41 @@ from typing import Any
 
 from flax import nnx
 
-from loft_jax.adapters._nnx import LoraLayer
+from loft_jax.adapters._nnx import LoraLayer, Model
 from loft_jax.adapters._nnx_layers import PLAIN, QType, QuantizedLayer, check_own_call, stacked_axes
 from loft_jax.adapters._qwix import import_qwix
 
 
 def quantize(
-    model: Any,
+    model: Model,
     path: str = ".*",
     *,
     qtype: QType = "nf4",
     tile_size: int = 64,
     batch: tuple[int, ...] | None = None,
-) -> Any:
-    """Puts the kernels of a model's layers into 4 or 8 bits, to be frozen.
+) -> Model:
+    """Quantizes the kernels of a model's layers to 4 or 8 bits. They are then frozen.
 
-    Quantized are the layers that `add_lora` adapts. The adapters' factors, biases, norms and
-    embeddings stay as they are, and so do the optimizer and its state.
+    It quantizes the layers that `add_lora` can adapt. Factors, biases, norms and embeddings keep
+    their dtypes, and the optimizer and its state do not change.
 
     Args:
-      model: an nnx module, with adapters of `add_lora` or without. It is left as it is.
-      path: a regular expression that a layer's whole path matches.
+      model: an nnx module, before or after `add_lora`. It is not modified.
+      path: a regular expression that matches a layer's whole path.
       qtype: "nf4" (4-bit NormalFloat, Dettmers et al. 2023), "int4" or "int8".
-      tile_size: so many numbers along the last input axis share a scale, which has the kernel's
-        dtype. Memory per number: half a byte (one for int8), and the scale's over the tile size.
-      batch: axes of the kernels that enumerate stacked layers, where shapes leave them in doubt.
+      tile_size: how many numbers along the last input axis share a scale, which has the kernel's
+        dtype. A number takes half a byte (one byte for int8) plus the scale's bytes divided by
+        the tile size.
+      batch: axes of the kernels that enumerate stacked layers; None reads them from the shapes.
 
     Returns:
-      The model with a `QuantizedLayer` for each layer that matches. Checkpoints need not hold its
-      kernels, and Orbax cannot store NF4's uint4: quantize the pretrained weights anew.
+      The model with a `QuantizedLayer` in place of each matching layer. Leave its kernels out of
+      checkpoints and quantize the pretrained weights again on restart: Orbax cannot store the
+      uint4 of NF4.
 
     Raises:
-      ValueError: no layer matches, one is quantized already, or tiles do not fill its axis. The
-        message names the layer.
+      ValueError: no layer matches, a layer is already quantized, or the tile size does not divide
+        the last input axis. The message names the layer.
       ImportError: qwix is not installed.
 
     Example:
@@ -48,30 +50,33 @@ def quantize(
       >>> model.kernel.get_value().qvalue.dtype, model.kernel.get_value().scale.shape
       (dtype('int8'), (2, 4))
     """
-    import_qwix()  # here and not at the first layer, to say what is missing
+    import_qwix()  # raises before any work is done
     seen: list[str] = []
     matched = 0
-    adapted = {place for place, node in nnx.iter_modules(model) if isinstance(node, LoraLayer)}
+    adapted = {keys for keys, node in nnx.iter_modules(model) if isinstance(node, LoraLayer)}
 
-    def replace(place: tuple[Any, ...], node: Any) -> Any:
+    def replace(keys: tuple[Any, ...], node: Any) -> Any:
         nonlocal matched
         if not isinstance(node, (*PLAIN, QuantizedLayer)):
             return node
-        # The layer beside an adapter goes by the path that it had without.
-        name = "/".join(map(str, place[:-1] if place[:-1] in adapted else place))
+        # A layer with an adapter keeps the path that it had without one.
+        name = "/".join(map(str, keys[:-1] if keys[:-1] in adapted else keys))
         seen.append(name)
         if not re.fullmatch(path, name):
             return node
         matched += 1
         try:
             if isinstance(node, QuantizedLayer):
-                raise ValueError("the layer is quantized already")
+                raise ValueError("the layer is already quantized")
             check_own_call(node)
             return QuantizedLayer(node, stacked_axes(node, batch), qtype, tile_size)
         except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+            raise ValueError(f"{name or 'the model'}: {error}") from error
 
     result = nnx.recursive_map(replace, model)
     if not matched:
-        raise ValueError(f"no layer matches {path!r}; there are: {', '.join(seen[:12]) or 'none'}")
+        raise ValueError(
+            f"no layer matches {path!r}. The layers that can be quantized: "
+            f"{', '.join(seen[:12]) or 'none'}"
+        )
     return result

@@ -1,45 +1,51 @@
-"""The rules for adapters, in the words of qwix, which wraps models of nnx and of linen."""
+"""Converts rules to those of qwix, which adds adapters to nnx and linen models."""
 
 import importlib
 from typing import Any
 
-from loft_jax.adapters._rule import Rules, as_rules
+from loft_jax.adapters._rule import Rules, as_rules, path_of_a
+from loft_jax.pairs.declared import declare_batch, declare_scale
 
 
 def qwix_provider(rules: Rules, **quantization: Any) -> Any:
-    """A provider with which `qwix.apply_lora_to_model` puts these adapters into a model.
+    """Returns a provider with which `qwix.apply_lora_to_model` adds these adapters to a model.
 
-    qwix reaches products that lie in no layer (`jnp.einsum` with a parameter); `add_lora` and
-    `LoraModel` reach what qwix does not: Explicit meshes, scanned layers, einsums in linen's
-    compact methods, and factors of each expert's own (in qwix all experts share ``b``).
+    qwix also adapts products outside of layers (`jnp.einsum` with a parameter). It does not support
+    Explicit meshes, scanned nnx layers or einsums in compact methods of linen, and with qwix all
+    experts share ``b``. For these, use `add_lora` or `LoraModel`.
 
     Args:
-      rules: as for `add_lora`. qwix makes the factors in the dtype of the weight.
-      **quantization: of the frozen weights, for all rules: ``weight_qtype="nf4"``,
+      rules: as in `add_lora`. qwix creates the factors in the dtype of the weight.
+      **quantization: how to quantize the frozen weights, for all rules: ``weight_qtype="nf4"``,
         ``tile_size=64``, as in `qwix.LoraRule`.
 
     Returns:
-      A `qwix.LoraProvider`. Tell the optimizer of the same rules by `lora_pairs`.
+      A `qwix.LoraProvider`. Pass the same rules to the optimizer, as ``pairs=rules``.
 
     Raises:
-      ValueError: a rule with dropout, which qwix would not switch off in evaluation.
+      ValueError: a rule has dropout, which qwix would not turn off in evaluation.
       ImportError: qwix is not installed.
 
     Example:
       >>> from loft_jax.adapters import LoraRule
-      >>> provider = qwix_provider(LoraRule(path="layers/.*", rank=8, alpha=16))
+      >>> provider = qwix_provider(LoraRule(path=["q_proj", "v_proj"], rank=8, alpha=16))
     """
     qwix = import_qwix()
     rules = as_rules(rules)
     if any(rule.dropout for rule in rules):
         raise ValueError(
-            "qwix drops the adapters' inputs in evaluation too: set dropout=0, or use add_lora "
-            "(nnx) or LoraModel (linen)"
+            "qwix does not turn off the dropout of adapters in evaluation. Set dropout=0, or use "
+            "add_lora (nnx) or LoraModel (linen)"
         )
+    for rule in reversed(rules):  # the last declaration counts, in qwix the first rule
+        path = path_of_a(rule, name=r"\w+_lora_a")
+        declare_scale(path, rule.scale)
+        if rule.batch is not None:
+            declare_batch(path, rule.batch)
     return qwix.LoraProvider(
         [
             qwix.LoraRule(
-                module_path=rule.path,
+                module_path=rule.regex,
                 rank=rule.rank,
                 alpha=rule.scale * rule.rank,  # qwix scales by alpha / rank
                 lora_a_initializer=rule.init_a,
@@ -52,12 +58,12 @@ def qwix_provider(rules: Rules, **quantization: Any) -> Any:
 
 
 def import_qwix() -> Any:
-    """The module.
+    """Returns the module `qwix`.
 
     Raises:
-      ImportError: it is not installed; the message names the extra.
+      ImportError: qwix is not installed. The message names the extra.
     """
     try:
         return importlib.import_module("qwix")
     except ImportError as error:
-        raise ImportError('this needs qwix: pip install "loft_jax[qwix]"') from error
+        raise ImportError('qwix is not installed: pip install "loft_jax[qwix]"') from error

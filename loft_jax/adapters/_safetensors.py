@@ -1,11 +1,13 @@
-"""Tensors on disk: read with checks, written whole or not at all.
+"""Reads and writes files of tensors: reading checks them, writing is all or nothing.
 
-Nothing here unpickles. The format is https://huggingface.co/docs/safetensors.
+Nothing is unpickled. The format is https://huggingface.co/docs/safetensors.
 """
 
 import contextlib
 import os
-import tempfile
+import shutil
+import stat
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +20,7 @@ import numpy as np
 from loft_jax.adapters._families import Family, as_family
 from loft_jax.pairs.find import path_string
 from loft_jax.pairs.names import is_factor
+from loft_jax.pairs.spec import as_pairs
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -27,30 +30,34 @@ DTYPES = {
 }
 
 
-def save_merged(path: str | os.PathLike[str], weights: Any, *, family: Family | str) -> Path:
-    """Writes a whole model's weights, adapters merged, for transformers' `from_pretrained`.
+def save_merged(
+    path: str | os.PathLike[str], weights: Any, *, family: Family | str, pairs: Any = None
+) -> Path:
+    """Writes the merged weights of a whole model, for `from_pretrained` of transformers.
 
-    Puts ``model.safetensors`` into a folder; the ``config.json`` (and the tokenizer) of the base
-    model belong beside it. An output head that is tied to the embedding has no tensor of its own.
+    It writes ``model.safetensors``. Copy the ``config.json`` and the tokenizer of the base model
+    into the same folder. An output head tied to the embedding has no tensor of its own.
 
     Args:
-      path: the folder; it is made where there is none. What else it holds stays.
+      path: the folder, which is created if necessary. Other files in it are kept.
       weights: a pytree of floating-point arrays, as `merge` returns it or
-        ``nnx.state(remove_lora(model, merge=True), nnx.Param)``. Kernels are (in, out), of a
-        convolution (height, width, in, out), and are transposed as transformers has them;
-        embeddings, biases and scales stay. Stacked layers are stacked on axis 0.
-      family: the names, as in `save_peft`.
+        ``nnx.state(remove_lora(model, merge=True), nnx.Param)``. Kernels must be (in, out), or
+        (height, width, in, out) for a convolution; they are transposed to the layout of
+        transformers. Embeddings, biases and scales keep theirs. Stacked layers are on axis 0.
+      family: the names of the modules, as in `save_peft`.
+      pairs: the names of the factors, as in the optimizers. Leaves with such a name are refused.
 
     Returns:
       The folder.
 
     Raises:
-      ValueError: a path that the family does not know, a kernel of another layout, factors of an
-        adapter, a NaN or an infinity, or a dtype that is none of float64, float32, float16 and
-        bfloat16. The message names the path.
+      ValueError: the family has no such module, a kernel has another layout, a leaf is a factor of
+        an adapter, or a value is NaN, infinite or of a dtype other than float64, float32, float16
+        and bfloat16. The message names the path.
       ImportError: safetensors is not installed.
 
     Example:
+      >>> import tempfile
       >>> weights = {"lm_head": {"kernel": np.ones((4, 6), np.float32)}}
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     file = save_merged(folder, weights, family="llama") / "model.safetensors"
@@ -61,24 +68,24 @@ def save_merged(path: str | os.PathLike[str], weights: Any, *, family: Family | 
     flat = {
         path_string(keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(weights)[0]
     }
-    _refuse_factors(tuple(flat))
+    _refuse_factors(tuple(flat), as_pairs(pairs).rules)
     tensors: dict[str, np.ndarray] = {}
-    for place, leaf in flat.items():
-        for name, value in family.to_hf(place, np.asarray(leaf)).items():
-            if name in tensors:
-                raise ValueError(f"{place}: a second parameter for {name}")
-            tensors[name] = value
+    for name, leaf in flat.items():
+        for hf_name, value in family.to_hf(name, np.asarray(leaf)).items():
+            if hf_name in tensors:
+                raise ValueError(f"{name}: another parameter is also written as {hf_name}")
+            tensors[hf_name] = value
     with replacing(Path(path)) as temporary:
         write_tensors(temporary / "model.safetensors", tensors)
     return Path(path)
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a file, by name; bfloat16 by ml_dtypes.
+    """Returns the tensors of a file, by name; bfloat16 is that of ml_dtypes.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it is truncated or garbled, or holds a dtype that is no common float.
+      ValueError: the file is truncated or damaged, or a tensor is not of one of `DTYPES`.
       ImportError: safetensors is not installed.
     """
     safetensors = _import_safetensors()
@@ -86,14 +93,15 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
         entries = safetensors.deserialize(path.read_bytes())
     except safetensors.SafetensorError as error:
         raise ValueError(
-            f"{path}: not a whole safetensors file ({error}); it is truncated or damaged, fetch "
-            "or save it again"
+            f"{path}: not a complete safetensors file ({error}). It is truncated or damaged; "
+            "download or save it again"
         ) from error
     tensors = {}
     for name, entry in entries:
         if entry["dtype"] not in DTYPES:
             raise ValueError(
-                f"{path}: {name} has dtype {entry['dtype']}; adapters are {', '.join(DTYPES)}"
+                f"{path}: {name} has dtype {entry['dtype']}, which must be one of "
+                f"{', '.join(DTYPES)}"
             )
         flat = np.frombuffer(entry["data"], DTYPES[entry["dtype"]])
         tensors[name] = flat.reshape(entry["shape"])
@@ -102,10 +110,10 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes tensors as PyTorch's libraries do.
+    """Writes tensors in the form that PyTorch's libraries read, with the modes of the umask.
 
     Raises:
-      ValueError: a NaN, an infinity, or a dtype that is no common float.
+      ValueError: a value is NaN or infinite, or a tensor is not of one of `DTYPES`.
       ImportError: safetensors is not installed.
     """
     _import_safetensors()
@@ -113,38 +121,73 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
 
     if odd := [name for name, value in tensors.items() if value.dtype not in DTYPES.values()]:
         raise ValueError(
-            f"{odd[0]} has dtype {tensors[odd[0]].dtype}; cast it to one of "
+            f"{odd[0]} has dtype {tensors[odd[0]].dtype}. Cast it to one of "
             f"{', '.join(map(str, DTYPES.values()))}"
         )
-    check_finite(tensors, "the tensors to be saved")
-    # safetensors writes the memory as it lies, strides or not.
+    check_finite(tensors, "the tensors to save")
+    # safetensors writes the memory of an array and ignores its strides.
     contiguous = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
-    save_file(contiguous, path, metadata={"format": "pt"})  # transformers refuses a file without
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    save_file(contiguous, path, metadata={"format": "pt"})  # transformers requires this entry
+    path.chmod(mode)  # safetensors gives its files mode 600
 
 
 def check_finite(tensors: Mapping[str, np.ndarray], where: str) -> None:
-    """Raises ValueError where a tensor holds a NaN or an infinity."""
+    """Checks that no tensor contains a NaN or an infinity.
+
+    Raises:
+      ValueError: a tensor does. The message names it.
+    """
     for name, value in tensors.items():
         if not np.isfinite(value).all():
-            raise ValueError(f"{where}: {name} holds a NaN or an infinity; the training diverged")
+            raise ValueError(f"{where}: {name} contains a NaN or an infinity; training diverged")
 
 
 @contextlib.contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
-    """A temporary folder, whose files move into `folder` if and only if all went well."""
-    folder.mkdir(parents=True, exist_ok=True)
-    # Within the folder, because a rename does not cross file systems.
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:
-        yield Path(temporary)
-        for file in sorted(Path(temporary).iterdir()):
-            os.replace(file, folder / file.name)
+    """A temporary folder whose files appear in `folder` together, if there was no exception.
+
+    A new folder appears by one rename. In an existing folder the old files of the same names move
+    out before the new ones move in, and move back if that fails. So at no time is an old file next
+    to a new one.
+    """
+    exists = folder.exists()
+    parent = folder if exists else folder.parent
+    parent.mkdir(parents=True, exist_ok=True)
+    temporary = parent / f".saving-{uuid.uuid4().hex}"  # on the same file system
+    temporary.mkdir()  # with the mode of the umask, unlike tempfile.mkdtemp
+    try:
+        yield temporary
+        if exists:
+            _replace_files(temporary, folder)
+        else:
+            os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _refuse_factors(paths: Sequence[str]) -> None:
+def _replace_files(new: Path, folder: Path) -> None:
+    names = sorted(file.name for file in new.iterdir())
+    old = new / "old"
+    old.mkdir()
+    try:
+        for name in names:
+            if (folder / name).exists():
+                os.replace(folder / name, old / name)
+        for name in names:
+            os.replace(new / name, folder / name)
+    except BaseException:
+        for file in old.iterdir():
+            file.rename(folder / file.name)
+        raise
+
+
+def _refuse_factors(paths: Sequence[str], rules: Sequence[tuple[str, str]]) -> None:
     for path in paths:
-        if is_factor(path):
+        if is_factor(path, rules):
             raise ValueError(
-                f"{path} is a factor of an adapter: merge the adapters first, with "
+                f"{path} is a factor of an adapter. Merge the adapters first, with "
                 "loft_jax.adapters.merge or remove_lora(model, merge=True)"
             )
 
@@ -153,7 +196,5 @@ def _import_safetensors() -> ModuleType:
     try:
         import safetensors
     except ImportError as error:
-        raise ImportError(
-            'exchange with PEFT needs safetensors: pip install "loft_jax[peft]"'
-        ) from error
+        raise ImportError('safetensors is not installed: pip install "loft_jax[peft]"') from error
     return safetensors

@@ -1,7 +1,7 @@
-"""Parameter trees with adapters in them: split, joined, merged.
+"""Splits, joins and merges parameter trees that contain adapters.
 
-Pure functions of trees of arrays, whatever framework made them and whatever the adapters are
-called in it.
+These are pure functions of trees of arrays. They work for any framework and for any names of the
+factors.
 """
 
 import dataclasses
@@ -20,20 +20,22 @@ from loft_jax.pairs.spec import as_pairs
 
 
 def split(params: Any, pairs: Any = None) -> tuple[dict, dict]:
-    """Splits nested dicts of parameters into the adapter, to be trained, and the frozen base.
+    """Splits nested dicts of parameters into the trained adapter and the frozen base.
 
-    For nnx models there is `nnx.split(model, nnx.LoRAParam, ...)`.
+    For nnx models use `nnx.split(model, nnx.LoRAParam, ...)`.
 
     Args:
-      params: nested mappings (linen's variables, of `LoraModel` or qwix or any other); leaves of
-        any kind, a quantized base among them.
-      pairs: the names of the factors, as in the optimizers.
+      params: nested mappings, such as the variables of a linen model. The leaves may be of any
+        type, including those of a quantized base.
+      pairs: the names of the factors; a `LoraPairs`, a `LoraRule` or a sequence of these, as in
+        the optimizers.
 
     Returns:
-      ``adapter, base``: nested dicts with the leaves that each has, without empty branches.
+      ``adapter, base``: nested dicts of the leaves of each, without empty branches.
 
     Raises:
-      ValueError: no factor, or one without its partner.
+      ValueError: there is no factor, or one without its partner.
+      TypeError: `params` is not a mapping.
 
     Example:
       >>> split({"q": {"kernel": 1.0, "lora_a": 2.0, "lora_b": 3.0}, "bias": 4.0})
@@ -49,10 +51,18 @@ def split(params: Any, pairs: Any = None) -> tuple[dict, dict]:
 
 
 def join(adapter: Any, base: Any) -> dict:
-    """The parameters of which `split` made two; inverse of it.
+    """Joins an adapter and a base into one tree; the inverse of `split`.
+
+    Args:
+      adapter: nested mappings of the factors.
+      base: nested mappings of all other parameters.
+
+    Returns:
+      Nested dicts of the leaves of both.
 
     Raises:
-      ValueError: a parameter that is in both.
+      ValueError: both trees have the same parameter.
+      TypeError: a tree is not a mapping.
 
     Example:
       >>> join({"q": {"lora_a": 2.0}}, {"q": {"kernel": 1.0}})
@@ -61,7 +71,7 @@ def join(adapter: Any, base: Any) -> dict:
     first, second = _flatten(base), _flatten(adapter)
     if both := first.keys() & second.keys():
         path = "/".join(map(str, min(both, key=str)))
-        raise ValueError(f"{path} is in the adapter and in the base")
+        raise ValueError(f"{path} is in both the adapter and the base")
     return _unflatten(first | second)
 
 
@@ -76,27 +86,30 @@ def merge(
     """Adds each adapter's product to its base weight: ``W + scale * a @ b``.
 
     Args:
-      base: a pytree that holds the base weights. What else it holds (factors too) stays.
-      adapter: a pytree that holds the factors. It may be the same tree as `base`.
-      pairs: names, axes and scale of the factors, as in the optimizers. The scale matters here.
-      weights: ``(regex of the path of a, path of its weight)`` for names that are none of those
-        of Flax, qwix, gemma.peft, MaxText or Keras; the path may refer to the regex's groups.
-      transpose: ``(regex of the path of a, permutation)``, which takes the axes of the product,
-        (*batch, *rows of a, *rows of b), to those of the weight: where the shapes leave a doubt,
-        and for einsum kernels with an output before inputs of its size, or a batch axis that is
-        not first (a weight with one output axis is read as (*batch, *inputs, output)).
+      base: a pytree that contains the base weights. Its other leaves, also factors, are kept.
+      adapter: a pytree that contains the factors. It may be the same tree as `base`.
+      pairs: names, axes and scale of the factors, as in the optimizers: a `LoraPairs`, or the
+        `LoraRule` with which the model was adapted. The scale changes the result.
+      weights: ``(regex of the path of a, path of its weight)`` entries, for names other than those
+        of Flax, qwix, gemma.peft, MaxText and Keras. The path may refer to groups of the regex.
+      transpose: ``(regex of the path of a, permutation)`` entries. The permutation takes the axes
+        of the product, (*batch, *rows of a, *rows of b), to those of the weight. Use it if an
+        error asks for it, and for einsum kernels with an output axis before input axes of the same
+        size or with a batch axis that is not first. By default a weight with one output axis is
+        read as (*batch, *inputs, output).
 
     Returns:
-      `base` with the merged weights, each in its own dtype (the sum is formed in float32 or
-      wider). Merged weights in float32 differ from unmerged ones by their rounding, about 1e-7 of
-      the weight; in bfloat16 an adapter can be smaller than the rounding.
+      `base` with merged weights, each in its own dtype; sums are computed in float32 or wider. In
+      float32, merging rounds the model's weights by about 1e-7 relative. In bfloat16, an adapter
+      can be smaller than the rounding.
 
     Raises:
-      ValueError: a factor without its partner or without a floating-point weight (a quantized
-        one is not merged into), or shapes that do not fit or fit in more than one way. The
-        message names the path and the remedy.
+      ValueError: a factor has no partner or no floating-point weight (a quantized weight cannot be
+        merged into), or the shapes fit in no way or in several. The message names the path and
+        says what to do.
 
     Example:
+      >>> from loft_jax import LoraPairs
       >>> params = {"q": {"kernel": jnp.zeros((3, 2)), "lora_a": jnp.ones((3, 1)),
       ...                 "lora_b": jnp.ones((1, 2))}}
       >>> adapter, base = split(params)
@@ -114,11 +127,21 @@ def unmerge(
     weights: Sequence[tuple[str, str]] = (),
     transpose: Sequence[tuple[str, Sequence[int]]] = (),
 ) -> Any:
-    """Takes each adapter's product out of its base weight again: ``W - scale * a @ b``.
+    """Subtracts each adapter's product from its base weight: ``W - scale * a @ b``.
 
-    Arguments, result and errors are those of `merge`, whose inverse it is up to rounding.
+    It is the inverse of `merge` up to rounding.
+
+    Args:
+      base, adapter, pairs, weights, transpose: as in `merge`.
+
+    Returns:
+      `base` with the unmerged weights.
+
+    Raises:
+      ValueError: as `merge`.
 
     Example:
+      >>> from loft_jax import LoraPairs
       >>> base = {"q": {"kernel": jnp.full((3, 2), 2.0)}}
       >>> adapter = {"q": {"lora_a": jnp.ones((3, 1)), "lora_b": jnp.ones((1, 2))}}
       >>> unmerge(base, adapter, LoraPairs(scale=2.0))["q"]["kernel"].tolist()
@@ -127,22 +150,29 @@ def unmerge(
     return _add_products(base, adapter, pairs, weights, transpose, sign=-1)
 
 
-def _add_products(base, adapter, pairs, weights, transpose, sign: int) -> Any:
-    # `adapter` may hold the weights too.
+def _add_products(
+    base: Any,
+    adapter: Any,
+    pairs: Any,
+    weights: Sequence[tuple[str, str]],
+    transpose: Sequence[tuple[str, Sequence[int]]],
+    sign: int,
+) -> Any:
+    # `adapter` may contain the weights too.
     tree = find_pairs(adapter, dataclasses.replace(as_pairs(pairs), train_weights=True))
     with_paths, treedef = jax.tree_util.tree_flatten_with_path(base)
     leaves = [leaf for _, leaf in with_paths]
     position = {path_string(path): k for k, (path, _) in enumerate(with_paths)}
     for pair in tree.pairs:
         path = tree.paths[pair.a]
-        told = [match.expand(to) for regex, to in weights if (match := re.fullmatch(regex, path))]
-        candidates = told or weight_paths(path)
+        given = [match.expand(to) for regex, to in weights if (match := re.fullmatch(regex, path))]
+        candidates = given or weight_paths(path)
         k = next((position[name] for name in candidates if name in position), None)
         if k is None or not jnp.issubdtype(leaves[k].dtype, jnp.floating):
             raise ValueError(
                 f"{path}: there is no floating-point weight at {' or '.join(candidates) or path}. "
-                "Name it with weights=((regex of a, path),); a quantized weight is not merged "
-                "into: keep the adapter beside it"
+                "Specify it with weights=((regex of a, path),). A quantized weight cannot be "
+                "merged into; keep its adapter separate"
             )
         weight = leaves[k]
         order = next((to for regex, to in transpose if re.fullmatch(regex, path)), None)
@@ -154,11 +184,11 @@ def _add_products(base, adapter, pairs, weights, transpose, sign: int) -> Any:
 
 
 def _product(pair: Pair, a: jax.Array, b: jax.Array) -> jax.Array:
-    """``a b`` with the axes (*batch, *rows of a, *rows of b)."""
+    """Returns ``a b`` with the axes (*batch, *rows of a, *rows of b)."""
     rows_a = [a.shape[axis] for axis in pair.layout_a.rows]
     rows_b = [b.shape[axis] for axis in pair.layout_b.rows]
-    tall_a, tall_b = pair.layout_a.matricize(a), pair.layout_b.matricize(b)
-    product = jnp.einsum("...mr,...nr->...mn", tall_a, tall_b, precision="highest")
+    a, b = pair.layout_a.matricize(a), pair.layout_b.matricize(b)
+    product = jnp.einsum("...mr,...nr->...mn", a, b, precision="highest")
     return product.reshape(*pair.batch, *rows_a, *rows_b)
 
 
@@ -169,44 +199,44 @@ def _arrange(
     order: Sequence[int] | None,
     path: str,
 ) -> jax.Array:
-    """The product with the axes of the weight.
+    """Returns the product with the axes of the weight.
 
-    Flax's kernels have their inputs before their one output, so that order counts where it fits.
-    Einsum kernels may have several outputs and interleave the two, which the shapes tell unless
-    sizes are equal. Batch axes are where the factors have them.
+    Flax's kernels have their inputs before their one output, so this order is used if it fits.
+    Einsum kernels may have several outputs and interleave them with inputs. The shapes determine
+    the order unless sizes are equal. Batch axes have the same positions as in the factors.
     """
     if order is not None:
         fits = [tuple(order)]
     else:
         batch, rows_a = len(pair.batch), len(pair.layout_a.rows)
         canonical = list(range(batch, product.ndim))
-        for axis, place in enumerate(pair.layout_a.batch):
-            canonical.insert(place, axis)
+        for axis, position in enumerate(pair.layout_a.batch):
+            canonical.insert(position, axis)
         matches = lambda to: _permuted(product.shape, to) == shape
         rows_b = product.ndim - batch - rows_a
         plain = rows_b == 1 and (rows_a == 1 or matches(canonical))
         if plain or len(shape) != product.ndim:
-            fits = [tuple(canonical)]  # also axes that qwix has made one of several
+            fits = [tuple(canonical)]  # also where qwix has joined several axes into one
         else:
-            sides = (range(batch, batch + rows_a), range(batch + rows_a, product.ndim))
-            orders = [list(order) for order in _interleavings(sides)]
+            rows = (range(batch, batch + rows_a), range(batch + rows_a, product.ndim))
+            orders = [list(order) for order in _interleavings(rows)]
             for order in orders:
-                for axis, place in enumerate(pair.layout_a.batch):
-                    order.insert(place, axis)
+                for axis, position in enumerate(pair.layout_a.batch):
+                    order.insert(position, axis)
             fits = [tuple(order) for order in orders if matches(order)]
     if len(fits) != 1:
         raise ValueError(
-            f"{path}: the axes {product.shape} of the product fit a weight of {shape} in "
-            f"{len(fits)} ways {fits}: say transpose=((regex of a, permutation),)"
+            f"{path}: the product {product.shape} fits the weight {shape} in {len(fits)} ways "
+            f"{fits}. Specify one with transpose=((regex of a, permutation),)"
         )
     arranged = product.transpose(fits[0])
     if arranged.shape != shape:
-        # One axis of a factor may stand for several of the weight, never across the two sides.
+        # One axis of a factor may be several of the weight, but no axis belongs to both factors.
         sizes = (*pair.batch, pair.m, pair.n)
         if pair.layout_a.batch != tuple(range(len(pair.batch))) or not _refines(shape, sizes):
             raise ValueError(
-                f"{path}: a product of {arranged.shape} does not fit a weight of {shape}; does "
-                "the adapter belong to another model, or is the weight (out, in)? Then say "
+                f"{path}: the product {arranged.shape} does not fit the weight {shape}. Check "
+                "that the adapter belongs to this model. If the weight is (out, in), use "
                 "transpose=((regex of a, permutation),)"
             )
     return arranged.reshape(shape)
@@ -217,7 +247,7 @@ def _permuted(shape: Sequence[int], order: Sequence[int]) -> tuple[int, ...]:
 
 
 def _interleavings(groups: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
-    """All orders of the groups' members that keep the order within each group."""
+    """Returns all orders of the members of the groups that keep the order within each group."""
     labels = [k for k, group in enumerate(groups) for _ in group]
     orders = []
     for arrangement in sorted(set(itertools.permutations(labels))):
@@ -227,15 +257,15 @@ def _interleavings(groups: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
 
 
 def _refines(shape: Sequence[int], sizes: Sequence[int]) -> bool:
-    """Whether consecutive axes of `shape` multiply to `sizes`, in order."""
+    """Returns whether the products of consecutive axes of `shape` are `sizes`, in order."""
     ends = set(itertools.accumulate(shape, initial=1, func=lambda x, y: x * y))
-    wanted = itertools.accumulate(sizes, func=lambda x, y: x * y)
-    return math.prod(shape) == math.prod(sizes) and all(end in ends for end in wanted)
+    required = itertools.accumulate(sizes, func=lambda x, y: x * y)
+    return math.prod(shape) == math.prod(sizes) and all(end in ends for end in required)
 
 
 def _flatten(tree: Any) -> dict[tuple, Any]:
     if not isinstance(tree, Mapping):
-        raise TypeError(f"nested mappings of parameters are expected, got a {type(tree).__name__}")
+        raise TypeError(f"parameters must be nested mappings, got a {type(tree).__name__}")
     flat: dict[tuple, Any] = {}
     for key, value in tree.items():
         inner = _flatten(value) if isinstance(value, Mapping) else {(): value}
@@ -246,8 +276,8 @@ def _flatten(tree: Any) -> dict[tuple, Any]:
 def _unflatten(flat: Mapping[tuple, Any]) -> dict:
     tree: dict = {}
     for keys, leaf in flat.items():
-        place = tree
+        node = tree
         for key in keys[:-1]:
-            place = place.setdefault(key, {})
-        place[keys[-1]] = leaf
+            node = node.setdefault(key, {})
+        node[keys[-1]] = leaf
     return tree

@@ -27,7 +27,7 @@ from loft_jax.pairs.axes import (
     read_layout,
     sharded_rows,
 )
-from loft_jax.pairs.declared import declared_scale
+from loft_jax.pairs.declared import declared_batch, declared_scale
 from loft_jax.pairs.names import weight_paths
 from loft_jax.pairs.shard_map import Split, find_splits
 from loft_jax.pairs.spec import as_pairs, check_scale, first_match, is_per_tree
@@ -150,7 +150,12 @@ def warn_of_pairs(tree: PairedTree, pairs: Any = None) -> None:
 
     A scale that the optimizer does not know is another step size. A pair whose factors are both
     zero never moves. Called once, when an optimizer's state is made.
+
+    Raises:
+      ValueError: the axes were read from the shapes, and otherwise than the adapter was made.
     """
+    if as_pairs(pairs).axes is None:
+        _check_batch_axes(tree)
     made = {pair: declared_scale(tree.paths[pair.a]) for pair in tree.pairs}
     if as_pairs(pairs).scale is None and (
         wrong := [
@@ -175,6 +180,20 @@ def warn_of_pairs(tree: PairedTree, pairs: Any = None) -> None:
             "moves them. Initialize one of the two with random numbers:"
         )
         warnings.warn(_listing(headline, zero), stacklevel=4)
+
+
+def _check_batch_axes(tree: PairedTree) -> None:
+    found = [(tree.paths[pair.a], pair.layout_a.batch) for pair in tree.pairs]
+    if wrong := [
+        f"{path}: made with batch axes {made}, read with {read}"
+        for path, read in found
+        if (made := declared_batch(path)) is not None and sorted(made) != sorted(read)
+    ]:
+        headline = (
+            "The shapes of these adapters fit other batch axes than they were made with. Pass "
+            "pairs=rule, a LoraRule with batch=..., or LoraPairs(axes=LoraAxes(batch=...)):"
+        )
+        raise ValueError(_listing(headline, wrong))
 
 
 def _is_zero(leaf: Any) -> bool:

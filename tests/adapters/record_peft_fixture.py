@@ -1,4 +1,4 @@
-"""Records an adapter that Hugging Face PEFT has trained, for `test_peft.py` to read everywhere.
+"""Records an adapter trained by Hugging Face PEFT, which `test_peft_files.py` reads without PEFT.
 
     pip install torch transformers peft
     python tests/adapters/record_peft_fixture.py
@@ -36,7 +36,7 @@ def main() -> None:
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**_CONFIG)).eval()
     with torch.no_grad():
-        for parameter in model.parameters():  # far from the init, where little is told apart
+        for parameter in model.parameters():  # at the initialization, many errors would not show
             parameter.add_(0.3 * torch.randn_like(parameter))
             parameter.copy_(parameter.half())  # so that the file can hold them in 16 bits
     arrays = {f"tensors/{name}": value.numpy().copy() for name, value in model.state_dict().items()}

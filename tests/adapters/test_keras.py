@@ -1,4 +1,4 @@
-"""Keras 3 on JAX trains with LoFT: `layer.enable_lora` makes the adapters, `loft_adamw` moves them.
+"""Keras 3 on JAX with LoFT: `layer.enable_lora` adds the adapters, `loft_adamw` trains them.
 
 The model runs as a function (`stateless_call`) under `jax.jit`, its adapters in a dictionary by
 `variable.path`. What Keras calls ``kernel_a @ kernel_b`` over the last axis is one matrix to LoFT,
@@ -17,7 +17,7 @@ import pytest
 from optimizers import hasty_compiler as hasty_compiler
 
 from loft_jax import LoraPairs, loft_adamw
-from loft_jax._pairs import find_pairs
+from loft_jax.pairs.find import find_pairs
 
 os.environ.setdefault("KERAS_BACKEND", "jax")  # Keras reads it once, when it is imported
 keras = pytest.importorskip("keras", reason="Keras is not installed: pip install keras")
@@ -37,7 +37,7 @@ def adapters_of(model: keras.Model) -> dict[str, jax.Array]:
 
 
 def as_function(model: keras.Model) -> Callable[[dict[str, jax.Array], Any], jax.Array]:
-    """The model of its adapters and its input, everything else constant."""
+    """The model as a function of its adapters and its input."""
     variables = model.trainable_variables
     constants = [v.value for v in model.non_trainable_variables]
 
@@ -73,7 +73,7 @@ def random(seed: int, *shape: int) -> np.ndarray:
 
 
 class Case(NamedTuple):
-    """A layer, its input, the shapes of its factors, and the two-dimensional ones by hand."""
+    """A layer, its input, the shapes of its factors, and the size of its weight as a matrix."""
 
     make: Callable[[], keras.Layer]
     x: np.ndarray
@@ -82,8 +82,8 @@ class Case(NamedTuple):
     n: int
 
 
-# Seeds with which no entry begins near a zero gradient, where Adam would enlarge every rounding
-# error a thousandfold.
+# With these seeds no gradient is close to zero at the start, where Adam would amplify rounding
+# errors by a factor of 1000.
 TOKENS = np.random.default_rng(9).integers(0, 11, size=(8, 6))
 CASES = {
     "dense": Case(lambda: layers.Dense(5), random(0, 16, 7), ((7, 2), (2, 5)), 7, 5),
@@ -114,7 +114,7 @@ CASES = {
 
 
 def adapted(case: Case, alpha: float | None) -> tuple[keras.Model, Callable]:
-    """A model of the layer with its adapter on, and a loss of its output."""
+    """A model of the layer with its adapter, and a loss of its output."""
     keras.utils.set_random_seed(0)
     layer = case.make()
     model = keras.Sequential([layer])
@@ -124,7 +124,7 @@ def adapted(case: Case, alpha: float | None) -> tuple[keras.Model, Callable]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_layer_follows_a_pair_of_two_dimensions(name, assert_close):
+def test_a_layer_trains_like_a_pair_of_matrices(name, assert_close):
     case, scale = CASES[name], ALPHA / RANK
     model, loss = adapted(case, ALPHA)
     run, adapters = as_function(model), adapters_of(model)
@@ -132,7 +132,7 @@ def test_a_layer_follows_a_pair_of_two_dimensions(name, assert_close):
     assert (adapters[path_a].shape, adapters[path_b].shape) == case.shapes
     got, losses = train(lambda p: loss(run(p, case.x)), adapters, LoraPairs(scale=scale))
 
-    # The layer without an adapter, its kernel put together from two matrices.
+    # The layer without an adapter, with a kernel computed from two matrices.
     keras.utils.set_random_seed(0)
     plain = keras.Sequential([case.make()])
     plain(case.x)
@@ -160,8 +160,8 @@ def test_a_layer_follows_a_pair_of_two_dimensions(name, assert_close):
         )
 
 
-def test_alpha_changes_nothing_once_its_scale_is_told(assert_close):
-    # Keras takes the rank for alpha where none is given: that is scale one, as in LoraPairs.
+def test_training_does_not_depend_on_alpha_if_the_scale_is_specified(assert_close):
+    # Without alpha Keras uses the rank, which is scale 1, the default of LoraPairs.
     case = CASES["dense"]
 
     def losses(alpha: float | None, pairs: LoraPairs | None) -> np.ndarray:
@@ -174,7 +174,7 @@ def test_alpha_changes_nothing_once_its_scale_is_told(assert_close):
     assert np.abs(losses(ALPHA, None) - plain).max() > 1e-2
 
 
-def test_a_model_of_all_these_layers_trains_and_takes_its_adapters_back(assert_close):
+def test_a_model_of_all_these_layers_trains_and_loads_its_adapters(assert_close):
     keras.utils.set_random_seed(0)
     tokens = keras.Input((6,), dtype="int32")
     x = layers.Embedding(11, 8, name="embedding")(tokens)
@@ -207,9 +207,9 @@ def test_a_model_of_all_these_layers_trains_and_takes_its_adapters_back(assert_c
     assert all(map(np.array_equal, before, after))
 
 
-def test_layers_of_one_path_are_kept_apart_by_their_position():
-    # A model inside a model: Keras gives the two layers the same path, and a dictionary by path
-    # would hold one of them only.
+def test_layers_with_equal_paths_are_distinguished_by_position():
+    # Keras gives both layers of a nested model the same path, so a dictionary by path would
+    # contain only one of them.
     keras.utils.set_random_seed(0)
 
     def inner() -> keras.Model:

@@ -1,4 +1,6 @@
-"""Adapters on linen models, and parameter trees: split, joined, merged, whoever made them."""
+"""Adapters on linen models, and functions that split, join and merge any parameter trees."""
+
+import dataclasses
 
 import flax
 import jax
@@ -8,7 +10,7 @@ import pytest
 from flax import linen as nn
 from optimizers import hasty_compiler as hasty_compiler
 
-from loft_jax import LoraAxes, LoraPairs
+from loft_jax import LoraAxes, LoraPairs, loft_adamw
 from loft_jax.adapters import (
     LoraModel,
     LoraRule,
@@ -19,13 +21,14 @@ from loft_jax.adapters import (
     split,
     unmerge,
 )
+from loft_jax.sharding import adapter_shardings
 
 normal = jax.nn.initializers.normal(0.3)
 X = jax.random.normal(jax.random.key(0), (2, 5, 6))
 
 
 class Model(nn.Module):
-    """Every kind of layer that can carry an adapter."""
+    """Every kind of layer that can have an adapter."""
 
     @nn.compact
     def __call__(self, x):
@@ -53,7 +56,7 @@ def test_a_new_adapter_changes_no_output_and_no_path():
     np.testing.assert_array_equal(y, Model().apply({"params": base}, X))
 
 
-def test_merged_weights_compute_what_the_adapted_model_did_and_unmerge_takes_it_back():
+def test_merged_weights_equal_the_adapted_model_and_unmerge_restores_the_base():
     adapted = LoraModel(Model(), RULE)
     params = adapted.init(KEY, X)["params"]
     adapter, base = split(params)
@@ -74,7 +77,7 @@ def test_every_method_of_the_model_is_adapted():
         np.testing.assert_array_equal(y, Model().apply(variables, X))
 
 
-def test_dropout_is_on_where_apply_is_given_its_key():
+def test_dropout_is_on_if_apply_gets_its_key():
     adapted = LoraModel(nn.Dense(5), LoraRule(path="", rank=2, dropout=0.5, init_b=normal))
     variables = adapted.init(KEY, X)
     certain = adapted.apply(variables, X)
@@ -95,7 +98,7 @@ def test_factors_are_partitioned_like_their_kernel():
     assert y.shape == (2, 5, 5)
 
 
-def test_factors_of_logical_axes_are_placed_as_their_kernel_is():
+def test_factors_with_logical_axes_are_placed_like_their_kernel():
     init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("embed", "mlp"))
     adapted = LoraModel(nn.Dense(4, kernel_init=init), LoraRule(path="", rank=2))
     variables = adapted.init(KEY, X)
@@ -106,7 +109,7 @@ def test_factors_of_logical_axes_are_placed_as_their_kernel_is():
     np.testing.assert_allclose(y, adapted.apply(variables, X), atol=1e-6)
 
 
-def test_a_model_without_layers_is_no_model_to_adapt():
+def test_a_model_without_supported_layers_is_refused():
     class Bare(nn.Module):
         @nn.compact
         def __call__(self, x):
@@ -116,7 +119,7 @@ def test_a_model_without_layers_is_no_model_to_adapt():
         LoraModel(Bare(), LoraRule(path="w", rank=2)).init(KEY, X)
 
 
-def test_an_explicit_mesh_needs_no_more_than_the_base_layers_do():
+def test_adapted_layers_work_on_an_explicit_mesh():
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
     adapted = LoraModel(Model(), RULE)
     variables = adapted.init(KEY, X)
@@ -136,16 +139,35 @@ def test_an_explicit_mesh_needs_no_more_than_the_base_layers_do():
         (
             nn.DenseGeneral(4, batch_dims=(0,)),
             LoraRule(path="", rank=2),
-            "write it as an nn.Einsum",
+            "the model: .*Use an nn.Einsum instead",
         ),
     ],
 )
-def test_what_cannot_be_adapted_is_refused_by_name(model, rules, message):
+def test_unsupported_layers_are_refused_by_name(model, rules, message):
     with pytest.raises(ValueError, match=message):
         LoraModel(model, rules).init(KEY, X)
 
 
 # ----------------------------------------------------------------------------- trees
+
+
+def test_whole_trees_can_be_split_merged_and_sharded_but_not_trained():
+    adapted = LoraModel(Model(), RULE)
+    params = adapted.init(KEY, X)["params"]
+    adapter, base = split(params, RULE)
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, join(adapter, base), params))
+    merged = merge(params, params, RULE)
+    jax.tree.map(np.testing.assert_array_equal, split(merged)[1], merge(base, adapter, RULE))
+    back = unmerge(merged, params, RULE)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), back, params)
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    replicated = jax.tree.map(lambda x: jax.device_put(x, jax.NamedSharding(mesh, jax.P())), base)
+    placed = adapter_shardings(params, replicated, pairs=RULE)
+    assert split(placed)[0] == adapter_shardings(adapter, replicated, pairs=RULE)
+    with pytest.raises(ValueError, match="next to their own adapters"):
+        loft_adamw(1e-3, pairs=RULE).init(params)
+    pairs = dataclasses.replace(lora_pairs(RULE), train_weights=True)
+    loft_adamw(1e-3, pairs=pairs).init(params)
 
 
 def factors(shape_a, shape_b, names=("lora_a", "lora_b")):
@@ -154,16 +176,16 @@ def factors(shape_a, shape_b, names=("lora_a", "lora_b")):
     return {name: jax.random.normal(key, shape) for name, key, shape in shapes}
 
 
-def test_split_and_join_are_inverses_and_take_any_mapping():
+def test_split_and_join_are_inverses_and_accept_any_mapping():
     params = {"q": {"kernel": 1.0, "lora_a": 2.0, "lora_b": 3.0}, "norm": {"scale": 4.0}}
     adapter, base = split(flax.core.freeze(params))
     assert adapter == {"q": {"lora_a": 2.0, "lora_b": 3.0}}
     assert join(adapter, base) == params
-    with pytest.raises(ValueError, match="q/kernel is in the adapter and in the base"):
+    with pytest.raises(ValueError, match="q/kernel is in both the adapter and the base"):
         join({"q": {"kernel": 0.0}}, base)
     with pytest.raises(ValueError, match="q/lora_a: no partner"):
         split({"q": {"lora_a": 1.0}})
-    with pytest.raises(TypeError, match="nested mappings"):
+    with pytest.raises(TypeError, match="must be nested mappings"):
         split([1.0])
 
 
@@ -182,7 +204,7 @@ def test_split_and_join_are_inverses_and_take_any_mapping():
         ((3, 4, 2), (3, 2, 10), "car,crb->cab", (3, 4, 5, 2)),
     ],
 )
-def test_products_take_the_axes_of_their_weight(a, b, equation, weight):
+def test_products_get_the_axes_of_their_weight(a, b, equation, weight):
     adapter = {"x": factors(a, b)}
     base = {"x": {"kernel": jnp.zeros(weight)}}
     merged = merge(base, adapter, LoraPairs(scale=0.5))["x"]["kernel"]
@@ -212,14 +234,14 @@ def test_the_weight_of_every_known_name_is_found(names, weight):
     assert merged["layers/0/q/bias"] is base["layers/0/q/bias"]
 
 
-def test_a_layer_called_lora_has_its_own_weight():
+def test_a_layer_named_lora_has_its_own_weight():
     base = {"lora": {"kernel": jnp.zeros((6, 5))}, "other": {"kernel": jnp.zeros((6, 5))}}
     merged = merge(base, {"lora": factors((6, 2), (2, 5))})
     assert float(jnp.abs(merged["lora"]["kernel"]).max()) > 0.1
     assert merged["other"]["kernel"] is base["other"]["kernel"]
 
 
-def test_layers_stacked_on_axis_1_are_merged_there():
+def test_layers_stacked_on_axis_1_are_merged_on_axis_1():
     adapter = factors((6, 3, 2), (2, 3, 5))
     pairs = LoraPairs(axes=LoraAxes(batch=(1,)))
     merged = merge({"kernel": jnp.zeros((6, 3, 5))}, adapter, pairs)["kernel"]
@@ -227,9 +249,9 @@ def test_layers_stacked_on_axis_1_are_merged_there():
     np.testing.assert_allclose(merged, expected, atol=1e-6)
 
 
-def test_axes_in_doubt_are_asked_for_and_taken():
+def test_ambiguous_axes_are_refused_until_specified():
     adapter, base = factors((4, 2), (2, 4, 3)), {"kernel": jnp.zeros((4, 4, 3))}
-    with pytest.raises(ValueError, match=r"lora_a: .* fit a weight of \(4, 4, 3\) in 2 ways"):
+    with pytest.raises(ValueError, match=r"lora_a: .* fits the weight \(4, 4, 3\) in 2 ways"):
         merge(base, adapter)
     merged = merge(base, adapter, transpose=(("lora_a", (1, 0, 2)),))["kernel"]
     expected = jnp.einsum("ar,rbc->bac", adapter["lora_a"], adapter["lora_b"])
@@ -240,18 +262,18 @@ def test_axes_in_doubt_are_asked_for_and_taken():
     ("base", "message"),
     [
         ({"weight": jnp.zeros((6, 5))}, "lora_a: there is no floating-point weight at kernel or"),
-        ({"kernel": jnp.zeros((6, 5), jnp.int8)}, "a quantized weight is not merged into"),
-        ({"kernel": jnp.zeros((5, 6))}, r"\(6, 5\) does not fit a weight of \(5, 6\)"),
-        ({"kernel": jnp.zeros((3, 10))}, r"\(6, 5\) does not fit a weight of \(3, 10\)"),
-        ({"kernel": jnp.zeros((2, 3, 5, 2))}, "does not fit a weight"),
+        ({"kernel": jnp.zeros((6, 5), jnp.int8)}, "A quantized weight cannot be merged into"),
+        ({"kernel": jnp.zeros((5, 6))}, r"\(6, 5\) does not fit the weight \(5, 6\)"),
+        ({"kernel": jnp.zeros((3, 10))}, r"\(6, 5\) does not fit the weight \(3, 10\)"),
+        ({"kernel": jnp.zeros((2, 3, 5, 2))}, "does not fit the weight"),
     ],
 )
-def test_a_base_that_does_not_belong_is_refused(base, message):
+def test_a_base_that_does_not_fit_is_refused(base, message):
     with pytest.raises(ValueError, match=message):
         merge(base, factors((6, 2), (2, 5)))
 
 
-def test_a_weight_of_another_name_is_merged_once_it_is_told():
+def test_a_weight_with_another_name_is_merged_if_specified():
     adapter = {"blocks": {"down": factors((6, 2), (2, 5))}}
     base = {"blocks": {"W": jnp.zeros((6, 5))}}
     merged = merge(base, adapter, weights=((r"(.*)/down/lora_a", r"\1/W"),))

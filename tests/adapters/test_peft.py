@@ -1,6 +1,6 @@
-"""Adapters go to PEFT and come back, and transformers loads merged models.
+"""Exchange of adapters with PEFT in both directions, and of merged models with transformers.
 
-Where PyTorch, transformers and PEFT are installed, they judge; else the recorded adapter does.
+The tests need PyTorch, transformers and PEFT. `test_peft_files.py` uses a recorded adapter instead.
 """
 
 import copy
@@ -31,7 +31,7 @@ RECORDED = Path(__file__).parent / "data" / "peft_llama"
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 
-# PyTorch's libraries warn of their own plans.
+# The libraries on PyTorch warn of their own deprecations.
 others_warn = pytest.mark.filterwarnings("ignore")
 
 
@@ -162,7 +162,7 @@ def targets_of(hf: Any, model: Any, name: str) -> dict[str, tuple[int, int]]:
 
 
 def our_llama(model: Any) -> Any:
-    """The example's model with the weights of PyTorch's."""
+    """The model of the example with the weights of the PyTorch model."""
     config = LlamaConfig.from_hf(model.config.to_dict())
     tensors = {key: value.detach().numpy() for key, value in model.state_dict().items()}
     return build_model(config, tensors)
@@ -181,7 +181,7 @@ def close(report):
 
 
 @others_warn
-def test_peft_computes_what_our_llama_does(hf, close, tmp_path):
+def test_peft_with_our_adapter_equals_our_llama(hf, close, tmp_path):
     torch_base = torch_model(hf, "llama")
     model = our_llama(torch_base)
     rule = LoraRule(path="layers/.*_proj", rank=3, alpha=7, batch=(0,))
@@ -201,7 +201,7 @@ def test_peft_computes_what_our_llama_does(hf, close, tmp_path):
 @others_warn
 @pytest.mark.parametrize("use_rslora", [False, True])
 @pytest.mark.parametrize("name", FAMILY_NAMES)
-def test_peft_merges_our_adapter_to_the_sum(hf, close, tmp_path, name, use_rslora):
+def test_peft_merges_our_adapter_correctly(hf, close, tmp_path, name, use_rslora):
     """Modules of different ranks and scales, and the last layer of one kind not adapted."""
     base = torch_model(hf, name)
     x = inputs(hf, name)
@@ -245,8 +245,8 @@ def test_peft_merges_our_adapter_to_the_sum(hf, close, tmp_path, name, use_rslor
 
 
 @others_warn
-def test_peft_adapts_the_modules_named_and_no_others(hf, tmp_path):
-    """So many that PEFT shortens their list; and layer 1 has names that end those of layer 11."""
+def test_peft_adapts_only_the_named_modules(hf, tmp_path):
+    """The list is so long that PEFT shortens it, and names of layer 1 are ends of those of 11."""
     options = MODELS["llama"][2] | {"num_hidden_layers": 12}
     base = hf.transformers.LlamaForCausalLM(hf.transformers.LlamaConfig(**options))
     flat, wanted = {}, {}
@@ -309,8 +309,8 @@ def template_of(peft: Any) -> dict:
 @others_warn
 @pytest.mark.parametrize("variant", [*VARIANTS, "patterns"])
 @pytest.mark.parametrize("name", FAMILY_NAMES)
-def test_an_adapter_of_peft_is_read_and_written_again(hf, tmp_path, name, variant):
-    """Each merged weight is PEFT's; and what we write of it is what PEFT wrote."""
+def test_an_adapter_of_peft_survives_a_round_trip(hf, tmp_path, name, variant):
+    """Each merged weight equals that of PEFT, and our files equal those of PEFT."""
     rank_pattern, alpha_pattern = PATTERNS[name]
     patterns = {"r": 4, "rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}
     options = {"task_type": None, **(VARIANTS.get(variant) or patterns)}
@@ -331,7 +331,7 @@ def test_an_adapter_of_peft_is_read_and_written_again(hf, tmp_path, name, varian
 
     scales = tuple((f"{m.replace('.', '/')}/.*", f.scale) for m, f in peft.factors.items())
     pairs = LoraPairs(scale=scales)
-    fill(template_of(peft), peft, family=name, pairs=pairs)  # the scale told is the file's
+    fill(template_of(peft), peft, family=name, pairs=pairs)  # the same scale as in the file
     rslora = bool(options.get("use_rslora"))
     save_peft(ours, tree, family=name, pairs=pairs, use_rslora=rslora)
     before, after = load_file(theirs / WEIGHTS), load_file(ours / WEIGHTS)
@@ -341,7 +341,7 @@ def test_an_adapter_of_peft_is_read_and_written_again(hf, tmp_path, name, varian
         np.testing.assert_array_equal(tensor, after[key])
     old, new = (json.loads((folder / CONFIG).read_text()) for folder in (theirs, ours))
     assert list(old) == list(new)  # the same fields in the same order
-    # PEFT keeps short names and expressions, which stand for more in another model.
+    # PEFT writes short names and expressions, which could match further modules.
     by_name = {"target_modules", "auto_mapping"}
     if variant == "patterns":
         by_name |= {"rank_pattern", "alpha_pattern", "r", "lora_alpha"}
@@ -356,7 +356,7 @@ def test_an_adapter_of_peft_is_read_and_written_again(hf, tmp_path, name, varian
 
 
 @others_warn
-def test_our_llama_computes_what_peft_does(hf, close, tmp_path):
+def test_our_llama_with_an_adapter_of_peft_equals_peft(hf, close, tmp_path):
     options = {"r": 4, "lora_alpha": 9, "use_rslora": True}
     base, adapted = trained_by_peft(hf, "llama", options, tmp_path)
     model = our_llama(base)
@@ -373,8 +373,8 @@ def test_our_llama_computes_what_peft_does(hf, close, tmp_path):
 
 @others_warn
 @pytest.mark.parametrize("name", ["vit", "bert"])
-def test_a_trained_head_goes_along(hf, close, tmp_path, name):
-    """Saved in full by us, loaded by PEFT; saved by PEFT, filled in by us."""
+def test_a_trained_head_is_exchanged_too(hf, close, tmp_path, name):
+    """PEFT loads a head that we save in full, and we load one that PEFT saves."""
     base = torch_model(hf, name)
     targets = targets_of(hf, base, name)
     flat: dict[str, Any] = {
@@ -403,8 +403,8 @@ def test_a_trained_head_goes_along(hf, close, tmp_path, name):
 
 
 @others_warn
-def test_peft_wants_the_head_that_a_task_asks_for(hf, tmp_path):
-    """Why save_peft refuses the task without the head."""
+def test_peft_requires_the_head_of_the_task(hf, tmp_path):
+    """This is why save_peft refuses the task without the head."""
     layer = random_tree({"query": factors(16, 16, 2)})
     adapter = {"bert": {"encoder": {"layer": {"0": {"attention": {"self": layer}}}}}}
     with pytest.raises(ValueError, match="SEQ_CLS.*classifier or score"):
@@ -417,7 +417,7 @@ def test_peft_wants_the_head_that_a_task_asks_for(hf, tmp_path):
 
 
 @others_warn
-def test_a_convolution_goes_to_peft_and_back(hf, tmp_path):
+def test_a_convolution_survives_a_round_trip_through_peft(hf, tmp_path):
     path = "vit/embeddings/patch_embeddings/projection"
     template = nested(
         {
@@ -439,8 +439,8 @@ def test_a_convolution_goes_to_peft_and_back(hf, tmp_path):
 
 @others_warn
 @pytest.mark.parametrize("name", FAMILY_NAMES)
-def test_all_names_of_a_family_are_those_of_transformers(hf, name):
-    """Each module with parameters is in the table, and each entry of the table is such a module."""
+def test_all_names_of_a_family_exist_in_transformers(hf, name):
+    """The table has an entry for each module with parameters, and no other entries."""
     config_name, _, options = MODELS[name]
     prefix = {"llama": "Llama", "gpt2": "GPT2", "bert": "Bert", "vit": "ViT", "dinov2": "Dinov2"}
     heads = {
@@ -476,7 +476,7 @@ def test_all_names_of_a_family_are_those_of_transformers(hf, name):
 
 
 def as_flax(hf: Any, model: Any) -> dict:
-    """A PyTorch model's parameters as Flax lays them out, at the same paths."""
+    """The parameters of a PyTorch model in the layout of Flax, at the same paths."""
     nn = hf.torch.nn
     flat = {}
     for module_name, module in model.named_modules():
@@ -498,7 +498,7 @@ def as_flax(hf: Any, model: Any) -> dict:
 @others_warn
 @pytest.mark.parametrize("name", [*FAMILY_NAMES, "vit_transformers4", "dinov2_transformers4"])
 def test_transformers_loads_merged_weights(hf, close, tmp_path, name):
-    """The names of transformers 4 too, which transformers 5 converts."""
+    """This includes the names of transformers 4, which transformers 5 converts."""
     plain = name.removesuffix("_transformers4")
     model = torch_model(hf, plain)
     weights = as_flax(hf, model)
@@ -518,7 +518,7 @@ def test_transformers_loads_merged_weights(hf, close, tmp_path, name):
 
 @others_warn
 @pytest.mark.parametrize("tied", [True, False])
-def test_transformers_computes_what_our_merged_llama_does(hf, close, tmp_path, tied):
+def test_transformers_with_merged_weights_equals_our_llama(hf, close, tmp_path, tied):
     base = torch_model(hf, "llama")
     base.config.tie_word_embeddings = tied
     model = our_llama(base)
@@ -527,7 +527,7 @@ def test_transformers_computes_what_our_merged_llama_does(hf, close, tmp_path, t
     nnx.update(model, random_tree(nnx.state(model, nnx.LoRAParam)))
     x = inputs(hf, "llama")
     ours = model(jnp.asarray(x.numpy()))
-    with pytest.raises(ValueError, match="lora_a is a factor of an adapter: merge"):
+    with pytest.raises(ValueError, match="lora_a is a factor of an adapter. Merge"):
         save_merged(tmp_path, nnx.state(model, nnx.Param), family="llama")
     merged = remove_lora(model, merge=True)
     save_merged(tmp_path, nnx.state(merged, nnx.Param), family="llama")

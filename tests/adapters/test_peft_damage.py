@@ -1,4 +1,4 @@
-"""PEFT's files that are damaged, or not what we read: each is refused by name."""
+"""Damaged or unsupported files of PEFT are refused by name."""
 
 import json
 import re
@@ -30,7 +30,7 @@ def edit_config(folder: Path, **fields: Any) -> None:
 
 
 def edit_tensors(folder: Path, new: Mapping[str, Any]) -> None:
-    """Puts tensors into the file; those that are None are taken out."""
+    """Adds or replaces tensors in the file, and removes those that are None."""
     tensors = {**load_file(folder / WEIGHTS), **new}
     kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     save_file(kept, folder / WEIGHTS)
@@ -44,14 +44,14 @@ BAD_FILES: dict[str, tuple[Any, str]] = {
     "no config": (lambda f: (f / CONFIG).unlink(), f"{CONFIG} is missing"),
     "config no JSON": (lambda f: (f / CONFIG).write_text("{"), f"{CONFIG}: not valid JSON"),
     "config no text": (lambda f: (f / CONFIG).write_bytes(b"\xff\x00"), f"{CONFIG}: not valid"),
-    "config a list": (lambda f: (f / CONFIG).write_text("[]"), f"{CONFIG}: a JSON object"),
+    "config a list": (lambda f: (f / CONFIG).write_text("[]"), f"{CONFIG}: expected a JSON object"),
     "config deep": (lambda f: (f / CONFIG).write_text("[" * 100_000), f"{CONFIG}: not valid JSON"),
     "config empty": (lambda f: (f / CONFIG).write_text("{}"), "peft_type is None"),
     "other type": (lambda f: edit_config(f, peft_type="LOHA"), "peft_type is 'LOHA'"),
-    "rank": (lambda f: edit_config(f, r=3), r"lora_A.weight.*rank 3; the two files"),
+    "rank": (lambda f: edit_config(f, r=3), r"lora_A.weight.*rank 3. The two files"),
     "rank pattern": (lambda f: edit_config(f, rank_pattern={"q_proj": 5}), rf"{A0}.*rank 5"),
-    "rank 0": (lambda f: edit_config(f, r=0), "r must be a whole number from 1 on"),
-    "rank true": (lambda f: edit_config(f, r=True), "r must be a whole number"),
+    "rank 0": (lambda f: edit_config(f, r=0), "r must be an integer of at least 1"),
+    "rank true": (lambda f: edit_config(f, r=True), "r must be an integer"),
     "alpha text": (lambda f: edit_config(f, lora_alpha="8"), "lora_alpha must be a finite"),
     "alpha NaN": (lambda f: edit_config(f, lora_alpha=float("nan")), "lora_alpha must be"),
     "alpha huge": (lambda f: edit_config(f, lora_alpha=10**400), "lora_alpha must be"),
@@ -74,12 +74,12 @@ BAD_FILES: dict[str, tuple[Any, str]] = {
         lambda f: (f / WEIGHTS).rename(f / "adapter_model.bin"),
         "adapter_model.bin is a pickle.*safe_serialization=True",
     ),
-    "truncated": (lambda f: raw(f, lambda b: b[:-1]), f"{WEIGHTS}: not a whole safetensors file"),
-    "longer": (lambda f: raw(f, lambda b: b + b"x"), f"{WEIGHTS}: not a whole safetensors file"),
-    "empty": (lambda f: raw(f, lambda b: b""), f"{WEIGHTS}: not a whole safetensors file"),
-    "text": (lambda f: raw(f, lambda b: b"<html>" * 9), f"{WEIGHTS}: not a whole safetensors"),
-    "header": (lambda f: raw(f, lambda b: b[:8] + b"[" + b[9:]), f"{WEIGHTS}: not a whole"),
-    "pickle renamed": (lambda f: raw(f, lambda b: b"\x80\x04" + b), f"{WEIGHTS}: not a whole"),
+    "truncated": (lambda f: raw(f, lambda b: b[:-1]), f"{WEIGHTS}: not a complete"),
+    "longer": (lambda f: raw(f, lambda b: b + b"x"), f"{WEIGHTS}: not a complete"),
+    "empty": (lambda f: raw(f, lambda b: b""), f"{WEIGHTS}: not a complete"),
+    "text": (lambda f: raw(f, lambda b: b"<html>" * 9), f"{WEIGHTS}: not a complete"),
+    "header": (lambda f: raw(f, lambda b: b[:8] + b"[" + b[9:]), f"{WEIGHTS}: not a complete"),
+    "pickle renamed": (lambda f: raw(f, lambda b: b"\x80\x04" + b), f"{WEIGHTS}: not a complete"),
     "lost A": (lambda f: edit_tensors(f, {A0: None}), f"{WEIGHTS}: {A0} is missing"),
     "lost B": (lambda f: edit_tensors(f, {B0: None}), f"{WEIGHTS}: {B0} is missing"),
     "wide A": (lambda f: edit_tensors(f, {A0: np.ones((5, 16), np.float32)}), f"{A0}.*rank 4"),
@@ -90,26 +90,26 @@ BAD_FILES: dict[str, tuple[Any, str]] = {
     ),
     "NaN": (
         lambda f: edit_tensors(f, {A0: np.full((4, 16), np.nan, np.float32)}),
-        f"{A0} holds a NaN",
+        f"{A0} contains a NaN",
     ),
     "integers": (lambda f: edit_tensors(f, {A0: ONE.astype(np.int8)}), f"{A0} has dtype I8"),
     "unknown key": (lambda f: edit_tensors(f, {f"{Q0}.what": ONE}), f"{Q0}.what: neither"),
-    "no prefix": (lambda f: edit_tensors(f, {"q.lora_C": ONE}), "q.lora_C: a key of PEFT starts"),
+    "no prefix": (lambda f: edit_tensors(f, {"q.lora_C": ONE}), "q.lora_C: a key of PEFT must"),
     "no prefix, factor": (
         lambda f: edit_tensors(f, {"q.lora_A.weight": ONE}),
-        "q.lora_A.weight: a key of PEFT starts",
+        "q.lora_A.weight: a key of PEFT must start",
     ),
     "magnitude": (lambda f: edit_tensors(f, {f"{Q0}.lora_magnitude_vector": ONE}), "DoRA"),
     "B's bias": (lambda f: edit_tensors(f, {f"{Q0}.lora_B.bias": ONE}), "lora_bias"),
     "embedding": (
         lambda f: edit_tensors(f, {"base_model.model.model.embed_tokens.lora_embedding_A": ONE}),
-        "embed_tokens.lora_embedding_A: an adapter of an embedding",
+        "embed_tokens.lora_embedding_A: adapters on an embedding",
     ),
     "embedding saved": (
         lambda f: edit_tensors(f, {"base_model.model.model.embed_tokens.weight": ONE}),
         "save_embedding_layers=False",
     ),
-    "no factor": (lambda f: save_file({}, f / WEIGHTS), "there is no lora_A and lora_B"),
+    "no factor": (lambda f: save_file({}, f / WEIGHTS), "the file contains no lora_A and lora_B"),
 }  # fmt: skip
 
 
@@ -124,10 +124,10 @@ def test_a_bad_file_is_refused_by_name(tmp_path, case):
     assert str(folder) in str(caught.value)
 
 
-def test_no_folder_is_no_adapter(tmp_path):
-    with pytest.raises(FileNotFoundError, match="pass a folder"):
+def test_a_missing_folder_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="Pass a folder"):
         load_peft(tmp_path / "none")
-    with pytest.raises(FileNotFoundError, match="pass a folder"):
+    with pytest.raises(FileNotFoundError, match="Pass a folder"):
         load_peft(RECORDED / WEIGHTS)
 
 
@@ -192,7 +192,7 @@ def test_a_flipped_bit_of_the_header_is_refused_or_harmless(damaged, position):
 @often
 @given(position=st.integers(HEADER, len(WHOLE) - 1), garbage=st.binary(min_size=1, max_size=12))
 def test_garbage_among_the_values_changes_values_only(damaged, position, garbage):
-    """The format has no checksum: other values are not noticed unless they are no numbers."""
+    """The format has no checksum, so only a NaN or an infinity is noticed."""
     spoilt = bytearray(WHOLE)
     spoilt[position : position + len(garbage)] = garbage
     (damaged / WEIGHTS).write_bytes(spoilt[: len(WHOLE)])
@@ -206,7 +206,7 @@ def test_garbage_among_the_values_changes_values_only(damaged, position, garbage
 
 @often
 @given(garbage=st.binary(max_size=200))
-def test_any_bytes_as_configuration_are_refused(damaged, garbage):
+def test_random_bytes_as_configuration_are_refused(damaged, garbage):
     (damaged / WEIGHTS).write_bytes(WHOLE)
     try:
         (damaged / CONFIG).write_bytes(garbage)
@@ -216,8 +216,8 @@ def test_any_bytes_as_configuration_are_refused(damaged, garbage):
         shutil.copy(RECORDED / CONFIG, damaged)
 
 
-def test_reading_leaves_arrays_of_their_own(tmp_path):
-    """Not views of a file that may change."""
+def test_loaded_arrays_do_not_depend_on_the_file(tmp_path):
+    """The arrays are not views of a file that may change."""
     shutil.copytree(RECORDED, tmp_path, dirs_exist_ok=True)
     tensors = read_tensors(tmp_path / WEIGHTS)
     before = tensors[A0].copy()

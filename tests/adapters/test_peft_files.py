@@ -1,7 +1,9 @@
-"""PEFT's files without PEFT: a recorded adapter, all layouts, and files that must be refused."""
+"""Files of PEFT without PEFT: a recorded adapter, all layouts, atomic writes, and errors."""
 
+import itertools
 import json
 import os
+import stat
 import sys
 from pathlib import Path
 from typing import Any
@@ -54,7 +56,7 @@ def layer_zero(factors: Any) -> dict:
 
 
 def recorded_template() -> Any:
-    """The recorded adapter's tree, its layers stacked as the model's are."""
+    """The tree of the recorded adapter, with stacked layers as in the model."""
     sizes = {"self_attn/q_proj": (16, 16, 4), "self_attn/v_proj": (16, 8, 2)}
     sizes |= {"mlp/down_proj": (24, 16, 4)}
     layers: dict = {}
@@ -90,7 +92,7 @@ def test_the_recorded_adapter_gives_the_recorded_logits(report):
     assert largest <= 1e-4
 
 
-def test_the_recorded_adapter_is_written_as_it_was(tmp_path):
+def test_the_recorded_adapter_is_written_identically(tmp_path):
     peft = load_peft(RECORDED)
     ends = ("q_proj", "v_proj", "down_proj")
     scales = tuple((f".*/{end}/.*", peft.scale_of(end)) for end in ends)
@@ -156,7 +158,7 @@ LAYOUTS: dict[str, tuple[Any, LoraPairs]] = {
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_any_layout_goes_to_a_file_and_back(tmp_path, layout, dtype):
+def test_every_layout_survives_a_round_trip(tmp_path, layout, dtype):
     template, pairs = LAYOUTS[layout]
     template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), template)
     adapter = random_tree(template)
@@ -172,7 +174,7 @@ def test_any_layout_goes_to_a_file_and_back(tmp_path, layout, dtype):
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(filled))
 
 
-def test_the_files_orientation_is_pefts(tmp_path):
+def test_the_file_has_the_layout_of_peft(tmp_path):
     a, b = np.arange(18, dtype=np.float32).reshape(6, 3), np.ones((3, 8), np.float32)
     heads = {"lora_a": a.reshape(2, 3, 3), "lora_b": b}
     save_peft(tmp_path, layer_zero(heads), family="llama", pairs=LoraPairs(scale=0.5))
@@ -182,7 +184,7 @@ def test_the_files_orientation_is_pefts(tmp_path):
     assert json.loads((tmp_path / CONFIG).read_text())["lora_alpha"] == 1.5
 
 
-def test_a_family_of_ones_own(tmp_path):
+def test_a_user_defined_family(tmp_path):
     mine = Family(
         name="mine",
         prefix="",
@@ -195,7 +197,7 @@ def test_a_family_of_ones_own(tmp_path):
     assert_same(fill(adapter, peft, family=mine), adapter)
 
 
-def test_a_sharded_template_is_filled_in_place(tmp_path):
+def test_a_filled_template_keeps_its_sharding(tmp_path):
     adapter = random_tree(layer_zero(PLAIN))
     save_peft(tmp_path, adapter, family="llama")
     mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -211,7 +213,7 @@ def test_a_sharded_template_is_filled_in_place(tmp_path):
     np.testing.assert_array_equal(b, jax.tree.leaves(adapter)[1])
 
 
-def test_modules_saved_in_full_come_back(tmp_path):
+def test_modules_saved_in_full_are_restored(tmp_path):
     template = {
         **layer_zero(PLAIN),
         "lm_head": {"kernel": abstract(6, 4), "bias": abstract(4)},
@@ -226,7 +228,7 @@ def test_modules_saved_in_full_come_back(tmp_path):
     assert peft.saved[f"{norms[1]}.weight"].shape == (6,)
     assert_same(fill(template, peft, family="llama"), adapter)
     short = template | {"lm_head": {"kernel": abstract(6, 5), "bias": abstract(4)}}
-    with pytest.raises(ValueError, match=r"lm_head.weight: \(4, 6\).*wants \(5, 6\)"):
+    with pytest.raises(ValueError, match=r"lm_head.weight: the shape is \(4, 6\).*needs \(5, 6\)"):
         fill(short, peft, family="llama")
 
 
@@ -238,34 +240,42 @@ def test_modules_saved_in_full_come_back(tmp_path):
     [
         (PLAIN, {}, "the root: the family 'llama' has no such module"),
         ({"nowhere": PLAIN}, {}, "nowhere: the family 'llama' has no such module"),
-        ({"embed_tokens": PLAIN}, {}, "embed_tokens/lora_a: adapters of an embedding"),
+        ({"embed_tokens": PLAIN}, {}, "embed_tokens/lora_a: adapters on an embedding"),
         ({"layers": {"self_attn": {"q_proj": PLAIN}}}, {}, "layers/self_attn/q_proj/lora_a.*stack"),
-        (layer_zero(STACKED), {}, "with 1 axes"),
-        (layer_zero(PLAIN) | {"params": layer_zero(PLAIN)}, {}, "a second adapter for"),
+        (layer_zero(STACKED), {}, "it has 1 axes"),
+        (
+            layer_zero(PLAIN) | {"params": layer_zero(PLAIN)},
+            {},
+            "another adapter is also written as",
+        ),
         ({"lora": PLAIN}, {}, "lora: the family 'llama' has no such"),
         (layer_zero({**PLAIN, "bias": abstract(8)}), {}, "saved in full and .* is adapted"),
-        (layer_zero(PLAIN), {"family": "opt"}, "unknown family 'opt': choose from llama"),
-        (layer_zero(PLAIN), {"task_type": "LM"}, "task_type 'LM': choose from SEQ_CLS"),
+        (layer_zero(PLAIN), {"family": "opt"}, "unknown family 'opt'. Use one of llama"),
+        (layer_zero(PLAIN), {"task_type": "LM"}, "task_type 'LM'. Use one of SEQ_CLS"),
         (layer_zero(PLAIN), {"task_type": "SEQ_CLS"}, "SEQ_CLS.*classifier or score"),
-        (layer_zero(PLAIN) | {"lm_head": {"kernel": abstract(2, 3, 4)}}, {}, "a kernel of 3 axes"),
+        (
+            layer_zero(PLAIN) | {"lm_head": {"kernel": abstract(2, 3, 4)}},
+            {},
+            "the kernel has 3 axes",
+        ),
     ],
 )
-def test_what_cannot_be_saved_is_named(tmp_path, adapter, options, message):
+def test_adapters_that_cannot_be_saved_are_refused_by_name(tmp_path, adapter, options, message):
     with pytest.raises(ValueError, match=message):
         save_peft(tmp_path, random_tree(adapter), **({"family": "llama"} | options))
     assert not any(tmp_path.iterdir())
 
 
-def test_a_diverged_adapter_is_not_saved(tmp_path):
+def test_a_diverged_adapter_is_refused(tmp_path):
     adapter = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan), layer_zero(PLAIN))
-    with pytest.raises(ValueError, match="q_proj.lora_A.weight holds a NaN"):
+    with pytest.raises(ValueError, match="q_proj.lora_A.weight contains a NaN"):
         save_peft(tmp_path, adapter, family="llama")
     with pytest.raises(TypeError):
         save_peft(tmp_path, adapter, family=3)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("broken", ["write_text", "replace"])
-def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch, broken):
+def test_a_failed_write_keeps_the_old_files(tmp_path, monkeypatch, broken):
     old = random_tree(layer_zero(PLAIN))
     save_peft(tmp_path, old, family="llama")
 
@@ -280,7 +290,106 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch, broken):
     assert_same(fill(old, load_peft(tmp_path), family="llama"), old)
 
 
-def test_the_folder_keeps_what_else_is_in_it(tmp_path):
+def test_a_failed_rename_keeps_the_old_files(tmp_path, monkeypatch):
+    old = random_tree(layer_zero(PLAIN))
+    save_peft(tmp_path, old, family="llama")
+    before = {name: (tmp_path / name).read_bytes() for name in (CONFIG, WEIGHTS)}
+    replace = os.replace
+    # Two old files move out, then two new ones in; each of the four renames fails once.
+    for failing in range(4):
+        count = itertools.count()
+
+        def fail(*paths: Any, count=count, failing=failing):
+            if next(count) == failing:
+                raise OSError("input/output error")
+            replace(*paths)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", fail)
+            with pytest.raises(OSError, match="input/output"):
+                save_peft(tmp_path, random_tree(old, seed=1), family="llama")
+        assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_old_and_new_files_are_never_mixed(tmp_path, monkeypatch, new):
+    folder = tmp_path / "adapter"
+    trees = random_tree(layer_zero(PLAIN)), random_tree(layer_zero(PLAIN), seed=1)
+    if not new:
+        save_peft(folder, trees[0], family="llama", base_model="old")
+    replace, seen = os.replace, []
+
+    def contents() -> set[str]:
+        found = set()
+        if (folder / CONFIG).exists():
+            found.add(json.loads((folder / CONFIG).read_text())["base_model_name_or_path"])
+        if (folder / WEIGHTS).exists():
+            a = load_file(folder / WEIGHTS)[f"{Q0}.lora_A.weight"].T
+            old = jax.tree.leaves(trees[0])[0]
+            found.add("old" if np.array_equal(a, old) else "new")
+        return found
+
+    def watched(*paths: Any):
+        replace(*paths)
+        seen.append(contents())
+
+    monkeypatch.setattr(os, "replace", watched)
+    save_peft(folder, trees[1], family="llama", base_model="new")
+    assert seen[-1] == {"new"} and all(len(found) <= 1 for found in seen)
+    assert len(seen) == (1 if new else 4)
+    assert sorted(file.name for file in folder.iterdir()) == [CONFIG, WEIGHTS]
+    assert [file.name for file in tmp_path.iterdir()] == ["adapter"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
+def test_files_and_folders_have_the_modes_of_the_umask(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        save_peft(tmp_path / "adapter", random_tree(layer_zero(PLAIN)), family="llama")
+        weights = {"lm_head": {"kernel": np.ones((4, 6), np.float32)}}
+        save_merged(tmp_path / "merged", weights, family="llama")
+        save_merged(tmp_path / "merged", weights, family="llama")  # into a folder that exists
+    finally:
+        os.umask(before)
+    for folder in (tmp_path / "adapter", tmp_path / "merged"):
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o777 & ~umask
+        files = list(folder.iterdir())
+        assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o666 & ~umask}
+
+
+def test_save_peft_refuses_a_whole_tree(tmp_path):
+    tree = layer_zero({**PLAIN, "kernel": abstract(6, 8)})
+    with pytest.raises(ValueError, match="save the adapter alone .loft_jax.adapters.split"):
+        save_peft(tmp_path, random_tree(tree), family="llama")
+
+
+def test_save_merged_refuses_factors_by_the_users_names(tmp_path):
+    pairs = LoraPairs(rules=((r"(.*)/down", r"(.*)/up"),))
+    weights = {"lm_head": {"kernel": np.ones((4, 6), np.float32), "down": np.ones((4, 1))}}
+    with pytest.raises(ValueError, match="lm_head/down is a factor of an adapter"):
+        save_merged(tmp_path, weights, family="llama", pairs=pairs)
+    # Names that are factors by default are weights where the user's rules say so.
+    family = Family(name="mine", prefix="", modules=(("head", "head"),))
+    weights = {"head": {"lora_a": np.ones((4, 6), np.float32)}}
+    save_merged(tmp_path, weights, family=family, pairs=pairs)
+    assert list(load_file(tmp_path / "model.safetensors")) == ["head.lora_a"]
+    for rule in (None, LoraRule(path="head", rank=2)):
+        with pytest.raises(ValueError, match="head/lora_a is a factor of an adapter"):
+            save_merged(tmp_path, weights, family=family, pairs=rule)
+
+
+def test_save_peft_and_fill_accept_rules(tmp_path):
+    rule = LoraRule(path=".*/q_proj", rank=3, alpha=6)
+    adapter = random_tree(layer_zero(PLAIN))
+    save_peft(tmp_path, adapter, family="llama", pairs=rule)
+    peft = load_peft(tmp_path)
+    assert peft.scale_of("q_proj") == 2.0
+    assert_same(fill(adapter, peft, family="llama", pairs=[rule]), adapter)
+    with pytest.raises(ValueError, match=r"the scale is 2.0, pairs= has 1.0"):
+        fill(adapter, peft, family="llama", pairs=LoraRule(path=".*/q_proj", rank=3))
+
+
+def test_other_files_in_the_folder_are_kept(tmp_path):
     folder = tmp_path / "new" / "folder"
     folder.mkdir(parents=True)
     (folder / "README.md").write_text("mine")
@@ -289,7 +398,7 @@ def test_the_folder_keeps_what_else_is_in_it(tmp_path):
     assert load_peft(folder).config["base_model_name_or_path"] == "me/llama"
 
 
-def test_without_safetensors_the_extra_is_named(tmp_path, monkeypatch):
+def test_a_missing_safetensors_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors", None)
     with pytest.raises(ImportError, match=r'pip install "loft_jax\[peft\]"'):
         load_peft(RECORDED)
@@ -300,13 +409,13 @@ def test_without_safetensors_the_extra_is_named(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"modules": (("(", "x"),)}, "is no regular expression"),
+        ({"modules": (("(", "x"),)}, "is not a valid regular expression"),
         ({"modules": ("layers", "x")}, "a pair|Type-check error"),
         ({"modules": [("layers", "x")]}, "tuples|Type-check error"),
         ({"modules": (), "kinds": (("x", "conv9d"),)}, "unknown kind 'conv9d'"),
     ],
 )
-def test_families_are_checked(fields, message):
+def test_invalid_families_are_refused(fields, message):
     with pytest.raises((ValueError, TypeError), match=message):
         Family(name="mine", prefix="", **fields)
 
@@ -316,22 +425,25 @@ def test_families_are_checked(fields, message):
     [
         (
             {"norm": {"scale": np.array([1, np.inf], np.float32)}},
-            "model.norm.weight holds a NaN or an inf",
+            "model.norm.weight contains a NaN or an inf",
         ),
         ({"norm": {"scale": np.array([1], np.int32)}}, "model.norm.weight has dtype int32"),
         ({"elsewhere": {"kernel": np.array([[1]], np.float32)}}, "elsewhere: the family 'llama'"),
-        ({"lm_head": {"kernel": np.ones((1, 1, 1), np.float32)}}, "lm_head/kernel: a kernel of 3"),
+        (
+            {"lm_head": {"kernel": np.ones((1, 1, 1), np.float32)}},
+            "lm_head/kernel: the kernel has 3",
+        ),
         ({"lm_head": {"lora_a": np.array([[1]], np.float32)}}, "lm_head/lora_a is a factor"),
         (
             {
                 "norm": {"scale": np.array([1], np.float32)},
                 "model": {"norm": {"scale": np.array([1], np.float32)}},
             },
-            "a second parameter for model.norm.weight",
+            "also written as model.norm.weight",
         ),
     ],
 )
-def test_what_cannot_be_saved_merged_is_named(tmp_path, weights, message):
+def test_weights_that_cannot_be_saved_are_refused_by_name(tmp_path, weights, message):
     with pytest.raises(ValueError, match=message):
         save_merged(tmp_path, weights, family="llama")
     assert not any(tmp_path.iterdir())
@@ -355,33 +467,37 @@ FITTING = {"lora_a": abstract(16, 4), "lora_b": abstract(4, 16)}
         (
             layer_zero(FITTING) | {"lm_head": FITTING},
             None,
-            "the template has what the file lacks: lm_head",
+            "only the template has lm_head",
         ),
         (
             {"model": {"layers": {"1": {"self_attn": {"q_proj": FITTING}}}}},
             None,
-            "file has what the template lacks: model.layers.0.self_attn.q_proj; "
-            "the template has what the file lacks: model.layers.1.self_attn.q_proj",
+            "only the file has model.layers.0.self_attn.q_proj; "
+            "only the template has model.layers.1.self_attn.q_proj",
         ),
-        (layer_zero(FITTING) | {"norm": {"scale": abstract(16)}}, None, "lacks: model.norm.weight"),
-        (layer_zero(PLAIN), None, r"q_proj: in, rank, out are \(16, 4, 16\).*\(6, 3, 8\)"),
-        (layer_zero(FITTING), LoraPairs(), r"the scale is 6.0, LoraPairs has 1.0; give 6.0 to it"),
+        (
+            layer_zero(FITTING) | {"norm": {"scale": abstract(16)}},
+            None,
+            "only the template has model.norm.weight",
+        ),
+        (layer_zero(PLAIN), None, r"q_proj: \(in, rank, out\) is \(16, 4, 16\).*\(6, 3, 8\)"),
+        (layer_zero(FITTING), LoraPairs(), r"the scale is 6.0, pairs= has 1.0. Use 6.0 there"),
     ],
 )
-def test_a_template_that_does_not_fit_is_told_how(template, pairs, message):
+def test_a_template_that_does_not_fit_is_refused_with_the_reason(template, pairs, message):
     with pytest.raises(ValueError, match=message):
         fill(template, small(), family="llama", pairs=pairs)
 
 
-def test_stacked_layers_share_a_scale():
+def test_stacked_layers_must_have_the_same_scale():
     factors = load_peft(RECORDED).factors["model.layers.1.self_attn.q_proj"]._replace(scale=9.0)
     peft = small(**{"model.layers.1.self_attn.q_proj": factors})
     template = {"lora_a": abstract(2, 16, 4), "lora_b": abstract(2, 4, 16)}
-    with pytest.raises(ValueError, match=r"scale is 9.0, of model.layers.0.* it is 6.0; stacked"):
+    with pytest.raises(ValueError, match=r"scale is 9.0, that of model.layers.0.* is 6.0. Stacked"):
         fill({"layers": {"self_attn": {"q_proj": template}}}, peft, family="llama")
 
 
-def test_a_scale_is_told_by_any_end_of_a_name():
+def test_a_scale_is_found_by_the_end_of_a_name():
     peft = load_peft(RECORDED)
     assert peft.scale_of("q_proj") == peft.scale_of("model.layers.0.self_attn.q_proj") == 6.0
     with pytest.raises(KeyError, match="no adapter for 'k_proj'"):
@@ -390,5 +506,5 @@ def test_a_scale_is_told_by_any_end_of_a_name():
         peft.scale_of("proj")
     name = "model.layers.1.self_attn.q_proj"
     mixed = small(**{name: peft.factors[name]._replace(scale=9.0)})
-    with pytest.raises(KeyError, match=r"scales \[6.0, 9.0\] for 'q_proj'"):
+    with pytest.raises(KeyError, match=r"different scales \[6.0, 9.0\] for 'q_proj'"):
         mixed.scale_of("q_proj")

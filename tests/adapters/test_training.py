@@ -1,8 +1,8 @@
-"""The table of adapters: each way in which a Flax model can carry them trains with `loft_adamw`.
+"""Every kind of adapter in a Flax model trains with `loft_adamw`; the kinds are rows of a table.
 
 A row is a model with its adapters. Its loss must fall, and every adapted weight must move exactly
 as it would with plain two-dimensional factors: the same factors, reshaped by hand to (in, r) and
-(r, out), are trained beside by the same optimizer without any word on axes.
+(r, out), are also trained by the same optimizer without `axes`.
 """
 
 import importlib
@@ -25,7 +25,6 @@ from loft_jax.adapters import (
     LoraRule,
     add_lora,
     join,
-    lora_pairs,
     quantize,
     qwix_provider,
     split,
@@ -42,16 +41,16 @@ class Row(NamedTuple):
       adapter: the factors, any tree.
       predict: (adapter, x) -> y.
       x: inputs.
-      pairs: what the optimizer is told.
+      pairs: the argument of the optimizer: the rule, or what a user specifies without one.
       matrices: adapter -> {name: {"lora_a": (in, r), "lora_b": (r, out)}}, by hand: a linear
         rearrangement of the numbers.
-      scale: alpha / r as it is, and not as the optimizer has understood it.
+      scale: alpha / r, independent of how the optimizer reads it.
     """
 
     adapter: Any
     predict: Callable[[Any, jax.Array], jax.Array]
     x: jax.Array
-    pairs: LoraPairs
+    pairs: LoraRule | LoraPairs
     matrices: Callable[[Any], dict[str, dict[str, jax.Array]]]
     scale: float
 
@@ -60,7 +59,7 @@ ROWS: dict[str, Callable[[], Row]] = {}
 
 
 def row(make: Callable[[], Row]) -> Callable[[], Row]:
-    """Enters a row in the table."""
+    """Adds a row to the table."""
     ROWS[make.__name__.replace("_", " ")] = make
     return make
 
@@ -101,36 +100,32 @@ def stacked(tree: Any, r: int, axis: int) -> dict[str, Any]:
 
 
 def float64(tree: Any) -> Any:
-    """In double precision, so that two orders of summation stay one trajectory."""
+    """Casts to double precision, so that the order of summation does not change a trajectory."""
     wide = lambda leaf: leaf.astype(jnp.float64) if leaf.dtype == jnp.float32 else leaf
-    return jax.tree.map(wide, tree)  # what is quantized stays as it is
+    return jax.tree.map(wide, tree)  # quantized leaves are kept
 
 
 def inputs(*shape: int) -> jax.Array:
     return jax.random.normal(jax.random.key(7), shape, jnp.float64)
 
 
-def pairs_of(told: LoraRule | LoraPairs) -> LoraPairs:
-    return lora_pairs(told) if isinstance(told, LoraRule) else told
-
-
 def of_nnx(
-    model: Any, x: jax.Array, told: LoraRule | LoraPairs, matrices: Any, call: Any = None
+    model: Any, x: jax.Array, pairs: LoraRule | LoraPairs, matrices: Any, call: Any = None
 ) -> Row:
-    """A row of an nnx model, split as users split it."""
+    """A row with an nnx model, split like users split it."""
     graphdef, adapter, base = nnx.split(model, nnx.LoRAParam, ...)
     adapter, base = float64(nnx.as_pure(adapter)), float64(nnx.as_pure(base))
     call = call or (lambda model, x: model(x))
     predict = lambda adapter, x: call(nnx.merge(graphdef, adapter, base), x)
-    return Row(adapter, predict, x, pairs_of(told), matrices, told.scale)
+    return Row(adapter, predict, x, pairs, matrices, pairs.scale)
 
 
-def of_linen(model: Any, x: jax.Array, told: LoraRule | LoraPairs, matrices: Any) -> Row:
-    """A row of a linen model; `model` is anything with init and apply."""
+def of_linen(model: Any, x: jax.Array, pairs: LoraRule | LoraPairs, matrices: Any) -> Row:
+    """A row with a linen model; `model` is anything with init and apply."""
     params = model.init(jax.random.key(0), x.astype(jnp.float32))["params"]
     adapter, base = split(float64(params))
     predict = lambda adapter, x: model.apply({"params": join(adapter, base)}, x)
-    return Row(adapter, predict, x, pairs_of(told), matrices, told.scale)
+    return Row(adapter, predict, x, pairs, matrices, pairs.scale)
 
 
 # ------------------------------------------------------------------------------- nnx
@@ -243,7 +238,7 @@ def LoraModel_on_linen_Dense_and_attention() -> Row:
 
 
 class CompactEinsum(nn.Module):
-    """qwix cannot wrap it under linen."""
+    """qwix does not support this model in linen."""
 
     @nn.compact
     def __call__(self, x):
@@ -308,7 +303,7 @@ def LoraModel_on_layers_scanned_by_linen_on_axis_1() -> Row:
 
 
 class GemmaEinsum(nn.Module):
-    """An einsum layer with its adapter under `lora`, as gemma.peft spells it."""
+    """An einsum layer with its adapter under `lora`, as gemma.peft names it."""
 
     @nn.compact
     def __call__(self, x):
@@ -388,7 +383,7 @@ def qwix_model(model: Any, x: jax.Array, **quantization: Any) -> Any:
     """The model wrapped by qwix, every layer."""
     qwix = importlib.import_module("qwix")
     provider = qwix_provider(QWIX_RULE, **quantization)
-    if isinstance(model, nn.Module):  # linen models show their shapes when they are initialized
+    if isinstance(model, nn.Module):  # a linen model gets its shapes at initialization
         return qwix.apply_lora_to_model(model, provider)
     x = x.astype(jnp.float32)
     return qwix.apply_lora_to_model(model, provider, x, rngs=nnx.Rngs(5))
@@ -428,7 +423,7 @@ class NnxExperts(nnx.Module):
 
 @row
 def qwix_on_experts_that_share_b() -> Row:
-    # A (E, D, r) and B (r, F): the experts under one another are one tall (E D, F) matrix.
+    # A (E, D, r) and B (r, F): the concatenated experts are one (E D, F) matrix.
     x = inputs(3, 8, 6)
     model = qwix_model(NnxExperts(nnx.Rngs(0)), x)
     return of_nnx(model, x, QWIX_RULE, lambda t: each(t, 2))
@@ -486,7 +481,7 @@ def rows() -> list[Any]:
 
 
 @pytest.mark.parametrize("name", rows())
-def test_training_is_that_of_plain_matrices_and_lowers_the_loss(name, x64, report):
+def test_training_equals_that_of_plain_matrices_and_lowers_the_loss(name, x64, report):
     if name.startswith("qwix"):
         pytest.importorskip("qwix", reason="qwix is not installed: its adapters are not shown")
     row = ROWS[name]()
@@ -501,7 +496,7 @@ def test_training_is_that_of_plain_matrices_and_lowers_the_loss(name, x64, repor
     assert losses[-1] < 0.9 * losses[0]
     assert all(np.isfinite(losses))
 
-    # The rearrangement permutes numbers, so that its transpose is its inverse.
+    # The rearrangement is a permutation, so its transpose is its inverse.
     to_tree = lambda matrices: jax.linear_transpose(row.matrices, row.adapter)(matrices)[0]
     matrices = row.matrices(row.adapter)
     assert jax.tree.all(jax.tree.map(jnp.array_equal, to_tree(matrices), row.adapter))
@@ -511,9 +506,9 @@ def test_training_is_that_of_plain_matrices_and_lowers_the_loss(name, x64, repor
     worst = 0.0
     for one, other in zip(row.matrices(trained).values(), plain.values(), strict=True):
         weight, reference = one["lora_a"] @ one["lora_b"], other["lora_a"] @ other["lora_b"]
-        assert float(jnp.abs(reference).max()) > 1e-3  # it has moved
+        assert float(jnp.abs(reference).max()) > 1e-3  # it was trained
         worst = max(worst, float(jnp.abs(weight - reference).max() / jnp.abs(reference).max()))
     report(f"loss {losses[0]:6.3f} -> {losses[-1]:6.3f}, off by {worst:.0e}: {name}")
-    # Cross terms of rank one cancel in the first steps: rounding is multiplied there.
+    # Cross terms of rank one cancel in the first steps, which amplifies rounding.
     assert worst < 1e-6
     np.testing.assert_allclose(losses, plain_losses, rtol=1e-6)

@@ -1,4 +1,4 @@
-"""google-tunix trains with LoFT: its own PeftTrainer, with `loft_adamw` where `optax.adamw` stood.
+"""The PeftTrainer of google-tunix with `loft_adamw` in place of `optax.adamw`.
 
 The model is tunix's LLaMA, tiny and of random weights, with adapters put into it by qwix. The
 trainer is used as it comes: its loss, its checkpoints, its gradient accumulation, its log of the
@@ -22,8 +22,8 @@ from flax import nnx
 from optimizers import hasty_compiler as hasty_compiler
 
 from loft_jax import LoraPairs, clip_by_projected_global_norm, loft_adamw
-from loft_jax._pairs import find_pairs
 from loft_jax.adapters import LoraRule, lora_pairs, qwix_provider
+from loft_jax.pairs.find import find_pairs
 
 # Importing tunix turns this off for the whole process; the other tests keep Flax's own default.
 ALWAYS_SHARD = flax.config.flax_always_shard_variable
@@ -37,7 +37,7 @@ flax.config.update("flax_always_shard_variable", ALWAYS_SHARD)
 
 pytestmark = [
     # They use names that Flax and JAX have since deprecated (`.value`, `iter_modules`,
-    # `VariableState`, `pxla.thread_resources`); nothing that this package could change.
+    # `VariableState`, `pxla.thread_resources`), which this package cannot change.
     pytest.mark.filterwarnings(r"ignore::DeprecationWarning:(tunix|qwix)\."),
     # The same, where Flax and Optax name themselves as the place: nnx.Param(..., sharding=...) and
     # optax.global_norm in tunix.
@@ -45,10 +45,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:optax.global_norm is deprecated:DeprecationWarning"),
 ]
 
-RANK, ALPHA = 4, 10.0  # no power of two, which floating point would scale by without rounding
+RANK, ALPHA = 4, 10.0  # not a power of two, by which floating point scales without rounding
 PAIRS = LoraPairs(scale=ALPHA / RANK)
 STEPS = 30
-STOP = 13  # odd: the resumed run has to begin with the other factor's turn
+STOP = 13  # odd, so that the other factor is active first in the resumed run
 TOKENS = np.random.default_rng(1).integers(0, 32, size=(8, 12))
 LORA = nnx.LoRAParam
 
@@ -74,7 +74,7 @@ def base_llama() -> llama3.Llama3:
         norm_eps=1e-5,
     )
     model = llama3.Llama3(config, rngs=nnx.Rngs(0))
-    # tunix starts the MLP at zero, where no adapter in it would get a gradient.
+    # tunix initializes the MLP with zeros, so its adapters would get no gradient.
     rng = np.random.default_rng(0)
     draw = lambda x: jnp.asarray(rng.normal(size=x.shape) / np.sqrt(x.shape[0]), x.dtype)
     weights = nnx.state(model, nnx.Param)
@@ -130,7 +130,7 @@ def make_trainer(
         max_steps=max_steps,
         gradient_accumulation_steps=accumulate,
         checkpoint_root_directory=str(directory) if directory else None,
-        # The last step is written in any case.
+        # The last step is always written.
         checkpointing_options=ocp.CheckpointManagerOptions(save_interval_steps=1000),
     )
     return PeftTrainer(model, optimizer, config).with_gen_model_input_fn(model_input)
@@ -161,7 +161,7 @@ def uninterrupted() -> tuple[PeftTrainer, np.ndarray]:
     return trainer, losses_of(trainer)
 
 
-def test_the_adapters_as_loft_reads_them_merge_into_the_same_model(assert_close):
+def test_adapters_merge_into_the_same_model(assert_close):
     model, merged = adapted_llama(), nnx.clone(base_llama())
     adapters = nnx.state(model, LORA)
     rng = np.random.default_rng(2)
@@ -174,7 +174,8 @@ def test_the_adapters_as_loft_reads_them_merge_into_the_same_model(assert_close)
     for pair in tree.pairs:
         name = tree.paths[pair.a].removesuffix("_lora_a").split("/")
         weight = weights[tuple(int(key) if key.isdigit() else key for key in name)]
-        a, b = pair.layout_a.tall(tree.leaves[pair.a]), pair.layout_b.tall(tree.leaves[pair.b])
+        a = pair.layout_a.matricize(tree.leaves[pair.a])
+        b = pair.layout_b.matricize(tree.leaves[pair.b])
         weight[...] += pair.scale * (a @ b.mT).reshape(weight.shape)
     arguments = model_input(half_batches(1)[0])
     mask = arguments.pop("input_mask")
@@ -199,7 +200,7 @@ def test_the_loss_falls_and_only_the_adapters_are_trained(uninterrupted):
         assert moved and set(moved) == {moves}
 
 
-def test_the_use_in_the_readme_trains():
+def test_the_example_in_the_readme_trains():
     readme = (Path(__file__).parents[2] / "README.md").read_text()
     (block,) = re.findall(r"```py\n(.*?)```", readme, flags=re.DOTALL)
     config = TrainingConfig(eval_every_n_steps=100, max_steps=6)
@@ -211,14 +212,14 @@ def test_the_use_in_the_readme_trains():
     assert len(losses) == 6 and losses[-1] < losses[0]
 
 
-def test_alpha_changes_nothing_once_its_scale_is_told(uninterrupted, assert_close):
-    # alpha = rank is scale one, which is what LoraPairs takes where nothing is said.
+def test_training_does_not_depend_on_alpha_if_the_scale_is_specified(uninterrupted, assert_close):
+    # alpha = rank is scale 1, the default of LoraPairs.
     steps = 12
     losses = uninterrupted[1][:steps]
     plain = losses_of(make_trainer(adapted_llama(alpha=RANK), loft_adamw(1e-2), steps))
     assert_close(losses, plain, tolerance=1e-3)
-    untold = losses_of(make_trainer(adapted_llama(), loft_adamw(1e-2), steps))
-    assert np.abs(untold - plain).max() > 1e-2
+    forgotten = losses_of(make_trainer(adapted_llama(), loft_adamw(1e-2), steps))
+    assert np.abs(forgotten - plain).max() > 1e-2
 
 
 @pytest.fixture(scope="module")
@@ -240,10 +241,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(uninterrupted, st
     assert_identical(everything_in(resumed), everything_in(whole))
 
 
-def test_a_resumed_run_needs_the_optimizer_state_of_the_checkpoint(
-    uninterrupted, stopped, tmp_path
-):
-    # That is: the test above would see it if tunix dropped LoFT's state.
+def test_a_resumed_run_depends_on_the_saved_optimizer_state(uninterrupted, stopped, tmp_path):
+    # So the test above would fail if tunix did not restore the optimizer state.
     (_, losses), (_, _, directory) = uninterrupted, stopped
     checkpoint = shutil.copytree(directory, tmp_path / "checkpoint")
     shutil.rmtree(checkpoint / str(STOP) / "optimizer_state")
@@ -253,7 +252,7 @@ def test_a_resumed_run_needs_the_optimizer_state_of_the_checkpoint(
     assert np.abs(got - losses[STOP:]).max() > 1e-3
 
 
-def test_accumulated_gradients_train_as_the_whole_batch_and_resume(tmp_path, assert_close):
+def test_accumulated_gradients_equal_the_whole_batch_and_resume(tmp_path, assert_close):
     optimizer = loft_adamw(1e-2, pairs=PAIRS)
     whole_batch = TrainingInput(TOKENS, np.ones(TOKENS.shape, bool))
     whole = make_trainer(adapted_llama(), optimizer, 6)
@@ -277,13 +276,15 @@ def test_the_trainer_logs_the_learning_rate_of_a_chain():
     trainer = make_trainer(adapted_llama(), optimizer, 4)
     losses_of(trainer)
     logged = trainer.metrics_logger.get_metric_history("", "learning_rate", "train")
-    # tunix writes a step's line while the next one is done, and then reads the rate of that one.
+    # tunix logs a step during the next one, and reads the learning rate of that one.
     np.testing.assert_allclose(logged, [schedule(k) for k in (1, 2, 3, 3)], rtol=1e-6)
 
 
-# tunix looks for its mesh where this statement puts it, and not where jax.set_mesh does.
+# tunix finds only a mesh set by this statement, not by jax.set_mesh.
 @pytest.mark.filterwarnings("ignore:`with mesh:DeprecationWarning")
-def test_a_mesh_changes_nothing_but_the_rounding_and_resumes(uninterrupted, tmp_path, assert_close):
+def test_a_run_on_a_mesh_differs_only_by_rounding_and_resumes(
+    uninterrupted, tmp_path, assert_close
+):
     _, losses = uninterrupted
     optimizer = loft_adamw(1e-2, pairs=PAIRS)
     with jax.make_mesh((2, 2), ("fsdp", "tp"), (jax.sharding.AxisType.Auto,) * 2) as mesh:
@@ -300,7 +301,7 @@ def test_a_mesh_changes_nothing_but_the_rounding_and_resumes(uninterrupted, tmp_
         assert_identical(everything_in(resumed), everything_in(trainer))
         after = losses_of(resumed)
     assert_close(np.concatenate([before, after]), losses[:6], tolerance=1e-3)
-    # Each field of LoFT's state lies as its factor does, the rank axis whole.
+    # Each field of the optimizer state is sharded like its factor; the rank axis is not sharded.
     adapters = dict(nnx.to_flat_state(nnx.state(resumed.model, LORA)))
     fields = dict(nnx.to_flat_state(nnx.state(resumed.optimizer)))
     factors = {path: leaf for path, leaf in fields.items() if path[3:] in adapters}

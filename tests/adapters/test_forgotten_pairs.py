@@ -1,0 +1,213 @@
+"""An optimizer without `pairs=` warns of adapters with a scale, and never misreads their axes."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import linen as nn
+from flax import nnx
+from optimizers import hasty_compiler as hasty_compiler
+
+from loft_jax import LoraAxes, LoraPairs, loft_adamw
+from loft_jax.adapters import (
+    LoraModel,
+    LoraRule,
+    adapt,
+    add_lora,
+    lora_pairs,
+    merge,
+    qwix_provider,
+    split,
+)
+from loft_jax.pairs.find import find_pairs
+
+KEY = jax.random.key(0)
+X = jnp.ones((2, 6))
+
+
+def nnx_model() -> nnx.Module:
+    return nnx.Sequential(nnx.Linear(6, 5, rngs=nnx.Rngs(0)), nnx.Linear(5, 4, rngs=nnx.Rngs(1)))
+
+
+def of_nnx(rules, model=None):
+    return nnx.state(add_lora(model or nnx_model(), rules, rngs=nnx.Rngs(2)), nnx.LoRAParam)
+
+
+def of_linen(rules):
+    model = LoraModel(nn.Sequential([nn.Dense(5), nn.Dense(4)]), rules)
+    return split(model.init(KEY, X)["params"])[0]
+
+
+def of_linen_context(rules):
+    with adapt(rules):
+        return split(nn.Sequential([nn.Dense(5), nn.Dense(4)]).init(KEY, X)["params"])[0]
+
+
+def of_linen_variables(rules):
+    model = LoraModel(nn.Sequential([nn.Dense(5), nn.Dense(4)]), rules)
+    return split(model.init(KEY, X))[0]
+
+
+def of_qwix(rules):
+    qwix = pytest.importorskip("qwix", reason="qwix is not installed")
+    model = qwix.apply_lora_to_model(nnx_model(), qwix_provider(rules), X, rngs=nnx.Rngs(2))
+    return nnx.state(model, nnx.LoRAParam)
+
+
+# qwix uses names that Flax has deprecated.
+quiet = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+MAKERS = [
+    of_nnx,
+    of_linen,
+    of_linen_context,
+    of_linen_variables,
+    pytest.param(of_qwix, marks=quiet),
+]
+every_maker = pytest.mark.parametrize("make", MAKERS)
+LAYERS = r"layers[/_]\d"
+
+
+@every_maker
+def test_a_forgotten_scale_warns_and_names_the_adapters(make):
+    adapter = make(LoraRule(path=LAYERS, rank=2, alpha=16))
+    with pytest.warns(UserWarning, match="does not know the scale alpha / rank") as caught:
+        loft_adamw(1e-3).init(adapter)
+    (message,) = {str(warning.message) for warning in caught}
+    assert message.count("made with scale 8, the optimizer assumes 1") == 2
+
+
+@every_maker
+def test_no_warning_if_the_scale_is_specified_or_one(make):
+    rule = LoraRule(path=LAYERS, rank=2, alpha=16)
+    adapter = make(rule)
+    spellings = [rule, [rule], lora_pairs(rule), LoraPairs(scale=8.0), LoraPairs(scale=3.0)]
+    for pairs in spellings:  # a warning is an error here
+        loft_adamw(1e-3, pairs=pairs).init(adapter)
+    loft_adamw(1e-3).init(make(LoraRule(path=LAYERS, rank=2, alpha=2)))
+    loft_adamw(1e-3).init(make(LoraRule(path=LAYERS, rank=2)))
+
+
+@every_maker
+def test_a_rule_gives_every_adapter_its_own_scale(make):
+    first, second = LoraRule(path=".*0", rank=2, alpha=4), LoraRule(path=LAYERS, rank=1, alpha=5)
+    adapter = make([first, second])
+    assert [pair.scale for pair in find_pairs(adapter, [first, second]).pairs] == [2.0, 5.0]
+    with pytest.warns(UserWarning) as caught:
+        loft_adamw(1e-3).init(adapter)
+    assert "made with scale 2," in str(caught[0].message)
+    assert "made with scale 5," in str(caught[0].message)
+
+
+def test_the_last_adapter_at_a_path_replaces_earlier_ones():
+    of_nnx(LoraRule(path=LAYERS, rank=2, alpha=16))
+    loft_adamw(1e-3).init(of_nnx(LoraRule(path=LAYERS, rank=2)))
+
+
+def test_pairs_rule_trains_like_the_scale_of_the_rule():
+    rule = LoraRule(path=LAYERS, rank=2, alpha=16)
+    adapter = of_nnx(rule)
+    gradients = jax.tree.map(jnp.ones_like, adapter)
+
+    def updates(pairs):
+        tx = loft_adamw(1e-3, pairs=pairs)
+        return tx.update(gradients, tx.init(adapter), adapter)[0]
+
+    expected = updates(LoraPairs(scale=8.0))
+    for pairs in (rule, (rule,)):
+        assert jax.tree.all(jax.tree.map(jnp.array_equal, updates(pairs), expected))
+
+
+def test_split_and_merge_accept_rules():
+    rule = LoraRule(path="q", rank=2, alpha=4, batch=(1,))
+    adapter = {"q": {"lora_a": jnp.ones((6, 3, 2)), "lora_b": jnp.ones((2, 3, 5))}}
+    base = {"q": {"kernel": jnp.zeros((6, 3, 5))}}
+    assert split({"q": adapter["q"] | base["q"]}, rule) == (adapter, base)
+    merged = merge(base, adapter, rule)["q"]["kernel"]
+    assert merged.shape == (6, 3, 5) and bool((merged == 4.0).all())
+    with pytest.raises(TypeError, match="pairs= takes a LoraPairs, a LoraRule"):
+        merge(base, adapter, "q")
+
+
+# ------------------------------------------------------------------------------ axes
+
+
+def linear(key):
+    return nnx.Linear(6, 4, use_bias=False, rngs=nnx.Rngs(key))
+
+
+def heads(key):
+    return nnx.LinearGeneral((2, 3), (2, 4), axis=(-2, -1), use_bias=False, rngs=nnx.Rngs(key))
+
+
+def experts(key):
+    return nnx.Einsum("ebd,edf->ebf", (2, 6, 4), rngs=nnx.Rngs(key))
+
+
+def stacked(make, axes):
+    """A layer stacked by a vmap on each of the axes, the last one outermost."""
+    sizes = (5, 7)[: len(axes)]
+    for axis in axes:
+        make = nnx.vmap(make, out_axes=axis)
+    return make(jax.random.split(KEY, sizes[::-1]))
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3, 5])
+@pytest.mark.parametrize(
+    ("axes", "positions"), [((0,), {0}), ((1,), {1}), ((0, 0), {0, 1}), ((0, 1), {0, 1})]
+)
+@pytest.mark.parametrize("make", [linear, heads, experts])
+def test_forgotten_axes_are_refused_or_read_correctly(make, axes, positions, rank):
+    adapter = of_nnx(LoraRule(path="", rank=rank), stacked(make, axes))
+    if make is experts:  # their axis is the first that is not a stack's
+        positions = positions | {min({0, 1, 2} - positions)}
+    try:
+        loft_adamw(1e-3).init(adapter)
+    except ValueError as error:
+        assert "ambiguous" in str(error) or "made with batch axes" in str(error)
+    else:
+        assert set(find_pairs(adapter).pairs[0].layout_a.batch) == positions
+    known = LoraPairs(axes=LoraAxes(batch=tuple(sorted(positions))))
+    assert set(find_pairs(adapter, known).pairs[0].layout_a.batch) == positions
+    loft_adamw(1e-3, pairs=known).init(adapter)
+
+
+def test_axes_misread_from_the_shapes_are_refused_by_name():
+    # As many heads as ranks on both sides: (3, 2, 3, r) looks like two batch axes.
+    adapter = of_nnx(LoraRule(path="", rank=2), stacked(heads, (0,)))
+    assert find_pairs(adapter).pairs[0].layout_a.batch == (0, 1)
+    with pytest.raises(
+        ValueError, match=r"lora_a: made with batch axes \(0,\), read with \(0, 1\)"
+    ):
+        loft_adamw(1e-3).init(adapter)
+    for pairs in (LoraRule(path="", rank=2, batch=(0,)), LoraPairs(axes=LoraAxes(batch=(0,)))):
+        loft_adamw(1e-3, pairs=pairs).init(adapter)
+
+
+class Scanned(nn.Module):
+    axis: int
+
+    @nn.compact
+    def __call__(self, x):
+        scan = nn.scan(
+            Layer, variable_axes={"params": self.axis}, split_rngs={"params": True}, length=3
+        )
+        return scan(name="layers")(x, None)[0]
+
+
+class Layer(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return nn.Dense(6, name="dense")(x), None
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_forgotten_axes_of_a_linen_scan_are_refused_or_read_correctly(axis, rank):
+    rule = LoraRule(path="layers/dense", rank=rank, batch=(axis,))
+    adapter = split(LoraModel(Scanned(axis), rule).init(KEY, X)["params"])[0]
+    assert find_pairs(adapter, rule).pairs[0].layout_a.batch == (axis,)
+    if axis == 1 or rank == 3:
+        with pytest.raises(ValueError, match="ambiguous"):
+            loft_adamw(1e-3).init(adapter)
+    else:
+        loft_adamw(1e-3).init(adapter)
+        assert find_pairs(adapter).pairs[0].layout_a.batch == (0,)
