@@ -3,7 +3,6 @@
 import math
 from typing import Any, NamedTuple
 
-import chex
 import jax.numpy as jnp
 
 from loft_jax.algorithm.second_moment import SECOND_MOMENTS
@@ -70,7 +69,7 @@ class PairsDescription(NamedTuple):
         return "\n".join(lines)
 
 
-def describe_pairs(params: chex.ArrayTree, pairs: Any = None) -> PairsDescription:
+def describe_pairs(params: Any, pairs: Any = None) -> PairsDescription:
     """Prints the low-rank pairs found in ``params`` and the size of their state; returns them.
 
     One line a pair: its path, the shapes of ``U`` and ``V`` (``W = W0 + scale * U V^T``), its batch
