@@ -87,6 +87,9 @@ class LoraModel:
           *args, **kwargs: arguments of the model, and of `nn.Module.apply` such as `rngs` and
             `method`.
 
+        Returns:
+          The output of the model, and the updated variables if `mutable` is given.
+
         Raises:
           ValueError: as `init`.
         """
@@ -104,6 +107,9 @@ def adapt(rules: Rules) -> Iterator[None]:
 
     Args:
       rules: as in `LoraModel`.
+
+    Returns:
+      A context manager.
 
     Raises:
       ValueError: at the end of an initialization, if a rule has matched no layer.

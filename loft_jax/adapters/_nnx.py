@@ -123,20 +123,7 @@ class LoraLayer(nnx.Module):
         return *self.stack, *others[: num_batch_axes(self.form)]
 
 
-@overload
-def add_lora(
-    model: nnx.Linear | nnx.LinearGeneral | nnx.Einsum | nnx.Conv | QuantizedLayer,
-    rules: Rules,
-    *,
-    rngs: nnx.Rngs,
-) -> LoraLayer: ...
-
-
-@overload
-def add_lora(model: Model, rules: Rules, *, rngs: nnx.Rngs) -> Model: ...
-
-
-def add_lora(model: Any, rules: Rules, *, rngs: nnx.Rngs) -> Any:
+def add_lora(model: Model, rules: Rules, *, rngs: nnx.Rngs) -> Model:
     """Adds adapters to the layers of a model.
 
     Supported layers are `nnx.Linear`, `nnx.LinearGeneral` (so also attention), `nnx.Einsum` and
@@ -152,8 +139,9 @@ def add_lora(model: Any, rules: Rules, *, rngs: nnx.Rngs) -> Any:
         layer does not affect it.
 
     Returns:
-      The model with a `LoraLayer` in place of each matching layer. Its `nnx.LoRAParam` variables
-      are the adapters, all others the frozen base.
+      The model with a `LoraLayer` in place of each matching layer; a `LoraLayer` if the model
+      itself is such a layer. Its `nnx.LoRAParam` variables are the adapters, all others the
+      frozen base.
 
     Raises:
       ValueError: a rule matches no layer, the rank is too high, a layer cannot be adapted (an

@@ -39,6 +39,12 @@ class QuantizedLayer(nnx.Module):
       kernel: a `QuantizedParam`.
       bias: the bias of the original layer, or None.
       form, single_shape, dtype, precision: how the original layer computes.
+
+    Example:
+      >>> from loft_jax.adapters import quantize
+      >>> layer = quantize(nnx.Linear(64, 8, rngs=nnx.Rngs(0)), qtype="nf4")
+      >>> type(layer).__name__, layer(jnp.ones((1, 64))).shape
+      ('QuantizedLayer', (1, 8))
     """
 
     def __init__(self, base: Any, stack: tuple[int, ...], qtype: QType, tile_size: int):

@@ -65,8 +65,17 @@ class PeftAdapter:
         Args:
           module: the name of the module in transformers, or the end of it such as ``q_proj``.
 
+        Returns:
+          The factor that multiplies ``a @ b``.
+
         Raises:
           KeyError: there is no such module, or there are several with different scales.
+
+        Example:
+          >>> factors = PeftFactors(np.ones((6, 3)), np.ones((3, 4)), scale=2.0)
+          >>> adapter = PeftAdapter(Path("out"), {}, {"model.layers.0.q_proj": factors}, {})
+          >>> adapter.scale_of("q_proj")
+          2.0
         """
         ends = [f for name, f in self.factors.items() if f".{name}".endswith(f".{module}")]
         scales = {factors.scale for factors in ends}

@@ -183,17 +183,29 @@ def warn_of_pairs(tree: PairedTree, pairs: Any = None) -> None:
 
 
 def _check_batch_axes(tree: PairedTree) -> None:
-    found = [(tree.paths[pair.a], pair.layout_a.batch) for pair in tree.pairs]
-    if wrong := [
-        f"{path}: made with batch axes {made}, read with {read}"
-        for path, read in found
-        if (made := declared_batch(path)) is not None and sorted(made) != sorted(read)
-    ]:
+    wrong = []
+    for pair in tree.pairs:
+        path, read = tree.paths[pair.a], pair.layout_a.batch
+        made = declared_batch(path)
+        if made is not None and sorted(made) != sorted(read) and _fits(tree, pair, made):
+            wrong.append(f"{path}: made with batch axes {made}, read with {read}")
+    if wrong:
         headline = (
             "The shapes of these adapters fit other batch axes than they were made with. Pass "
             "pairs=rule, a LoraRule with batch=..., or LoraPairs(axes=LoraAxes(batch=...)):"
         )
         raise ValueError(_listing(headline, wrong))
+
+
+def _fits(tree: PairedTree, pair: Pair, batch: tuple[int, ...]) -> bool:
+    """Whether the shapes fit these batch axes; if not, the declaration is of another adapter."""
+    others = set(range(len(jnp.shape(tree.leaves[pair.a])))) - set(batch)
+    axes = LoraAxes(batch=batch, rank_a=max(others, default=-1))
+    try:
+        _read_pair(pair.a, pair.b, tree.paths, tree.leaves, tree.splits, axes, pair.scale)
+    except ValueError:
+        return False
+    return True
 
 
 def _is_zero(leaf: Any) -> bool:

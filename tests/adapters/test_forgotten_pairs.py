@@ -211,3 +211,25 @@ def test_forgotten_axes_of_a_linen_scan_are_refused_or_read_correctly(axis, rank
     else:
         loft_adamw(1e-3).init(adapter)
         assert find_pairs(adapter).pairs[0].layout_a.batch == (0,)
+
+
+def test_axes_declared_for_another_adapter_at_the_same_path_are_ignored():
+    of_nnx(LoraRule(path="", rank=2), stacked(linear, (0,)))
+    loft_adamw(1e-3).init(of_nnx(LoraRule(path="", rank=2), linear(KEY)))
+    of_nnx(LoraRule(path="", rank=2), stacked(linear, (0,)))
+    loft_adamw(1e-3).init({"lora_a": jnp.ones((6, 2)), "lora_b": jnp.zeros((2, 4))})
+
+
+def test_layers_stacked_on_the_last_axis_are_not_misread():
+    # (2, 2, 5) and (2, 5, 5): rank 2 of five layers, or rank 5 of two.
+    make = lambda key: nnx.Linear(2, 5, use_bias=False, rngs=nnx.Rngs(key))
+    layer = nnx.vmap(make, out_axes=2)(jax.random.split(KEY, 5))
+    rule = LoraRule(path="", rank=2, batch=(2,))
+    adapter = of_nnx(rule, layer)
+    assert find_pairs(adapter).pairs[0].layout_a.batch == (0,)
+    with pytest.raises(ValueError, match=r"made with batch axes \(2,\), read with \(0,\)"):
+        loft_adamw(1e-3).init(adapter)
+    with pytest.raises(ValueError, match="the rank axis 2 is among the batch axes"):
+        loft_adamw(1e-3, pairs=rule).init(adapter)
+    pairs = LoraPairs(axes=LoraAxes(batch=(2,), rank_a=1))
+    loft_adamw(1e-3, pairs=pairs).init(adapter)
