@@ -25,6 +25,25 @@ from jaxtyping import install_import_hook
 # Checks every `Float[Array, "m r"]` of the package, at run time and under jit.
 install_import_hook("loft_jax", "beartype.beartype")
 
+# `pytest -m quick`: a sample of each kind of claim, for the inner loop.
+QUICK = (
+    "loft_jax/algorithm",
+    "loft_jax/execution",
+    "loft_jax/pairs",
+    "tests/test_algorithm_docs.py",
+    "tests/test_alternation.py",
+    "tests/test_contract.py::test_a_chain_passes_params_and_extra_arguments[loft_adamw]",
+    "tests/test_contract.py::test_init_takes_shapes_alone",
+    "tests/test_exactness.py::test_at_full_rank_loft_adamw_is_the_adamw_of_optax",
+    "tests/test_exactness.py::test_loft_is_algorithm_1[tall-weight decay",
+    "tests/test_exactness.py::test_loft_is_the_dense_method[scaled-default",
+    "tests/test_exactness.py::test_loft_is_the_dense_method[zero init-default",
+    "tests/test_momentum.py::test_at_full_rank_loft_muon_is_the_muon_of_optax",
+    "tests/test_momentum.py::test_lemma",
+    "tests/test_pairs.py",
+    "tests/test_robustness.py::test_the_basis",
+)
+
 LARGEST_ERRORS = pytest.StashKey[dict]()
 TABLES = pytest.StashKey[list]()
 
@@ -40,6 +59,12 @@ def forget_declared_adapters():
     from loft_jax.pairs.declared import forget_scales  # after the import hook
 
     forget_scales()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.nodeid.startswith(QUICK):
+            item.add_marker(pytest.mark.quick)
 
 
 @pytest.fixture
