@@ -55,7 +55,7 @@ def find_splits(
         if differing := sorted(varying(leaf) - {name for names in entries for name in names}):
             raise ValueError(
                 f"{path} differs between the devices of the shard_map along {differing}, and "
-                "LoraPairs(specs=...) does not say how it is split; "
+                "LoraPairs(specs=...) does not specify how it is sharded; "
                 "loft_jax.sharding.shard_map_pairs takes it from the in_specs"
             )
         found.append(tuple(tuple(name for name in names if name in manual) for names in entries))
