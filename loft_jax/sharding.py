@@ -1,9 +1,9 @@
-"""Where adapters and their optimizer state lie on a mesh.
+"""Shardings of adapters and their optimizer state on a mesh.
 
-A factor is split like the axes that it has of its weight, and its rank axis is whole. Its two
-factors then lie on different mesh axes, since a weight cannot use one twice, and what a step of
-LoFT exchanges are matrices of ``r x r`` and the update of the factor that moves, nothing larger.
-The state lies where its factors do.
+Each factor is sharded along the axis that it shares with its weight; its rank axis is unsharded.
+A weight cannot use a mesh axis twice, so the two factors of a pair use different mesh axes. A step
+of LoFT then communicates only ``r x r`` matrices and the update of the active factor. The state is
+sharded like the factors.
 """
 
 import dataclasses
@@ -26,23 +26,23 @@ from loft_jax.pairs.spec import LoraPairs, as_pairs
 def factor_specs(
     weight: PartitionSpec | None, *, batch: Sequence[int] = (), inputs: int = 1, outputs: int = 1
 ) -> tuple[PartitionSpec, PartitionSpec]:
-    """Returns how the factors of an adapter are split, from how its weight is.
+    """Returns the specs of an adapter's factors, from the spec of its weight.
 
     Args:
       weight: the spec of a weight whose axes are inputs and then outputs, with the batch axes
-        (stacked layers, experts) where ``batch`` says. None, or a spec that is shorter than the
-        weight has axes: what it leaves out is not split.
-      batch: the batch axes, which both factors have at the same place.
-      inputs: number of axes that the weight sums over: 1, 2 for the output projection of attention
-        with a kernel ``(heads, head_dim, out)``.
+        (stacked layers, experts) at the positions in ``batch``. It may be None or have fewer
+        entries than the weight has axes; the remaining axes are unsharded.
+      batch: the batch axes, which both factors have at the same positions.
+      inputs: number of axes that the weight sums over: 1, or 2 for the output projection of
+        attention with a kernel ``(heads, head_dim, out)``.
       outputs: number of its output axes.
 
     Returns:
       The specs of ``a``, ``(*inputs, rank)``, and of ``b``, ``(rank, *outputs)``, with the batch
-      axes in them. The rank is not split.
+      axes inserted. The rank is unsharded.
 
     Raises:
-      ValueError: a spec for more axes than the weight has, or a batch axis that it has not.
+      ValueError: a spec for more axes than the weight has, or a batch axis out of range.
 
     Example:
       >>> from jax.sharding import PartitionSpec as P
@@ -66,23 +66,23 @@ def factor_specs(
 
 
 def adapter_shardings(adapter: Any, weights: Any, pairs: Any = None) -> Any:
-    """Returns the shardings of an adapter's factors, from those of the weights that they adapt.
+    """Returns the shardings of an adapter's factors, from the shardings of the adapted weights.
 
     Args:
       adapter: a pytree of factors, arrays or `jax.ShapeDtypeStruct`. It may hold other leaves.
-      weights: a pytree that holds the weights, at the paths at which the adapters' library puts
-        them; its leaves are `NamedSharding`, or have one (arrays, `jax.ShapeDtypeStruct`). It may
-        be the same tree as ``adapter``.
+      weights: a pytree with the weights, at the paths that the adapters' library uses. Its leaves
+        are `NamedSharding`, or have one (arrays, `jax.ShapeDtypeStruct`). It may be the same tree
+        as ``adapter``.
       pairs: names and axes of the factors, as in the optimizers.
 
     Returns:
-      A tree of `NamedSharding` with the structure of ``adapter``. Leaves outside pairs are whole on
-      every device, unless ``weights`` has them: then they lie as there.
+      A tree of `NamedSharding` with the structure of ``adapter``. Non-LoRA leaves are replicated,
+      unless ``weights`` has them: then they keep that sharding.
 
     Raises:
       ValueError: no weight with a sharding; a factor whose weight is not found, or whose weight's
-        spec has more axes than the factors explain; the message names the path. Weights whose
-        outputs come before their inputs are to be told with `factor_specs`.
+        spec has more axes than the factors have together; the message names the path. For weights
+        whose outputs come before their inputs, use `factor_specs`.
 
     Example:
       >>> import jax
@@ -95,7 +95,7 @@ def adapter_shardings(adapter: Any, weights: Any, pairs: Any = None) -> Any:
       >>> found["q"]["lora_b"].spec == P(None, "tensor")
       True
     """
-    # The tree may hold the weights too.
+    # The tree may contain the weights too.
     tree = find_pairs(adapter, dataclasses.replace(as_pairs(pairs), train_weights=True))
     is_sharding = lambda x: isinstance(x, jax.sharding.Sharding)
     flat = jax.tree_util.tree_leaves_with_path(weights, is_leaf=is_sharding)
@@ -128,23 +128,23 @@ def adapter_shardings(adapter: Any, weights: Any, pairs: Any = None) -> Any:
 def state_shardings(
     tx: optax.GradientTransformation, params: optax.Params, shardings: Any = None
 ) -> optax.OptState:
-    """Returns the shardings of an optimizer's state: what follows a parameter lies where it does.
+    """Returns the shardings of an optimizer's state: each state array is sharded as its parameter.
 
-    Use it as ``out_shardings`` of a jitted ``tx.init``, which the compiler would else leave whole
-    on every device, and as a target for checkpoints. Works for any optimizer whose state
-    `optax.tree_map_params` understands, wrapped in any way.
+    Use it as ``out_shardings`` of a jitted ``tx.init``, whose state the compiler would otherwise
+    replicate on every device, and as a target for checkpoints. Works for any optimizer whose state
+    `optax.tree_map_params` understands, including wrapped ones.
 
     Args:
       tx: the optimizer.
       params: its parameters: arrays or `jax.ShapeDtypeStruct` on a mesh. Flax's boxes and
-        Variables are fine.
-      shardings: a tree of `NamedSharding` like ``params``, where those have none of their own,
-        such as ``flax.nnx.get_named_sharding(state, mesh)``.
+        Variables are supported.
+      shardings: a tree of `NamedSharding` like ``params``, for parameters without shardings, such
+        as ``flax.nnx.get_named_sharding(state, mesh)``.
 
     Returns:
-      A tree of `NamedSharding` with the structure of ``tx.init(params)``. A state lies as
-      its parameter does, also where it is wider (LoFT's second moment is, along the rank); where
-      that cannot divide it, it is whole. So is everything else (counters).
+      A tree of `NamedSharding` with the structure of ``tx.init(params)``. A state array is sharded
+      as its parameter, also if it is wider (as LoFT's second moment, along the rank). Axes whose
+      size the mesh axes do not divide are unsharded. Other arrays (counters) are replicated.
 
     Raises:
       ValueError: a parameter without a `NamedSharding`, the message names the path; another number
@@ -194,23 +194,23 @@ def state_shardings(
 
 
 def shard_map_pairs(params: Any, specs: Any, pairs: Any = None) -> LoraPairs:
-    """Returns ``pairs`` that also say how a `jax.shard_map` splits the parameters.
+    """Returns ``pairs`` that also describe how a `jax.shard_map` shards the parameters.
 
-    For an optimizer whose ``update`` runs inside the shard_map: there it sees each device's part
-    of a factor, and sums over the parts by itself. It has to know which axes are split. Under
-    `jax.jit` alone nothing of this is needed.
+    Use it for an optimizer whose ``update`` runs inside the shard_map. There the optimizer gets
+    each device's shard of a factor and sums over the shards itself, so it must know which axes are
+    sharded. It is not needed under `jax.jit` alone.
 
     Args:
-      params: the whole parameters, a pytree of arrays or `jax.ShapeDtypeStruct`.
+      params: the unsharded parameters, a pytree of arrays or `jax.ShapeDtypeStruct`.
       specs: the ``in_specs`` of the parameters: a tree of `PartitionSpec` like ``params``, or one
         for all.
       pairs: names, axes and scale, as in the optimizers.
 
     Returns:
-      The value for the ``pairs`` of an optimizer. Its ``init`` may run on the whole parameters.
+      The value for the ``pairs`` of an optimizer. Its ``init`` may run on the unsharded parameters.
 
     Raises:
-      ValueError: no spec for a parameter, or the reverse.
+      ValueError: a parameter without a spec, or a spec without a parameter.
 
     Example:
       >>> import jax
@@ -234,20 +234,20 @@ def shard_map_pairs(params: Any, specs: Any, pairs: Any = None) -> LoraPairs:
     with_paths, treedef = jax.tree_util.tree_flatten_with_path(params)
     if isinstance(specs, PartitionSpec):
         specs = treedef.unflatten([specs] * len(with_paths))
-    told = jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
-    if len(told) != len(with_paths) or any(not isinstance(x, PartitionSpec) for x in told):
+    given = jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
+    if len(given) != len(with_paths) or any(not isinstance(x, PartitionSpec) for x in given):
         raise ValueError(
             f"{len(with_paths)} parameters need a tree of as many PartitionSpec, got {specs}"
         )
     entries = tuple(
         (re.escape(path_string(path)), spec)
-        for (path, _), spec in zip(with_paths, told, strict=True)
+        for (path, _), spec in zip(with_paths, given, strict=True)
     )
     return dataclasses.replace(as_pairs(pairs), specs=entries)
 
 
 def _for_shape(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
-    """The sharding for an array that may have other sizes than the one that it was made for."""
+    """Adapts a sharding to an array of another shape; axes it does not divide are unsharded."""
     if len(sharding.spec) > len(shape):  # such as Adafactor's sums of rows
         return NamedSharding(sharding.mesh, PartitionSpec())
     parts = [math.prod(sharding.mesh.shape[n] for n in axis_names(e)) for e in sharding.spec]
@@ -267,7 +267,7 @@ def _specs_of_pair(pair: Pair, weight: PartitionSpec) -> tuple[PartitionSpec, Pa
 
 
 def _with_rank_at(layout: FactorLayout, spec: PartitionSpec, rank: int) -> PartitionSpec:
-    """The spec with the rank, of the axes that are no batch axes the ``rank``-th, in its place."""
+    """Moves the rank entry, the ``rank``-th of the non-batch axes, to the layout's rank axis."""
     entries = _padded(spec, len(layout.batch) + len(layout.rows) + 1)
     rows = [entry for axis, entry in enumerate(entries) if axis not in layout.batch]
     del rows[rank]
@@ -282,10 +282,10 @@ def _sharding_of(leaf: Any) -> NamedSharding | None:
 
 
 def _padded(spec: PartitionSpec | None, dims: int) -> list[Any]:
-    """The entries of a spec for so many axes.
+    """Returns the entries of a spec, padded with None to ``dims`` axes.
 
     Raises:
-      ValueError: it has more.
+      ValueError: the spec has more entries.
     """
     entries = [] if spec is None else list(spec)
     if len(entries) > dims:

@@ -1,4 +1,4 @@
-"""Whose turn it is: first steps, steps without a gradient, staying in step with clipping."""
+"""The active factor: first steps, steps without a gradient, and agreement with clipping."""
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +23,8 @@ def loss(params):
     return jnp.mean((hidden @ params["head"] - Y) ** 2)
 
 
-def movers(tx, steps: int, loss=loss, params=PARAMS) -> list[str]:
-    """Which factors moved at each step."""
+def moved_factors(tx, steps: int, loss=loss, params=PARAMS) -> list[str]:
+    """Returns the factors that moved at each step."""
     state, moved = tx.init(params), []
     for _ in range(steps):
         updates, state = tx.update(jax.grad(loss)(params), state, params)
@@ -33,31 +33,31 @@ def movers(tx, steps: int, loss=loss, params=PARAMS) -> list[str]:
     return moved
 
 
-def test_a_zero_head_costs_one_step_and_no_turn():
-    # Step 1 has no gradient for the adapter in any method; a strict alternation would spend step 2
-    # on a, whose partner is still zero, and move nothing until step 3.
-    assert movers(loft_jax.loft_adamw(0.1, weight_decay=0.0), 5) == ["", "b", "a", "b", "a"]
+def test_a_zero_head_delays_one_step_and_keeps_the_active_factor():
+    # Step 1 has no gradient for the adapter in any method. Strict alternation would activate a at
+    # step 2, while its partner is still zero, and move nothing until step 3.
+    assert moved_factors(loft_jax.loft_adamw(0.1, weight_decay=0.0), 5) == ["", "b", "a", "b", "a"]
 
 
-def test_a_trained_head_costs_nothing():
+def test_with_a_trained_head_the_first_step_moves_a_factor():
     params = PARAMS | {"head": jnp.ones((5, 2))}
     tx = loft_jax.loft_adamw(0.1)
-    assert movers(tx, 4, params=params) == ["b", "a", "b", "a"]
+    assert moved_factors(tx, 4, params=params) == ["b", "a", "b", "a"]
 
 
-def test_starting_with_the_factor_that_has_no_gradient_costs_its_turn():
+def test_starting_with_the_factor_that_has_no_gradient_delays_one_step():
     params = PARAMS | {"head": jnp.ones((5, 2))}
     tx = loft_jax.loft_adamw(0.1, weight_decay=0.0, moves_first="a")
-    assert movers(tx, 4, params=params) == ["", "b", "a", "b"]
+    assert moved_factors(tx, 4, params=params) == ["", "b", "a", "b"]
 
 
 def test_without_alternation_both_move_once_both_have_gradients():
     params = PARAMS | {"head": jnp.ones((5, 2))}
     tx = loft_jax.loft_adamw(0.1, weight_decay=0.0, alternate=False)
-    assert movers(tx, 3, params=params) == ["b", "ab", "ab"]
+    assert moved_factors(tx, 3, params=params) == ["b", "ab", "ab"]
 
 
-def test_only_the_factor_that_moves_decays():
+def test_only_the_active_factor_decays():
     params = PARAMS | {"head": jnp.ones((5, 2)), "lora_b": jnp.ones((2, 5))}
     tx = loft_jax.loft_adamw(0.1, weight_decay=0.5)
     zeros = jax.tree.map(jnp.zeros_like, params)
@@ -66,8 +66,8 @@ def test_only_the_factor_that_moves_decays():
     assert not updates["lora_a"].any()
 
 
-def test_clipping_to_nothing_costs_no_turn_of_either():
-    """A norm that overflows clips finite gradients to zero, and the optimizer sees none."""
+def test_clipping_to_zero_keeps_the_active_factor_of_clipping_and_optimizer():
+    """A norm that overflows clips finite gradients to zero, so the optimizer gets no gradient."""
     tx = optax.chain(loft_jax.clip_by_projected_global_norm(0.1), loft_jax.loft_adamw(0.1))
     params = {"lora_a": jnp.eye(6, 2, dtype="float32"), "lora_b": jnp.eye(2, 5, dtype="float32")}
     spike = jax.tree.map(lambda x: jnp.full_like(x, 1e25), params)
@@ -75,7 +75,7 @@ def test_clipping_to_nothing_costs_no_turn_of_either():
     assert int(clip.active) == int(core.active) == 0
 
 
-def test_clipping_counts_the_same_turns():
+def test_clipping_and_optimizer_agree_on_the_active_factor():
     tx = optax.chain(loft_jax.clip_by_projected_global_norm(0.1), loft_jax.loft_adamw(0.1))
     params, state = PARAMS, tx.init(PARAMS)
     for k in range(6):
@@ -85,7 +85,7 @@ def test_clipping_counts_the_same_turns():
         updates, state = tx.update(grads, state, params)
         params = optax.apply_updates(params, updates)
         clip_state, (core, *_) = state
-        # No turn is used at step 0 (zero head) and at step 3 (zero gradients).
+        # The active factor does not change at step 0 (zero head) and step 3 (zero gradients).
         assert int(clip_state.active) == int(core.active) == [0, 1, 0, 0, 1, 0][k]
         assert int(core.count) == k + 1
 

@@ -302,7 +302,7 @@ def test_containers_of_every_kind_hold_parameters(make):
     assert_trees_close(got, contained(train(quick(make), params, gradients)[0]))
 
 
-@every_loft_kind  # the peers that are `optax.adamw` with a twist keep its dtypes
+@every_loft_kind  # baselines that modify `optax.adamw` keep its dtypes
 def test_bfloat16_parameters_have_float32_state(make):
     rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (small_params(), small_params()))
     params, gradient = rounded

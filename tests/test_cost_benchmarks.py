@@ -23,7 +23,7 @@ STACKED_TINY = PairSet(8, {"q": (2048, 1024)})
 
 
 def test_the_equations_typed_in_pytorch_are_loft(x64):
-    """An independent implementation, float64: ten steps, both factors in turn."""
+    """An independent implementation, float64: ten steps, with alternating factors."""
     pytest.importorskip("torch", reason="PyTorch is not installed")
     from benchmarks.cost import torch_loft
 

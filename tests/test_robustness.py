@@ -162,7 +162,7 @@ def test_gradients_whose_squares_overflow_stop_the_step(second_moment):
 
 # The Gram matrix rounds at the square of the condition; a direction that is dropped costs all of 1.
 @pytest.mark.parametrize(("condition", "tolerance"), [(1.0, 1e-5), (30.0, 1e-3), (1e3, 0.3)])
-def test_the_peers_inverse_keeps_every_direction_that_float32_has(condition, tolerance):
+def test_the_inverse_of_the_baselines_keeps_every_direction_that_float32_has(condition, tolerance):
     v = conditioned(np.random.default_rng(5), 512, 16, condition).astype(np.float32)
     expected = np.linalg.inv(v.T.astype(np.float64) @ v + 1e-6 * np.eye(16))
     got = inverse_gram(*gram_spectra([jnp.asarray(v)]), 1e-6)

@@ -1,8 +1,8 @@
-"""AdaLoRA: a budget of ranks that moves between adapters, in arrays that keep their shapes.
+"""AdaLoRA: a rank budget that is reallocated between adapters, with arrays of fixed shapes.
 
 An adapter is ``scale * a @ diag(e) @ b``, an unnormalised singular value decomposition. Its rank is
-lowered by setting entries of ``e`` to zero: those of the triplets ``(a[:, i], e[i], b[i])`` that
-matter least among all adapters.
+reduced by setting entries of ``e`` to zero: those of the triplets ``(a[:, i], e[i], b[i])`` with
+the lowest importance among all adapters.
 """
 
 import math
@@ -27,10 +27,11 @@ class AdaloraState(NamedTuple):
 
     Attributes:
       count: number of steps taken, int32.
-      sensitivity: the smoothed ``|w * dL/dw|`` of each entry (eq. (9)), a tree like the parameters:
-        in each factor's and each ``lora_e``'s shape, float32 at least; `optax.MaskedNode` at other
-        leaves.
-      uncertainty: the smoothed deviation of ``|w * dL/dw|`` from it (eq. (10)), a tree likewise.
+      sensitivity: the smoothed ``|w * dL/dw|`` of each entry (eq. (9)), a tree like the parameters.
+        Arrays have the shapes of the factors and of ``lora_e``, in at least float32; other leaves
+        are `optax.MaskedNode`.
+      uncertainty: the smoothed deviation of ``|w * dL/dw|`` from ``sensitivity`` (eq. (10)), a tree
+        of the same structure.
       inner: state of the inner transformation.
     """
 
@@ -53,7 +54,7 @@ def adalora(
     pairs: Any = None,
     values: tuple[tuple[str, str], ...] = DEFAULT_VALUES,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""AdaLoRA around an optimizer: allocates a shrinking budget of ranks among all adapters.
+    r"""AdaLoRA around an optimizer: allocates a decreasing rank budget among all adapters.
 
     For weights :math:`W = W_0 + s\, A\, \mathrm{diag}(e)\, B` in the layout of Flax (:math:`Q^\top`
     and :math:`P^\top` of the paper). At every step each entry ``w`` of the three, with gradient
@@ -66,48 +67,51 @@ def adalora(
       s(w) = \bar I \bar U \\
       S_i &= s(e_i) + \mathrm{mean}_j\, s(A_{ji}) + \mathrm{mean}_j\, s(B_{ij})
 
-    Then ``inner`` moves all of them. At every ``delta_t``-th step after ``t_init``, the values
-    ``e`` of all but the `budget_schedule` many triplets of the highest score are set to zero
-    exactly. Up to the next such step they go on training and may come back. In the last ``t_final``
-    steps the scores are frozen, and the same triplets stay zero.
+    Then ``inner`` updates all of them. At every ``delta_t``-th step after ``t_init``, only the
+    triplets with the highest scores are kept, as many as `budget_schedule` allows. The values ``e``
+    of the others are set to exactly zero. Until the next such step these values continue to train
+    and may become nonzero again. In the last ``t_final`` steps the scores are frozen, and the same
+    triplets stay zero.
 
-    Nothing may change the updates afterwards: put learning rate, clipping and weight decay into
-    ``inner``. All adapters that are to share a budget must reach one call. Start with ``lora_a``
-    and ``lora_b`` normal (a deviation of 0.02 in the released code) and ``lora_e`` zero, and add
-    `orthogonality_penalty` to the loss.
+    Do not change the updates afterwards: put learning rate, clipping and weight decay into
+    ``inner``. All adapters that share a budget must be in one call. Initialise ``lora_a`` and
+    ``lora_b`` with normal values (a deviation of 0.02 in the released code) and ``lora_e`` with
+    zero, and add `orthogonality_penalty` to the loss.
 
     Args:
-      inner: the optimizer, ``optax.adamw(...)`` say, of all leaves.
-      target_rank: the rank per adapter, on average, at the end (each layer of a stack is one
-        adapter). The initial one is that of the arrays, about 1.5 times as much in the paper.
-      total_step: number of steps of the training.
-      t_init: steps of warm-up, with the initial budget and no allocation.
-      t_final: steps at the end with the final allocation; 0 may stop short of the target.
-      delta_t: steps from one allocation to the next.
+      inner: the optimizer of all leaves, for example ``optax.adamw(...)``.
+      target_rank: the average rank per adapter at the end (each layer of a stack is one adapter).
+        The initial rank is that of the arrays, about 1.5 times the target rank in the paper.
+      total_step: number of training steps.
+      t_init: number of warm-up steps, with the initial budget and no allocation.
+      t_final: number of steps at the end with the final allocation; with 0 the target may not be
+        reached.
+      delta_t: number of steps between two allocations.
       beta1: decay rate of the sensitivity.
       beta2: decay rate of the uncertainty.
-      pairs: what to look for, as in `scale_by_loft_adam`.
-      values: ``(regex of the path of a, template of the path of its e)``, the first that matches.
+      pairs: the LoRA pairs, as in `scale_by_loft_adam`.
+      values: ``(regex of the path of a, template of the path of its e)``; the first match is used.
         ``e`` has shape ``(*batch, r)``.
 
     Returns:
       A transformation whose ``update`` needs ``params``, with the state `AdaloraState`. The updates
-      are those of ``inner``, but for ``lora_e`` in at least the dtype of ``lora_e``: what makes it
-      exactly zero.
+      are those of ``inner``, except that updates of ``lora_e`` have at least the dtype of
+      ``lora_e``, so that pruned values become exactly zero.
 
     Raises:
       ValueError: numbers out of range; a pair without its ``e``, or an ``e`` of another shape than
         ``(*batch, r)``; a target above the initial ranks; pairs, gradients or a state that do not
-        fit the parameters; missing ``params``.
-      TypeError: a parameter that is no real floating-point array.
+        match the parameters; missing ``params``.
+      TypeError: a parameter that is not a real floating-point array.
 
     Source: Zhang et al., "Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning", ICLR
-      2023, Algorithm 1 and eqs. (5) to (12). As in the paper, ``w`` in ``I`` is from before the
-      step (the released code and PEFT multiply by the parameter from after it), exactly as many
-      triplets as budgeted stay (there, ties at the threshold go), and the last phase begins with
+      2023, Algorithm 1 and eqs. (5) to (12). As in the paper, ``I`` uses the parameter ``w`` before
+      the step (the released code and PEFT use the one after it), the number of triplets kept is
+      exactly the budget (there, ties at the threshold are pruned), and the last phase begins with
       step ``total_step - t_final`` (in the released code, one later). As in the released code,
-      steps count from 0, none up to ``t_init`` allocates, and scores freeze in the last phase. The
-      adapter's scale is the model's: the code divides alpha by the initial rank.
+      steps count from 0, steps up to ``t_init`` do not allocate, and scores are frozen in the last
+      phase. The model applies the adapter's scale; the released code divides alpha by the initial
+      rank.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -158,10 +162,10 @@ def adalora(
                 sensitivity[k] = scored(sensitivity[k], new[0])
                 uncertainty[k] = scored(uncertainty[k], new[1])
             keep = keep_highest(_scores(adapters, sensitivity, uncertainty), budget(count))
-            due = last | (count % delta_t == 0)  # up to t_init the budget is for all
+            due = last | (count % delta_t == 0)  # up to t_init the budget covers all triplets
             for adapter, kept in zip(adapters, keep, strict=True):
                 e, move = leaves[adapter.e], moves[adapter.e]
-                # e + (-e) is zero to the bit, in a dtype that holds -e.
+                # e + (-e) is exactly zero in a dtype that represents -e.
                 dtype = jnp.promote_types(e.dtype, move.dtype)
                 moves[adapter.e] = jnp.where(due & ~kept, -e.astype(dtype), move.astype(dtype))
             return moves, sensitivity, uncertainty
@@ -188,23 +192,23 @@ def adalora(
 
 @jax.default_matmul_precision("highest")
 def orthogonality_penalty(params: optax.Params, pairs: Any = None) -> jax.Array:
-    r"""Returns AdaLoRA's regulariser, to be added to the loss with a coefficient.
+    r"""Returns AdaLoRA's regulariser. Add it to the loss with a coefficient.
 
     .. math:: \sum_k \|A_k^\top A_k - I\|_F^2 + \|B_k B_k^\top - I\|_F^2
 
     Args:
-      params: a pytree with the adapters' ``lora_a`` and ``lora_b``; other leaves do not matter.
-      pairs: what to look for, as in `scale_by_loft_adam`.
+      params: a pytree with the adapters' ``lora_a`` and ``lora_b``; other leaves are ignored.
+      pairs: the LoRA pairs, as in `scale_by_loft_adam`.
 
     Returns:
-      A scalar, float32 at least.
+      A scalar, in at least float32.
 
     Raises:
       ValueError, TypeError: as `find_pairs`.
 
     Source: Zhang et al., ICLR 2023, eq. (4), summed over the weights as in its objective. The
-      released code and PEFT take the mean over all factors of the norms, not squared; their
-      coefficients (0.1 to 0.5) do not carry over.
+      released code and PEFT use the mean over all factors of the norms, not squared, so their
+      coefficients (0.1 to 0.5) do not apply here.
 
     Example:
       >>> import jax.numpy as jnp
@@ -226,7 +230,7 @@ def _zeros(tree: PairedTree, adapters: Sequence[Triplets]) -> optax.Params:
     leaves: list[Any] = [optax.MaskedNode() for _ in tree.leaves]
     for k in members(adapters):
         leaf = tree.leaves[k]
-        leaves[k] = jnp.zeros_like(leaf, dtype=compute_dtype(leaf))  # sharded like it
+        leaves[k] = jnp.zeros_like(leaf, dtype=compute_dtype(leaf))  # with the leaf's sharding
     return tree.treedef.unflatten(leaves)
 
 

@@ -1,4 +1,4 @@
-"""AltLoRA and AltLoRA+: alternating projections, with a momentum that follows the subspace."""
+"""AltLoRA and AltLoRA+: alternating projections, with momentum calibrated to the subspace."""
 
 import functools
 from collections.abc import Callable
@@ -29,10 +29,11 @@ class ScaleByAltLoraState(NamedTuple):
     """State of `scale_by_altlora`. The trees have the structure of the parameters.
 
     Attributes:
-      active: ``()`` int32, the factor that moves at the next step: 0 for ``b``, 1 for ``a``.
-      seen: for each factor its value when its partner moved last; `optax.MaskedNode` outside pairs.
+      active: ``()`` int32, the active factor of the next step: 0 for ``b``, 1 for ``a``.
+      seen: the value of each factor at the last step with its partner active; `optax.MaskedNode`
+        outside pairs.
       mu: first moment of each leaf, in the coordinates of the raw factors.
-      nu: second moment of each leaf; None for AltLoRA, which has none.
+      nu: second moment of each leaf; None for AltLoRA, which has no second moment.
     """
 
     active: jax.Array
@@ -53,25 +54,26 @@ def scale_by_altlora(
 ) -> optax.GradientTransformationExtraArgs:
     r"""The core of AltLoRA (and, with ``b2``, of AltLoRA+), without learning rate, for chaining.
 
-    For :math:`W = W_0 + s U V^\top`, when :math:`U` is active, with the partner :math:`V_-`
-    as it was when :math:`U` was active last:
+    For :math:`W = W_0 + s U V^\top`, when :math:`U` is active and :math:`V_-` is the partner at the
+    last step with :math:`U` active:
 
     .. math::
       \tilde g &= s^{-2} \nabla_U f \, (V^\top V + \lambda I)^{-1} \\
       M &\leftarrow \beta_1 M (V_-^\top V)(V^\top V + \lambda I)^{-1} + (1 - \beta_1) \tilde g \\
       S &\leftarrow \beta_2 S + (1 - \beta_2) \tilde g^2 \qquad \text{(AltLoRA+)}
 
-    and the step is :math:`M`, or :math:`M / (\sqrt S + \epsilon)`. Neither corrects bias. The
-    moments of the factor that rests do not see the gradient. Leaves outside pairs pass through.
+    and the step is :math:`M`, or :math:`M / (\sqrt S + \epsilon)`. Neither uses bias correction.
+    The moments of the inactive factor are not updated. Updates of leaves outside pairs are
+    unchanged.
 
     Args:
       b1: decay rate of the first moment.
-      b2: decay rate of the second moment, AltLoRA+'s; None has none.
+      b2: decay rate of the second moment of AltLoRA+; None for no second moment.
       eps: added to the denominator, outside the square root.
       damping: :math:`\lambda`, absolute.
-      alternate: False moves both factors at every step, from the same point.
-      moves_first: the factor that moves first.
-      pairs: what to look for, as in `scale_by_loft_adam`.
+      alternate: False updates both factors at every step, from the same point.
+      moves_first: the factor that is active first.
+      pairs: the LoRA pairs, as in `scale_by_loft_adam`.
 
     Returns:
       A transformation whose ``update`` needs ``params``.
@@ -81,10 +83,10 @@ def scale_by_altlora(
 
     Source: Yu, Wang, Chen and Xue, "AltLoRA: Towards Better Gradient Approximation in Low-Rank
       Adaptation with Alternating Projections", NeurIPS 2025, Algorithms 1 and 2, damped as in
-      their corollaries. The paper is followed: its released script moves both factors at each
-      step, leaves out ``s ** -2``, corrects the bias of the first moment alone, and its AltLoRA+
-      does not store the carried moment. The printed algorithm starts with ``a``, which at ``b = 0``
-      has no gradient; starting with ``b`` is also what its table 9 finds better.
+      their corollaries. This function follows the paper. The released script instead updates both
+      factors at each step, omits ``s ** -2``, corrects the bias of the first moment only, and its
+      AltLoRA+ does not store the calibrated moment. The printed algorithm starts with ``a``, which
+      at ``b = 0`` has no gradient; starting with ``b`` is also better in the paper's table 9.
 
     Example:
       >>> import jax.numpy as jnp
@@ -110,19 +112,19 @@ def altlora(
     moves_first: FactorName = "b",
     pairs: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """AltLoRA: alternating projected gradients with a carried momentum.
+    """AltLoRA: alternating projected gradients with calibrated momentum.
 
     Leaves outside pairs get `optax.adam` with the same learning rate and ``b1``.
 
     Args:
       learning_rate: a number or a schedule; the authors used 1e-2 to 1e-4.
-      weight_decay: of the factors: decoupled, times the learning rate.
+      weight_decay: of the factors; decoupled, and multiplied by the learning rate.
       mask: a tree of booleans, or a function from parameters to one, of the factors to decay.
       b1, damping, alternate, moves_first, pairs: see `scale_by_altlora`.
 
     Returns:
       A transformation whose ``update`` needs ``params``. State: moment and snapshot, ``2 r``
-      numbers a row.
+      numbers per row.
 
     Raises:
       ValueError, TypeError: as `scale_by_loft_adam`.
@@ -163,26 +165,26 @@ def altlora_plus(
     moves_first: FactorName = "b",
     pairs: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """AltLoRA+: AltLoRA with a second moment of the factors, which is not carried along.
+    """AltLoRA+: AltLoRA with a second moment of the factors, which is not calibrated.
 
     Leaves outside pairs get `optax.adam` with the same learning rate, ``b1``, ``b2`` and ``eps``.
 
     Args:
-      learning_rate: a number or a schedule; the authors used 1e-5 to 1e-4. Without correction of
-        the bias, first steps are about three times as large.
-      weight_decay: of the factors: decoupled, times the learning rate.
+      learning_rate: a number or a schedule; the authors used 1e-5 to 1e-4. Without bias
+        correction, the first steps are about three times as large.
+      weight_decay: of the factors; decoupled, and multiplied by the learning rate.
       mask: a tree of booleans, or a function from parameters to one, of the factors to decay.
       b1, b2, eps, damping, alternate, moves_first, pairs: see `scale_by_altlora`.
 
     Returns:
       A transformation whose ``update`` needs ``params``. State: both moments and the snapshot,
-      ``3 r`` numbers a row.
+      ``3 r`` numbers per row.
 
     Raises:
       ValueError, TypeError: as `scale_by_loft_adam`.
 
-    Source: see `scale_by_altlora`, Algorithm 2. Its epsilon is not stated; the released script has
-      1e-4.
+    Source: see `scale_by_altlora`, Algorithm 2. The paper does not state epsilon; the released
+      script uses 1e-4.
 
     Example:
       >>> import jax.numpy as jnp
@@ -272,7 +274,7 @@ def _moments_and_direction(
     partner_seen: Float[Array, "n r"],
     gram: Spectrum,
 ) -> tuple[tuple[Float[Array, "m r"], ...], Float[Array, "m r"]]:
-    """The moments of the active factor and its direction."""
+    """Returns the moments of the active factor and its direction."""
     b1, b2, eps, damping = hyperparams
     b1, eps, damping = (as_scalar(x, gradient.dtype) for x in (b1, eps, damping))
     inverse = inverse_gram(gram, damping)

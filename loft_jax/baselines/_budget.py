@@ -12,26 +12,26 @@ def budget_schedule(
 ) -> Callable[[jax.typing.ArrayLike], jax.Array]:
     r"""Returns AdaLoRA's budget, the number of triplets to keep, as a schedule of the step.
 
-    It is ``initial`` up to step ``t_init``, ``target`` from step ``total_step - t_final``, and
-    between the two, rounded down,
+    The budget is ``initial`` up to step ``t_init``, ``target`` from step ``total_step - t_final``,
+    and in between, rounded down,
 
     .. math:: b_T + (b_0 - b_T) \left(1 - \frac{t - t_i}{T - t_i - t_f}\right)^3
 
     Args:
       initial: the total rank at the start.
-      target: the total rank at the end, at most as much.
+      target: the total rank at the end, at most ``initial``.
       total_step, t_init, t_final: as in `adalora`.
 
     Returns:
-      A function of the step, which may be traced, to an int32. It compares integers, and so is
-      exact whatever the precision.
+      A function from the step, which may be traced, to an int32. It compares integers, so it is
+      exact in any floating-point precision.
 
     Raises:
-      ValueError: a target outside 0 to ``initial``, or no step between the two phases.
+      ValueError: a target outside 0 to ``initial``, or zero steps between the two phases.
 
     Source: Zhang et al., ICLR 2023, eq. (12), with the numerator :math:`t - t_i` of the released
-      code: the printed :math:`t - t_i - t_f` would start above the initial budget, and end above
-      the final one.
+      code. The printed :math:`t - t_i - t_f` would start above the initial budget and end above the
+      final one.
 
     Example:
       >>> budget = budget_schedule(16, 8, total_step=8, t_init=2, t_final=2)
@@ -44,7 +44,7 @@ def budget_schedule(
             f"budget_schedule: {steps} steps from {initial} ranks to {target}: it takes one step "
             "at least, and 0 <= target <= initial"
         )
-    # The step from which on fewer than k of the spare ranks are left, for each k.
+    # For each k, the first step at which fewer than k of the spare ranks are left.
     left = lambda step: spare * (steps - step) ** 3
     gone = [
         bisect.bisect_left(range(steps + 1), True, key=lambda step, k=k: left(step) < k * steps**3)
@@ -55,12 +55,12 @@ def budget_schedule(
 
 
 def keep_highest(scores: Sequence[jax.Array], budget: jax.Array) -> list[jax.Array]:
-    """Returns, in the shapes of ``scores``, which are among the ``budget`` highest of all.
+    """Returns masks, in the shapes of ``scores``, of the ``budget`` highest scores of all.
 
-    Exactly that many: equal ones go by their order.
+    The number kept is exactly ``budget``; of equal scores, the first are kept.
     """
     flat = jnp.concatenate([score.ravel() for score in scores])
-    place = jnp.argsort(jnp.argsort(-flat))  # of each score in the descending order
+    place = jnp.argsort(jnp.argsort(-flat))  # position of each score in descending order
     ends = [0]
     for score in scores:
         ends.append(ends[-1] + score.size)

@@ -1,4 +1,4 @@
-"""Clear errors around transformations whose state is Optax's own."""
+"""Input checks with clear errors, for transformations with Optax's own state."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from loft_jax.pairs.find import PairedTree, find_pairs, warn_of_pairs
 
 
 def checked(tx: optax.GradientTransformation, pairs: Any) -> optax.GradientTransformationExtraArgs:
-    """Refuses unpaired parameters, and gradients or a state of another shape, naming the path."""
+    """Rejects unpaired parameters and gradients or states of another shape, and names the path."""
     tx = optax.with_extra_args_support(tx)
 
     def init(params: optax.Params) -> optax.OptState:
@@ -29,7 +29,7 @@ def checked(tx: optax.GradientTransformation, pairs: Any) -> optax.GradientTrans
 
 
 def check_shapes(tree: PairedTree, state: Any, expected: Any) -> None:
-    """Raises ValueError unless the arrays of a state have the shapes of the expected one."""
+    """Raises ValueError unless the arrays of a state have the shapes of the expected state."""
     found = jax.tree_util.tree_leaves_with_path(state)
     shapes = [x.shape for x in jax.tree.leaves(expected)]
     if [jnp.shape(x) for _, x in found] == shapes:

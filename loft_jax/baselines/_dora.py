@@ -1,4 +1,4 @@
-"""DoRA: the weight as a magnitude per output and a direction, of which LoRA adapts the second."""
+"""DoRA: the weight as a magnitude per output and a direction, with LoRA on the direction."""
 
 import jax
 import jax.numpy as jnp
@@ -12,17 +12,17 @@ def dora_init(kernel: Float[Array, "..."]) -> Float[Array, " n"]:
     r"""Returns DoRA's initial magnitude, :math:`\|W_0\|_c`: the norm of each output's weights.
 
     Args:
-      kernel: ``(in, out)``, floating point: the pretrained weight, whole. After `pissa_init` or
-        `lora_ga_init` it is still the weight from before, not their residual.
+      kernel: ``(in, out)``, floating point: the full pretrained weight. With `pissa_init` or
+        `lora_ga_init`, pass the original weight and not the residual.
 
     Raises:
-      ValueError: a kernel that is no matrix.
+      ValueError: a kernel that is not a matrix.
 
     Returns:
-      ``(out,)``, in the kernel's dtype: a leaf to train, ``lora_magnitude`` say.
+      ``(out,)``, in the kernel's dtype: a leaf to train, for example ``lora_magnitude``.
 
     Source: Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", ICML 2024, eq. (2). The paper
-      takes the norms of the columns of a ``d x k`` weight; here, as in the released code and in
+      uses the norms of the columns of a ``d x k`` weight. Here, as in the released code and in
       PEFT, there is one norm for each output, over its inputs.
 
     Example:
@@ -45,31 +45,31 @@ def dora_weight(
     *,
     detach_norm: bool = True,
 ) -> Float[Array, "m n"]:
-    r"""Returns DoRA's weight, the adapted direction with the magnitude for its length.
+    r"""Returns DoRA's weight, the adapted direction scaled to the magnitude.
 
     .. math:: W' = m \frac{W_0 + s A B}{\|W_0 + s A B\|_c}
 
-    A stack of layers is mapped over with `jax.vmap`. An output whose weights are all zero has no
-    direction: it stays zero.
+    Use `jax.vmap` for a stack of layers. An output whose weights are all zero has no direction and
+    stays zero.
 
     Args:
-      kernel: ``(in, out)``, frozen, floating point; computed with in float32 at least.
+      kernel: ``(in, out)``, frozen, floating point. It is cast to at least float32.
       magnitude: ``(out,)``, see `dora_init`.
       a: ``(in, r)``.
-      b: ``(r, out)``; zero at the start, where the weight is then the kernel.
+      b: ``(r, out)``; if it is initialised to zero, the initial weight is the kernel.
       scale: the adapter's own scale ``s``.
-      detach_norm: True takes the norm for a constant in the gradient, as the paper recommends for
-        its memory, and as PEFT always does; False takes the gradient of the formula.
+      detach_norm: True treats the norm as a constant in the gradient, as the paper recommends to
+        save memory, and as PEFT always does. False uses the gradient of the formula.
 
     Returns:
       ``(in, out)``, in the kernel's dtype.
 
     Raises:
-      ValueError: shapes that do not belong together.
+      ValueError: shapes that do not match.
 
     Source: Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", ICML 2024, eq. (5); section
-      4.3 for the constant norm (``dora_simple`` in the released code, its default). Columns are
-      read as in `dora_init`.
+      4.3 for the constant norm (``dora_simple`` in the released code, its default). Columns have
+      the same meaning as in `dora_init`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -96,9 +96,9 @@ def dora_output(
 ) -> Float[Array, "..."]:
     """Returns ``x @ dora_weight(...)``, with the adapter applied factor by factor.
 
-    The products with ``x`` are those of a LoRA layer, in the precision of the surroundings, so that
-    neither a merged weight in low precision nor its gradient is formed: only the norms need the
-    merged weight. There is no dropout.
+    The products with ``x`` are those of a LoRA layer, in the caller's precision. Neither a merged
+    weight in low precision nor its gradient is formed: only the norms need the merged weight. There
+    is no dropout.
 
     Args:
       x: ``(..., in)``.
@@ -108,7 +108,7 @@ def dora_output(
       ``(..., out)``, without a bias, in the dtype of ``x @ kernel``.
 
     Raises:
-      ValueError: shapes that do not belong together.
+      ValueError: shapes that do not match.
 
     Source: as `dora_weight`.
 
@@ -138,9 +138,9 @@ def _direction(
 def _gain(
     direction: Float[Array, "m n"], magnitude: Float[Array, " n"], detach_norm: bool
 ) -> Float[Array, " n"]:
-    """Returns what each column of the direction is multiplied with, ``m / |column|``."""
+    """Returns the multiplier of each column of the direction, ``m / |column|``."""
     square = jnp.sum(direction * direction, axis=0)
-    # The gradient of a root at zero is not finite, and would be NaN behind any later `where`.
+    # The gradient of a root at zero is not finite, and gives NaN even if a later `where` masks it.
     norm = jnp.sqrt(jnp.where(square > 0, square, 1))
     return widen(magnitude) / (jax.lax.stop_gradient(norm) if detach_norm else norm)
 

@@ -1,7 +1,7 @@
 """Initial values of the factors: PiSSA and LoRA-GA, and the scale of rsLoRA.
 
-Both initialisations start from factors that are not zero, and take what these add out of the frozen
-weight, so that the model is the same function as before.
+Both initialisations start from nonzero factors and subtract their scaled product from the frozen
+weight, so that the model initially computes the same function as before.
 """
 
 import math
@@ -18,7 +18,7 @@ class LoraInit(NamedTuple):
     """A weight split into a frozen residual and an adapter, ``kernel = residual + scale * a @ b``.
 
     Attributes:
-      residual: ``(m, n)``, to be put in place of the frozen kernel.
+      residual: ``(m, n)``, which replaces the frozen kernel.
       a: ``(m, r)``, the initial ``lora_a``.
       b: ``(r, n)``, the initial ``lora_b``.
     """
@@ -29,14 +29,14 @@ class LoraInit(NamedTuple):
 
 
 def rslora_scale(alpha: int | float, rank: int) -> float:
-    r"""Returns the scale of rsLoRA, :math:`\alpha / \sqrt r`, in place of LoRA's ``alpha / r``.
+    r"""Returns the scale of rsLoRA, :math:`\alpha / \sqrt r`, which replaces LoRA's ``alpha / r``.
 
     Args:
       alpha: LoRA's alpha.
       rank: the adapter's rank.
 
     Raises:
-      ValueError: a rank under 1.
+      ValueError: a rank below 1.
 
     Source: Kalajdzievski, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA", 2023.
 
@@ -58,33 +58,34 @@ def pissa_init(
     dtype: jax.typing.DTypeLike | None = None,
     iterations: int | None = None,
 ) -> LoraInit:
-    r"""Gives the adapter the principal part of the weight, and the rest to the frozen residual.
+    r"""Initialises the adapter with the principal part of the weight; the rest is the residual.
 
     With the singular value decomposition :math:`W = U S V^\top` and its first ``r`` triplets,
 
     .. math::
       A = U_r (S_r / s)^{1/2}, \quad B = (S_r / s)^{1/2} V_r^\top, \quad W_{res} = W - s A B.
 
-    A stack of layers is mapped over: ``jax.vmap(lambda w: pissa_init(w, rank))(kernels)``.
+    For a stack of layers, use ``jax.vmap(lambda w: pissa_init(w, rank))(kernels)``.
 
     Args:
-      kernel: ``(in, out)``, floating point; computed with in float32 at least.
+      kernel: ``(in, out)``, floating point. It is cast to at least float32.
       rank: the adapter's rank.
       scale: the adapter's own scale ``s``, positive.
-      dtype: dtype of the factors; None for the kernel's. The residual has the kernel's.
-      iterations: None for the exact decomposition; else as many subspace iterations (Halko et al.,
-        2011) on twice as many directions as wanted, much faster for a large kernel and a small
-        rank. The residual makes up for what they miss.
+      dtype: dtype of the factors; None for the kernel's. The residual has the kernel's dtype.
+      iterations: None for the exact decomposition, or the number of subspace iterations (Halko et
+        al., 2011) on twice as many directions as needed, much faster for a large kernel and a small
+        rank. The residual absorbs the approximation error.
 
     Raises:
-      ValueError: a kernel that is no matrix, a rank that is not between 1 and both its sides, a
-        scale that is not positive.
+      ValueError: a kernel that is not a matrix, a rank below 1 or above one of its sizes, a scale
+        that is not positive.
       TypeError: a kernel that is not floating point.
 
     Source: Meng et al., "PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large
-      Language Models", NeurIPS 2024, eqs. (2) to (4). The paper has no scale; dividing by it and
-      forming the residual as a difference are the released code's (and PEFT's). Each pair of
-      singular vectors has the sign that makes the largest entry of the left one positive.
+      Language Models", NeurIPS 2024, eqs. (2) to (4). The paper has no scale. As in the released
+      code (and PEFT), the singular values are divided by the scale and the residual is a
+      difference. Each pair of singular vectors has the sign that makes the largest entry of the
+      left one positive.
 
     Example:
       >>> import jax.numpy as jnp
@@ -114,7 +115,7 @@ def lora_ga_init(
     dtype: jax.typing.DTypeLike | None = None,
     iterations: int | None = None,
 ) -> LoraInit:
-    r"""Gives the adapter the leading directions of the weight's gradient.
+    r"""Initialises the adapter with the leading directions of the weight's gradient.
 
     With the singular value decomposition of the gradient, :math:`G = U S V^\top`,
 
@@ -122,31 +123,33 @@ def lora_ga_init(
       A = c\, U_{1..r}, \quad B = c\, V_{r+1..2r}^\top, \quad c = n^{1/4} / \gamma^{1/2}, \quad
       W_{res} = W - s A B.
 
-    A small gradient step on both factors then moves the weight by :math:`-\eta s^2 c^2 G_{2r}`,
-    along the best approximation of the gradient of rank ``2 r``, the highest that is possible.
+    A small gradient step on both factors then changes the weight by :math:`-\eta s^2 c^2 G_{2r}`,
+    where :math:`G_{2r}` is the best approximation of the gradient of rank ``2 r``, the highest
+    possible rank of such a step.
 
-    A stack of layers is mapped over: ``jax.vmap(lambda w, g: lora_ga_init(w, g, rank))``.
+    For a stack of layers, use ``jax.vmap(lambda w, g: lora_ga_init(w, g, rank))``.
 
     Args:
-      kernel: ``(in, out)``, floating point; computed with in float32 at least.
+      kernel: ``(in, out)``, floating point. It is cast to at least float32.
       gradient: ``(in, out)``, of the loss with respect to the kernel, a mean over some batches. Its
-        size does not matter.
+        magnitude has no effect.
       rank: the adapter's rank.
-      scale: the adapter's own scale ``s``; the paper's is `rslora_scale`.
-      gamma: the square of the paper's gamma: lower gives larger factors.
-      dtype: dtype of the factors; None for the kernel's. The residual has the kernel's.
+      scale: the adapter's own scale ``s``; the paper uses `rslora_scale`.
+      gamma: the square of the paper's gamma. Lower values give larger factors.
+      dtype: dtype of the factors; None for the kernel's. The residual has the kernel's dtype.
       iterations: as in `pissa_init`, for the decomposition of the gradient.
 
     Raises:
-      ValueError: a kernel that is no matrix, a gradient of another shape, a rank that is not
-        between 1 and half of each side.
+      ValueError: a kernel that is not a matrix, a gradient of another shape, a rank below 1 or
+        above half of one of the sizes.
       TypeError: a kernel that is not floating point.
 
     Source: Wang et al., "LoRA-GA: Low-Rank Adaptation with Gradient Approximation", NeurIPS 2024,
       Theorem 3.1 and Algorithm 1. As in the released code (and PEFT), the factors are divided by
-      ``gamma ** 0.5``, of 16 by default, where the paper divides by its gamma. The code's optional
-      clipping of the product to the largest entry of the weight is left out, and its randomised
-      decomposition is an option here (``iterations``). Signs are chosen as in `pissa_init`.
+      ``gamma ** 0.5``, with a default gamma of 16, where the paper divides by its gamma. The
+      released code's optional clipping of the product to the largest entry of the weight is
+      omitted, and its randomised decomposition is an option here (``iterations``). Signs are chosen
+      as in `pissa_init`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -174,7 +177,7 @@ def _split(
     scale: float | jax.Array,
     dtype: jax.typing.DTypeLike | None,
 ) -> LoraInit:
-    """Rounds the factors, and takes what the rounded ones add out of the kernel."""
+    """Rounds the factors and subtracts the product of the rounded factors from the kernel."""
     a, b = (x.astype(dtype or kernel.dtype) for x in (a, b))
     product = widen(a) @ widen(b)
     scale = jnp.asarray(scale, product.dtype)
@@ -189,7 +192,7 @@ def _leading_triplets(
         u, s, vt = jnp.linalg.svd(w, full_matrices=False)
     else:
         width = min(2 * k, *w.shape)
-        # A fixed key: the start matters little, and a caller should get the same twice.
+        # A fixed key: the start has little effect, and repeated calls should agree.
         start = jax.random.normal(jax.random.key(0), (w.shape[1], width), w.dtype)
         q = jnp.linalg.qr(w @ start)[0]
         for _ in range(iterations):

@@ -27,7 +27,7 @@ def lora_plus(
     fast: FactorName = "b",
     pairs: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""LoRA+: the zero-initialised factor learns ``ratio`` times as fast.
+    r"""LoRA+: the zero-initialised factor has ``ratio`` times the learning rate.
 
     `optax.adamw` on all leaves, with the learning rate :math:`\eta` for ``lora_a`` and the leaves
     outside pairs, and :math:`\mathrm{ratio} \cdot \eta` for ``lora_b`` (its weight decay included).
@@ -36,19 +36,19 @@ def lora_plus(
       learning_rate: :math:`\eta`, a number or a schedule of the step.
       b1, b2, eps, eps_root, mu_dtype, weight_decay, mask, nesterov: as in `optax.adamw`, whose
         default weight decay is 1e-4.
-      ratio: of the two learning rates; the paper advises about 16.
+      ratio: the ratio of the two learning rates; the paper recommends about 16.
       fast: the factor with the larger learning rate.
-      pairs: what to look for, as in `scale_by_loft_adam`.
+      pairs: the LoRA pairs, as in `scale_by_loft_adam`.
 
     Returns:
-      A transformation whose ``update`` needs ``params``. State: AdamW's, ``2 r`` numbers a row.
+      A transformation whose ``update`` needs ``params``. State: AdamW's, ``2 r`` numbers per row.
 
     Raises:
       ValueError, TypeError: as `scale_by_loft_adam`.
 
     Source: Hayou, Ghosh and Yu, "LoRA+: Efficient Low Rank Adaptation of Large Models", ICML 2024.
-      The released code also gives one-dimensional parameters the larger rate and embeddings one of
-      their own: choose those with `optax.partition`.
+      The released code also gives one-dimensional parameters the larger learning rate and
+      embeddings a separate one. Use `optax.partition` for these.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -63,7 +63,7 @@ def lora_plus(
         learning_rate, b1, b2, eps, eps_root, mu_dtype, weight_decay, mask, nesterov=nesterov
     )
 
-    def hasten(updates: optax.Updates, params: optax.Params | None) -> optax.Updates:
+    def scale_fast_factors(updates: optax.Updates, params: optax.Params | None) -> optax.Updates:
         tree = find_pairs(params, pairs)
         leaves = leaves_like(tree, updates, "updates")
         for pair in tree.pairs:
@@ -71,4 +71,4 @@ def lora_plus(
             leaves[k] = (ratio * leaves[k]).astype(leaves[k].dtype)
         return tree.treedef.unflatten(leaves)
 
-    return checked(optax.chain(adamw, optax.stateless(hasten)), pairs)
+    return checked(optax.chain(adamw, optax.stateless(scale_fast_factors)), pairs)

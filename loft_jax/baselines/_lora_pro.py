@@ -1,4 +1,4 @@
-"""LoRA-Pro: the step of the factors whose effect on the weight is nearest to full AdamW's."""
+"""LoRA-Pro: the step of both factors whose change of the weight is nearest to full AdamW's."""
 
 import functools
 from typing import Any, NamedTuple
@@ -23,9 +23,9 @@ class ScaleByLoraProState(NamedTuple):
 
     Attributes:
       count: ``()`` int32, steps taken.
-      mu: first moment of the equivalent full gradient: at each ``lora_b``, with the rank axis as
-        long as ``lora_a`` has rows, so ``m n`` numbers; `optax.MaskedNode` at the other leaves.
-      nu: its second moment, likewise.
+      mu: first moment of the equivalent full gradient, ``m n`` numbers at each ``lora_b``: its rank
+        axis is resized to the number of rows of ``lora_a``. Other leaves are `optax.MaskedNode`.
+      nu: second moment, in the same form.
     """
 
     count: jax.Array
@@ -45,23 +45,23 @@ def scale_by_lora_pro(
 
     Adam runs on the equivalent gradient of the full weight,
     :math:`E = P_U G + G P_V - P_U G P_V`, the nearest to :math:`G` that a step of both factors of
-    :math:`W = W_0 + s U V^\top` can realise. Its direction :math:`D` (``m x n``) is then realised
-    as nearly as the factors can:
+    :math:`W = W_0 + s U V^\top` can realise. The factors then approximate Adam's direction
+    :math:`D` (``m x n``) as closely as possible:
 
     .. math::
       \Delta U &= s^{-1} D V (V^\top V)^{-1} + U X^\top \\
       \Delta V &= s^{-1} (I - P_V) D^\top U (U^\top U)^{-1} - V X
 
-    where ``X``, which does not matter to first order, is nearest to LoRA's own step: it solves
-    :math:`V^\top V X + X U^\top U = -s^{-1} (V^\top V)^{-1} V^\top D^\top U`.
+    where ``X`` has no effect to first order and is chosen to be nearest to LoRA's own step: it
+    solves :math:`V^\top V X + X U^\top U = -s^{-1} (V^\top V)^{-1} V^\top D^\top U`.
 
-    **The state is dense**: ``2 m n`` numbers a pair, as in full fine-tuning, and ``m x n`` arrays
-    are formed at each step. Leaves outside pairs pass through.
+    **The state is dense**: ``2 m n`` numbers per pair, as in full fine-tuning, and ``m x n`` arrays
+    are formed at each step. Updates of leaves outside pairs are unchanged.
 
     Args:
       b1, b2, eps: Adam's, on the full weight.
-      damping: added to the diagonal of both Gram matrices before they are inverted, absolute.
-      pairs: what to look for, as in `scale_by_loft_adam`.
+      damping: absolute, added to the diagonal of both Gram matrices before they are inverted.
+      pairs: the LoRA pairs, as in `scale_by_loft_adam`.
 
     Returns:
       A transformation whose ``update`` needs ``params``.
@@ -70,9 +70,9 @@ def scale_by_lora_pro(
       ValueError, TypeError: as `scale_by_loft_adam`.
 
     Source: Wang, Liang, He, Wang and Tan, "LoRA-Pro: Are Low-Rank Adapters Properly Optimized?",
-      ICLR 2025, in the form with AdamW. Bias is corrected with the step that is being taken, as in
-      the paper and the first released code; the present one is a step ahead, which makes its
-      first update 0.74 times as large.
+      ICLR 2025, the version with AdamW. Bias correction uses the count of the current step, as in
+      the paper and the first released code. The current released code is one step ahead, so its
+      first update is 0.74 times as large.
 
     Example:
       >>> import jax.numpy as jnp
@@ -97,14 +97,15 @@ def lora_pro(
     damping: float | jax.Array = 1e-8,
     pairs: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """LoRA-Pro with AdamW; its state is that of full fine-tuning, ``2 m n`` numbers a pair.
+    """LoRA-Pro with AdamW; its state is that of full fine-tuning, ``2 m n`` numbers per pair.
 
-    Both factors move at every step. Leaves outside pairs get `optax.adam`. There is no weight
-    decay: the authors' decays the frozen weight as well, which an optimizer of adapters cannot, and
-    is gone from their present code.
+    Both factors are updated at every step. Leaves outside pairs get `optax.adam`. There is no
+    weight decay: the authors' version also decays the frozen weight, which an optimizer of adapters
+    cannot do, and their current code no longer has it.
 
     Args:
-      learning_rate: a number or a schedule; that of full fine-tuning (2e-5 in the released code).
+      learning_rate: a number or a schedule; use that of full fine-tuning (2e-5 in the released
+        code).
       b1, b2, eps, damping, pairs: see `scale_by_lora_pro`.
 
     Returns:
@@ -201,12 +202,12 @@ def _pair(
     mu: Float[Array, "n m"],
     nu: Float[Array, "n m"],
 ) -> tuple[Float[Array, "m r"], Float[Array, "n r"], Float[Array, "n m"], Float[Array, "n m"]]:
-    """The step of both factors, and the dense moments (transposed, as ``V`` is in ``lora_b``)."""
+    """Returns the step of both factors and the dense moments (transposed, as ``lora_b`` is)."""
     b1, b2, damping = (as_scalar(x, u.dtype) for x in (b1, b2, damping))
     inverse_u, inverse_v = inverse_gram(gram_u, damping), inverse_gram(gram_v, damping)
 
     def nearest(g_u, g_v, x):
-        """The step nearest to a full gradient ``G``, from ``g_u = s G V`` and ``g_v = s G^T U``."""
+        """Returns the step nearest to a full ``G``, from ``g_u = s G V`` and ``g_v = s G^T U``."""
         outside = g_v - v @ (inverse_v @ (v.T @ g_v))
         return g_u @ inverse_v / s / s + u @ x.T, outside @ inverse_u / s / s - v @ x
 
@@ -223,7 +224,7 @@ def _pair(
 def solve_sylvester(a: Spectrum, b: Spectrum, c: Float[Array, "r r"]) -> Float[Array, "r r"]:
     """Returns the ``X`` with ``A X + X B = C`` for positive semidefinite ``A`` and ``B``.
 
-    Directions that both send to zero are left zero.
+    The solution is zero in directions that both matrices map to zero.
 
     Example:
       >>> a, b = gram_spectra([jnp.diag(jnp.array([1.0, 2.0])), jnp.diag(jnp.array([1.0, 0.0]))])

@@ -14,7 +14,7 @@ from loft_jax.pairs.find import PairedTree
 
 
 def widen(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Returns ``x`` in float32, or as it is if that is wider."""
+    """Returns ``x`` in float32, or unchanged if its dtype is wider."""
     return x.astype(compute_dtype(x))
 
 
@@ -26,16 +26,17 @@ class Spectrum(NamedTuple):
 
 
 def gram_spectra(factors: Sequence[Array]) -> list[Spectrum]:
-    """Returns the spectra of ``V^T V`` of stacks of factors, all in one call.
+    """Returns the spectra of ``V^T V`` of stacks of factors, computed in one call.
 
-    One call is more than economy. On CPUs a call of LAPACK waits, on a thread of XLA's pool, for
-    work that it puts into the same pool: as many at once as it has threads can wait for ever.
+    The single call prevents a deadlock. On CPUs a LAPACK call occupies a thread of XLA's pool while
+    it waits for work that it puts into the same pool. If all threads of the pool run such calls,
+    they can wait forever.
 
     Args:
       factors: each ``(*batch, n, r)``, floating point.
 
     Returns:
-      For each its spectra, with the batch axes, in its dtype.
+      The spectra of each stack, with its batch axes, in its dtype.
 
     Example:
       >>> (spectrum,) = gram_spectra([jnp.array([[1.0, 0.0], [0.0, 3.0]])])
@@ -47,7 +48,7 @@ def gram_spectra(factors: Sequence[Array]) -> list[Spectrum]:
 
 
 def inverse_gram(gram: Spectrum, damping: float | jax.Array) -> Float[Array, "r r"]:
-    """Returns ``inv(V^T V + damping I)``, the pseudo-inverse where rounding makes that singular.
+    """Returns ``inv(V^T V + damping I)``, or the pseudo-inverse where rounding makes it singular.
 
     The damping is absolute, as in the baselines' papers. A zero matrix without damping gives zero.
 
@@ -71,12 +72,12 @@ def over_factors(
     fn: Callable[..., jax.Array],
     of: str = "ab",
 ) -> list[Any]:
-    """Returns the gradients with those of factors replaced by ``fn(gradient, gram, scale=s)``.
+    """Replaces the gradients of factors by ``fn(gradient, gram, scale=s)``; returns all gradients.
 
     Args:
-      tree, params, gradients: the parameters, and flat lists of their leaves.
+      tree, params, gradients: the pairs, and flat lists of the leaves of parameters and gradients.
       fn: a function of the gradient as a matrix, ``(m, r)``, and its partner's `Spectrum`.
-      of: the factors to replace, of "a" and "b".
+      of: the factors whose gradients are replaced: "a", "b" or "ab".
     """
     directions = list(gradients)
     factors = [

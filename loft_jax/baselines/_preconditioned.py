@@ -1,6 +1,7 @@
-"""Gradients of a factor multiplied by the inverse Gram matrix of its partner, then AdamW or SGD.
+"""Riemannian preconditioning ("scaled" optimizers) and LoRA-FA.
 
-Riemannian preconditioning ("scaled" optimizers) and LoRA-FA.
+Both multiply the gradient of a factor by the inverse Gram matrix of its partner, then apply AdamW
+or SGD.
 """
 
 import functools
@@ -25,13 +26,13 @@ def precondition_by_partner(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Multiplies the gradient of each factor by :math:`(V^\top V + \delta I)^{-1}` of its partner.
 
-    The adapter's scale does not enter, as in the paper: the step in ``W`` carries its square.
-    Leaves outside pairs pass through.
+    As in the paper, the adapter's scale is not used, so the step in ``W`` is proportional to its
+    square. Updates of leaves outside pairs are unchanged.
 
     Args:
-      damping: :math:`\delta`, absolute. It is much of the method: the authors tuned it from 0 to
-        1e8, and where it is far above :math:`V^\top V` what is left is the plain gradient.
-      pairs: what to look for, as in `scale_by_loft_adam`.
+      damping: :math:`\delta`, absolute. It has a large effect: the authors tuned it from 0 to 1e8,
+        and far above :math:`V^\top V` the result is the plain gradient, up to a factor.
+      pairs: the LoRA pairs, as in `scale_by_loft_adam`.
 
     Returns:
       A transformation without state whose ``update`` needs ``params``.
@@ -75,15 +76,15 @@ def scaled_adamw(
       damping, pairs: see `precondition_by_partner`.
 
     Returns:
-      A transformation whose ``update`` needs ``params``. State: AdamW's, ``2 r`` numbers a row.
+      A transformation whose ``update`` needs ``params``. State: AdamW's, ``2 r`` numbers per row.
 
     Raises:
       ValueError, TypeError: as `scale_by_loft_adam`.
 
-    Source: Zhang and Pilanci, ICML 2024. Both preconditioners are of the point that the step
-      starts from, as in the paper and in PEFT; in the released AdamW the second factor meets the
-      first one's new value. Bias is corrected and the decay decoupled as in `optax.adamw`; the
-      released code leaves out the correction by default.
+    Source: Zhang and Pilanci, ICML 2024. Both preconditioners use the factors before the step, as
+      in the paper and in PEFT; in the released AdamW the second factor uses the updated first
+      factor. Bias correction and decoupled weight decay are as in `optax.adamw`; the released code
+      omits the bias correction by default.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -112,7 +113,7 @@ def scaled_sgd(
       damping, pairs: see `precondition_by_partner`.
 
     Returns:
-      A transformation whose ``update`` needs ``params``, with no state but the learning rate's.
+      A transformation whose ``update`` needs ``params``. State: that of the learning rate only.
 
     Raises:
       ValueError, TypeError: as `scale_by_loft_adam`.
@@ -147,22 +148,22 @@ def lora_fa(
     frozen: FactorName = "a",
     pairs: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""LoRA-FA: one factor stays as it was drawn, AdamW trains the other.
+    r"""LoRA-FA: one factor keeps its initial value, and AdamW trains the other.
 
-    The gradient of :math:`V` (``lora_b``) is taken as
-    :math:`s^{-2} \, \nabla_V f \, (U^\top U + \delta I)^{-1}`, so that a plain step would move
+    The gradient of :math:`V` (``lora_b``) is replaced by
+    :math:`s^{-2} \, \nabla_V f \, (U^\top U + \delta I)^{-1}`, so that a plain step would change
     ``W`` by :math:`-\eta \, P_U G`.
 
-    That activations for the frozen factor's gradient need not be kept is the model's to use: leave
-    it out of what is differentiated.
+    To avoid storing activations for the gradient of the frozen factor, exclude that factor from
+    differentiation in the model.
 
     Args:
       learning_rate, b1, b2, eps, eps_root, mu_dtype, weight_decay, nesterov: as in `optax.adamw`,
         whose defaults are 1e-8 for ``eps`` and 1e-4 for the weight decay.
-      correct_gradient: False trains with the factor's own gradient, as the paper's first version.
+      correct_gradient: False uses the factor's own gradient, as in the paper's first version.
       damping: :math:`\delta`, absolute.
-      frozen: the factor that stays; the other must not need it to move first.
-      pairs: what to look for, as in `scale_by_loft_adam`.
+      frozen: the frozen factor. It must be nonzero, or the other factor gets no gradient.
+      pairs: the LoRA pairs, as in `scale_by_loft_adam`.
 
     Returns:
       A transformation whose ``update`` needs ``params``. State: AdamW's for the trained factor and
@@ -172,9 +173,9 @@ def lora_fa(
       ValueError, TypeError: as `scale_by_loft_adam`.
 
     Source: Zhang et al., "LoRA-FA: Memory-efficient Low-rank Adaptation for Large Language Models
-      Fine-tuning", arXiv:2308.03303; the corrected gradient is its second version's, and PEFT's. In
-      PEFT epsilon is added before the bias correction, and weights decay after the step; here
-      `optax.adamw` does both.
+      Fine-tuning", arXiv:2308.03303; the corrected gradient is from its second version, and is also
+      PEFT's. PEFT adds epsilon before the bias correction and decays the weights after the step;
+      here both are as in `optax.adamw`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -195,7 +196,7 @@ def lora_fa(
         names = ["frozen" if k in at_rest else "trained" for k in range(len(tree.leaves))]
         return tree.treedef.unflatten(names)
 
-    # `optax.set_to_zero` would lose the sharding of Explicit axes where no mesh is in context.
+    # `optax.set_to_zero` would lose the sharding of Explicit axes without a mesh in context.
     zero = lambda g: jnp.where(g == g, 0, 0).astype(g.dtype)
     still = optax.stateless_with_tree_map(lambda g, _: zero(g))
     halves = optax.partition({"frozen": still, "trained": adamw}, labels)

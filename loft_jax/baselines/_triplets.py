@@ -1,4 +1,4 @@
-"""Which leaves of a pytree are the factors and the singular values of one AdaLoRA adapter."""
+"""Find the factors and the singular values of each AdaLoRA adapter in a pytree."""
 
 import re
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ import optax
 
 from loft_jax.pairs.find import Pair, PairedTree, find_pairs
 
-# The path of `a`, and that of the singular values beside it, for the rules of `LoraPairs`.
+# The path of `a` and the path of its singular values, for the rules of `LoraPairs`.
 DEFAULT_VALUES: tuple[tuple[str, str], ...] = (
     (r"(.*[/_]|)lora_a(/kernel|)", r"\1lora_e\2"),
     (r"(.*/|)lora/a", r"\1lora/e"),
@@ -25,7 +25,7 @@ class Triplets(NamedTuple):
     e: int
 
     def per_triplet(self, leaves: Sequence[Any]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Returns ``a``, ``e`` and ``b`` with the triplet as last axis, ``(*batch, rows, r)``."""
+        """Returns ``a``, ``e`` and ``b`` with the triplet as the last axis."""
         a, b = leaves[self.pair.a], leaves[self.pair.b]
         return self.pair.layout_a.matricize(a), leaves[self.e], self.pair.layout_b.matricize(b)
 
@@ -38,7 +38,7 @@ def find_triplets(
     """Finds the pairs of `find_pairs`, each with its leaf of singular values.
 
     Raises:
-      ValueError: as `find_pairs`; a pair without its ``e``, or one of another shape.
+      ValueError: as `find_pairs`; a pair without its ``e``, or an ``e`` of another shape.
 
     Example:
       >>> params = {"lora_a": jnp.ones((6, 2)), "lora_b": jnp.ones((2, 4)), "lora_e": jnp.ones(2)}

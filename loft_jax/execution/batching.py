@@ -1,4 +1,4 @@
-"""Small matrices of many stacks, taken as one batch."""
+"""Batch small matrices of many stacks into one call."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -12,20 +12,21 @@ from loft_jax.pairs.shard_map import varying
 
 
 def batched_over_groups(fn: Callable[..., Any], *arguments: Sequence[Array]) -> list[Any]:
-    """Maps a function of small matrices over those of several stacks, all that fit at once.
+    """Maps a function of small matrices over several stacks, batching stacks of equal shapes.
 
-    A program then has the function once, however many stacks there are: it is compiled once, and
-    on an accelerator launched once, where these matrices take less time than a launch. On a mesh
-    of several devices each stack is taken by itself: to put them together would move them. In a
-    `jax.shard_map` on one device only those are put together that differ along the same axes.
+    The program then contains the function once per shape, for any number of stacks. It is compiled
+    once, and launched once on an accelerator, where such matrices take less time than a launch. On
+    a mesh of several devices each stack is mapped separately, since concatenating them would move
+    data between devices. In a `jax.shard_map` on one device only stacks that vary along the same
+    mesh axes are batched.
 
     Args:
-      fn: of matrices ``(i, j)``, returns a pytree of arrays.
-      *arguments: for each argument of ``fn`` its stacks, ``(*batch, i, j)``. The k-th stacks of all
+      fn: a function of matrices ``(i, j)`` that returns a pytree of arrays.
+      *arguments: the stacks of each argument of ``fn``, ``(*batch, i, j)``. The k-th stacks of all
         arguments have the same batch axes.
 
     Returns:
-      For each stack what ``fn`` returns, with the stack's batch axes.
+      The result of ``fn`` for each stack, with the batch axes of the stack.
 
     Example:
       >>> stacks = [jnp.ones((2, 3, 3)), jnp.ones((3, 3)), jnp.ones((1, 2, 2))]
@@ -45,7 +46,7 @@ def batched_over_groups(fn: Callable[..., Any], *arguments: Sequence[Array]) -> 
 
 
 def _of_a_kind(fn: Callable[..., Any], arguments: Sequence[Sequence[Array]]) -> list[Any]:
-    """The same for stacks whose matrices have the same shapes and dtypes."""
+    """As `batched_over_groups`, for stacks whose matrices have the same shapes and dtypes."""
     batches = [x.shape[:-2] for x in arguments[0]]
     if len(batches) == 1:
         for _ in batches[0]:

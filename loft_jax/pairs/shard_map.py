@@ -1,8 +1,8 @@
 """How an enclosing `jax.shard_map` shards the leaves of a tree.
 
-Inside a shard_map a leaf is this device's part of an array, and nothing about the part says whether
-its neighbour holds further rows of the same factor, or the factor of another layer. The specs with
-which the shard_map was called say it. Elsewhere arrays are whole, and nothing needs to be said.
+Inside a shard_map a leaf is this device's shard of an array. The shard does not show whether
+another device has further rows of the same factor or the factor of another layer, so the specs of
+the shard_map are needed. Outside a shard_map arrays are complete, and no specs are needed.
 """
 
 import re
@@ -14,20 +14,21 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 Split = tuple[tuple[str, ...], ...]
-"""For each axis of an array the manual mesh axes over which it is split, major to minor."""
+"""For each axis of an array the manual mesh axes over which it is sharded, major to minor."""
 
 
 def find_splits(
     paths: Sequence[str], leaves: Sequence[Any], specs: Sequence[tuple[str, PartitionSpec]]
 ) -> tuple[Split, ...]:
-    """Returns the split of each leaf, from ``(regex, spec)`` entries of which the first counts.
+    """Returns the sharding of each leaf, from the first ``(regex, spec)`` entry that matches it.
 
-    Axes that are not manual here are the compiler's, and left out: outside of a shard_map all are.
+    Only manual mesh axes are included. The compiler handles the other axes, and outside a shard_map
+    all axes are handled by the compiler.
 
     Raises:
       ValueError: a spec with a name that the mesh does not have, or for more axes than its leaf
-        has; a leaf that no entry matches where others are; one that is known (``check_vma``) to
-        differ between devices along axes that its entry does not name.
+        has; a leaf that no entry matches although there are entries; a leaf known (``check_vma``)
+        to differ between devices along axes that its entry does not name.
     """
     mesh = jax.sharding.get_abstract_mesh()
     manual = set(mesh.manual_axes)
@@ -54,7 +55,7 @@ def find_splits(
         if differing := sorted(varying(leaf) - {name for names in entries for name in names}):
             raise ValueError(
                 f"{path} differs between the devices of the shard_map along {differing}, and "
-                "LoraPairs(specs=...) does not say how it is split; "
+                "LoraPairs(specs=...) does not specify how it is sharded; "
                 "loft_jax.sharding.shard_map_pairs takes it from the in_specs"
             )
         found.append(tuple(tuple(name for name in names if name in manual) for names in entries))
@@ -62,7 +63,7 @@ def find_splits(
 
 
 def axis_names(entry: Any) -> tuple[str, ...]:
-    """The mesh axes of an entry of a `PartitionSpec`.
+    """Returns the mesh axes of an entry of a `PartitionSpec`.
 
     Example:
       >>> axis_names(None), axis_names("x"), axis_names(("x", "y"))
@@ -74,5 +75,5 @@ def axis_names(entry: Any) -> tuple[str, ...]:
 
 
 def varying(leaf: Any) -> frozenset[str]:
-    """The manual axes along which a value is known to differ (``check_vma`` of the shard_map)."""
+    """Returns the manual axes along which a value is known to differ (``check_vma``)."""
     return jax.typeof(leaf).manual_axis_type.varying if isinstance(leaf, jax.Array) else frozenset()

@@ -1,7 +1,7 @@
-"""The peers' optimizers in float64, each against its published rule in plain NumPy.
+"""The baseline optimizers in float64, each against its published rule in plain NumPy.
 
-The oracles take a problem of `oracles.py` and step its factors ``U`` and ``V`` by the rule as the
-paper prints it, with the gradients ``s G V`` and ``s G^T U`` that a framework would hand them.
+The oracles take a problem of `oracles.py` and step its factors ``U`` and ``V`` by the rule as
+printed in the paper, with the gradients ``s G V`` and ``s G^T U`` that a framework would compute.
 """
 
 import dataclasses
@@ -129,7 +129,7 @@ def test_lora_fa_can_freeze_the_other_factor(assert_close):
 
 
 class AltLora:
-    """Algorithm 1 (and, with ``b2``, 2) of AltLoRA for one factor, at its turns."""
+    """Algorithm 1 (and, with ``b2``, 2) of AltLoRA for one factor, when it is active."""
 
     def __init__(self, scale: float, damping: float, b1: float = 0.9, b2: float | None = None):
         self.scale, self.damping, self.b1, self.b2 = scale, damping, b1, b2
