@@ -215,7 +215,7 @@ def lowered_step(setting: Setting) -> Any:
     rule = llama.lora_rule(setting.targets, setting.rank, alpha=2 * setting.rank)
     if not setting.stacked:
         rule = dataclasses.replace(
-            rule, path=rule.path.replace("layers/", r"layers/\d+/"), batch=()
+            rule, path=rule.regex.replace("layers/", r"layers/\d+/"), batch=()
         )
     tx = optimizer(setting, rule)
 
