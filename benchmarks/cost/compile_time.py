@@ -54,7 +54,7 @@ def measure(
 ) -> list[Row]:
     """Compiles all methods in alternation ``runs`` times; a row with medians for each."""
     setting = lambda method: Setting(
-        target, model, {}, rank=rank, method=method, targets=ALL, stacked=stacked
+        target, model, {}, rank=rank, method=method, targets=ALL, stacked=stacked, chained=False
     )
     found: dict[str, list[Row]] = {method: [] for method in methods}
     for run in range(runs):

@@ -156,7 +156,8 @@ def memory(setting: Setting) -> Memory:
         new_state = state + (1 if tiled else 3) * largest
 
     batch = tokens(setting) * FLOAT
-    scalars = 1 if setting.method == "lora" else 2  # the step, and LoFT's active factor
+    # The step; LoFT's active factor, once more where clipping is a transformation of its own.
+    scalars = 1 if setting.method == "lora" else 3 if setting.chained else 2
     state += scalars * stored((), FLOAT, tiled)
     forward = _forward(setting, adapter)
     return Memory(base, adapter, state, batch, forward, adapter + new_state)

@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from examples.common.models import llama
-from loft_jax import loft_adamw
+from loft_jax import clip_by_projected_global_norm, loft_adamw
 from loft_jax.adapters import add_lora, lora_pairs
 from loft_jax.sharding import adapter_shardings, state_shardings
 
@@ -96,6 +96,8 @@ class Setting:
       batch, length: sequences per step, and tokens of a sequence.
       targets: the projections with adapters.
       stacked: layers are stacked and scanned; otherwise each layer has its own arrays.
+      chained: LoFT's clipping is a transformation of its own, as when the kept rows were compiled;
+        otherwise it is the optimizer's ``max_norm``.
     """
 
     target: str
@@ -107,6 +109,7 @@ class Setting:
     length: int = 256
     targets: tuple[str, ...] = ("q", "k", "v", "up", "down")
     stacked: bool = True
+    chained: bool = True
 
     @property
     def config(self) -> llama.LlamaConfig:
@@ -255,7 +258,12 @@ def optimizer(setting: Setting, rule: Any) -> optax.GradientTransformation:
         return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
     pairs = lora_pairs(rule)
     second: Any = setting.method
-    return loft_adamw(1e-3, second_moment=second, max_norm=1.0, pairs=pairs)
+    if not setting.chained:
+        return loft_adamw(1e-3, second_moment=second, max_norm=1.0, pairs=pairs)
+    return optax.chain(
+        clip_by_projected_global_norm(1.0, pairs=pairs),
+        loft_adamw(1e-3, second_moment=second, pairs=pairs),
+    )
 
 
 def loss(model: Any, tokens: jax.Array) -> jax.Array:
