@@ -12,7 +12,7 @@ from loft_jax.algorithm.momentum import OrthogonalizeMoment
 from loft_jax.algorithm.newton_schulz import Coefficients
 from loft_jax.algorithm.pair import Blocks, MomentRule
 from loft_jax.execution.alternation import FactorName, check_factor_name, first_active
-from loft_jax.execution.arguments import check_state, leaves_like
+from loft_jax.execution.arguments import check_state, check_state_type, leaves_like
 from loft_jax.execution.groups import compute_dtype
 from loft_jax.execution.transformation import Core, as_transformation, descend
 from loft_jax.execution.update import LeafStates, Method, update_leaves, zero_state
@@ -233,6 +233,7 @@ def _muon_core(settings: _Settings, *, trains_others: bool) -> Core:
         hyperparams: tuple[Any, ...], tree: PairedTree, gradients: list[Any], state: Any
     ) -> tuple[list[Any], ScaleByLoftMuonState]:
         coeffs, steps, beta, eps, rms, max_norm = hyperparams
+        check_state_type(state, ScaleByLoftMuonState)
         basis, mu = (leaves_like(tree, field, "states") for field in (state.basis, state.mu))
         check_state(tree, basis, (mu,), widths, others=trains_others)
         count = jnp.asarray(optax.safe_increment(state.count))
