@@ -149,10 +149,10 @@ def loft_muon(
 ) -> optax.GradientTransformationExtraArgs:
     r"""LoFT-Muon: low-rank adaptation that follows full fine-tuning with Muon.
 
-    The counterpart of `optax.contrib.muon`, with the same arguments in the same order. The active
-    factor, say :math:`U`, moves by :math:`-\eta_k (\Delta U + \lambda U)` with :math:`\Delta U` as
-    in `scale_by_loft_muon`; the other rests, and does not decay either. At full rank it is Muon.
-    Leaves outside pairs get `optax.adamw`.
+    The counterpart of `optax.contrib.muon`, with its positional arguments in the same order. The
+    active factor, say :math:`U`, moves by :math:`-\eta_k (\Delta U + \lambda U)` with
+    :math:`\Delta U` as in `scale_by_loft_muon`; the other rests, and does not decay either. At full
+    rank it is Muon. Leaves outside pairs get `optax.adamw`.
 
     Args:
       learning_rate: a number or a schedule of the step.
@@ -162,7 +162,7 @@ def loft_muon(
       weight_decay_mask: a tree of booleans, or a function from parameters to one, of the factors to
         decay.
       adam_b1, adam_b2, adam_eps, adam_eps_root, adam_weight_decay: of leaves outside pairs. Their
-        `optax.adamw` keeps its moments in their dtype.
+        `optax.adamw` keeps its moments in their dtype and takes ``nesterov``, as in Optax.
       adam_learning_rate: theirs; None for ``learning_rate``.
       alternate, moves_first, pairs: as in `scale_by_loft_adam`.
       max_norm: clips the gradients by their projected global norm, as in `loft_adamw`.
@@ -204,6 +204,7 @@ def loft_muon(
         adam_eps,
         adam_eps_root,
         weight_decay=adam_weight_decay,
+        nesterov=nesterov,
     )
     return descend(
         _muon_core(settings, trains_others=False),
