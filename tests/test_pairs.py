@@ -270,6 +270,18 @@ def test_misspelt_options_are_refused(options, error, message, monkeypatch):
         LoraPairs(**options)
 
 
+def test_a_scale_in_a_tree_may_be_an_array_while_init_is_traced():
+    params = {"q": {"lora_a": jnp.ones((6, 2)), "lora_b": jnp.ones((2, 5))}}
+    tx = loft_adamw(1e-3, pairs=LoraPairs(scale={"q": jnp.asarray(2.0)}))
+    jax.eval_shape(tx.init, params)
+
+
+def test_a_bad_scale_in_a_tree_is_told_with_its_path():
+    params = {"q": {"lora_a": jnp.ones((6, 2)), "lora_b": jnp.ones((2, 5))}}
+    with pytest.raises(ValueError, match=r"q/lora_a: .* finite and not zero, got 0\.0"):
+        find_pairs(params, LoraPairs(scale={"q": 0.0}))
+
+
 def test_equal_options_are_equal_and_hash_alike():
     build = lambda scale: LoraPairs(axes=(("x", LoraAxes(batch=(1,))),), scale=scale)
     assert build(2.0) == build(2.0) != build(3.0)

@@ -136,7 +136,8 @@ def find_pairs(params: Any, pairs: Any = None) -> PairedTree:
             scale = 1.0 if scale is None else check_scale(scale)
             found.append(_read_pair(a, b, paths, leaves, splits, axes_of(paths[a]), scale))
         except ValueError as error:
-            problems.append(str(error))
+            problem = str(error)
+            problems.append(problem if paths[a] in problem else f"{paths[a]}: {problem}")
     if problems:
         raise ValueError(_listing("These low-rank factors cannot be read:", problems))
     tree = PairedTree(paths, leaves, treedef, tuple(found), splits)

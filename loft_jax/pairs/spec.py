@@ -164,6 +164,8 @@ def check_scale(scale: Any) -> float:
     """
     if not isinstance(scale, (int, float)) and not hasattr(scale, "item"):
         raise TypeError(f"LoraPairs: a scale is a number, got {scale!r}")
-    if not math.isfinite(scale) or scale == 0:
+    # At once: while an init is traced even the comparison of a known array would be.
+    number = float(scale)
+    if not math.isfinite(number) or number == 0:
         raise ValueError(f"LoraPairs: a scale must be finite and not zero, got {scale}")
-    return float(scale)
+    return number
