@@ -30,7 +30,7 @@ from loft_jax.pairs.axes import (
 from loft_jax.pairs.declared import declared_batch, declared_scale
 from loft_jax.pairs.names import weight_paths
 from loft_jax.pairs.shard_map import Split, find_splits
-from loft_jax.pairs.spec import as_pairs, check_scale, first_match, is_per_tree
+from loft_jax.pairs.spec import as_pairs, check_scale, first_match, is_entries, is_per_tree
 
 
 class Pair(NamedTuple):
@@ -222,9 +222,12 @@ def _is_zero(leaf: Any) -> bool:
 
 def _per_pair(value: Any, params: Any, name: str) -> Any:
     """Returns the function from the path of ``a`` to its value."""
+    is_tree = is_per_tree(value)
     if callable(value):
         value = value(params)
-    if not is_per_tree(value):
+        # What it returns may be a tree with a list or a tuple at its root, as the parameters.
+        is_tree = is_per_tree(value) or (isinstance(value, (list, tuple)) and not is_entries(value))
+    if not is_tree:
         return lambda path: first_match(value, path)
     is_leaf = lambda x: x is None or isinstance(x, LoraAxes)
     try:

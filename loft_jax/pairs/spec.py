@@ -49,7 +49,8 @@ class LoraPairs:
 
     As for Optax's dimension numbers, ``axes`` and ``scale`` may also be a pytree with the structure
     of the parameters, whose values at the factors ``a`` count, or a callable that takes the
-    parameters and returns one of these forms. Prefixes of the structure are allowed.
+    parameters and returns one of these forms. Prefixes of the structure are allowed. A tree with a
+    list or a tuple at its root must come from a callable.
 
     Raises:
       ValueError: a rule is not a pair of valid expressions, or a scale is zero or not finite.
@@ -141,6 +142,12 @@ def join_pairs(several: list[LoraPairs]) -> LoraPairs:
 def is_per_tree(value: PerPair) -> bool:
     """Whether a value is given by a pytree or a callable of the parameters."""
     return callable(value) or isinstance(value, dict) or hasattr(value, "keys")
+
+
+def is_entries(value: PerPair) -> bool:
+    """Whether a value is given by ``(regex, value)`` entries."""
+    is_entry = lambda x: type(x) is tuple and len(x) == 2 and isinstance(x[0], str)
+    return isinstance(value, tuple) and all(map(is_entry, value))
 
 
 def entries(value: PerPair) -> tuple[tuple[str, Any], ...]:
