@@ -6,6 +6,7 @@ Meshes of several devices are in `tests/sharding`.
 import contextlib
 import functools
 import inspect
+import itertools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -36,7 +37,7 @@ from optimizers import (
 )
 from optimizers import hasty_compiler as hasty_compiler
 
-from loft_jax import LoraAxes, LoraPairs, loft_adamw, loft_sgd, scale_by_loft_adam
+from loft_jax import LoraAxes, LoraPairs, loft_adamw, loft_muon, loft_sgd, scale_by_loft_adam
 from loft_jax.baselines import lora_plus
 
 ADAMW = functools.partial(optax.adamw, learning_rate=0.1)
@@ -554,6 +555,19 @@ def test_a_state_with_another_momentum_is_refused():
         state = loft_sgd(0.1, of_state).init(params)
         with pytest.raises(ValueError, match=f"has {found} moment, but momentum is {momentum}"):
             loft_sgd(0.1, momentum).update(params, state, params)
+
+
+def test_a_state_of_another_optimizer_is_refused():
+    # Without leaves outside pairs the shapes of the states do not tell them apart.
+    params = {"lora_a": jnp.ones((6, 2)), "lora_b": jnp.ones((2, 5))}
+    several = [loft_adamw(0.1), loft_muon(0.1), loft_sgd(0.1, 0.9), loft_sgd(0.1)]
+    for of_state, other in itertools.permutations(several, 2):
+        state, own = of_state.init(params), other.init(params)
+        if type(state[0]) is type(own[0]):
+            continue
+        name = type(state[0]).__name__
+        with pytest.raises(ValueError, match=f"The state is a {name}, that of another optimizer"):
+            other.update(params, (state[0], *own[1:]), params)
 
 
 @pytest.mark.parametrize("make", [lora_plus, loft_adamw], ids=["checked", "check_state"])

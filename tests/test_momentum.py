@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -91,6 +93,21 @@ def test_at_full_rank_loft_muon_is_the_muon_of_optax(nesterov, assert_close):
         expected.append(w)
     got = follow(loft_jax.loft_muon(0.02, eps=0.0, nesterov=nesterov), [problem], STEPS)
     assert_close(got, [expected])
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_leaves_outside_pairs_move_as_in_the_muon_of_optax(nesterov):
+    params = {"lora_a": jnp.eye(3, 2), "lora_b": jnp.ones((2, 4)), "head": jnp.ones(4)}
+    gradients = {**params, "head": jnp.arange(4.0)}
+    updates = []
+    for make in (loft_jax.loft_muon, optax.contrib.muon):
+        tx = make(0.1, eps=1e-8, nesterov=nesterov, adam_weight_decay=0.1)
+        state = tx.init(params)
+        for scale in (1.0, -2.0):
+            scaled = jax.tree.map(lambda x, scale=scale: scale * x, gradients)
+            of_step, state = tx.update(scaled, state, params)
+        updates.append(of_step["head"])
+    np.testing.assert_allclose(*updates, rtol=1e-5)
 
 
 def test_lemma_1_in_the_right_subspaces_momentum_is_full_momentum(assert_close):

@@ -270,6 +270,29 @@ def test_misspelt_options_are_refused(options, error, message, monkeypatch):
         LoraPairs(**options)
 
 
+def test_a_scale_in_a_tree_may_be_an_array_while_init_is_traced():
+    params = {"q": {"lora_a": jnp.ones((6, 2)), "lora_b": jnp.ones((2, 5))}}
+    tx = loft_adamw(1e-3, pairs=LoraPairs(scale={"q": jnp.asarray(2.0)}))
+    jax.eval_shape(tx.init, params)
+
+
+@pytest.mark.parametrize("container", [list, tuple, dict])
+def test_a_callable_may_return_a_tree_with_any_root(container):
+    one = {"lora_a": jnp.ones((6, 2)), "lora_b": jnp.ones((2, 5))}
+    params = {"q": one, "v": one} if container is dict else container([one, one])
+    values = {"q": 2.0, "v": 0.5} if container is dict else container([2.0, 0.5])
+    scales = lambda scale: [x.scale for x in find_pairs(params, LoraPairs(scale=scale)).pairs]
+    assert scales(lambda params: values) == [2.0, 0.5]
+    assert scales(lambda params: jax.tree.map(lambda x: 2.0, params)) == [2.0, 2.0]
+    assert scales(lambda params: ((".*", 3.0),)) == [3.0, 3.0]
+
+
+def test_a_bad_scale_in_a_tree_is_told_with_its_path():
+    params = {"q": {"lora_a": jnp.ones((6, 2)), "lora_b": jnp.ones((2, 5))}}
+    with pytest.raises(ValueError, match=r"q/lora_a: .* finite and not zero, got 0\.0"):
+        find_pairs(params, LoraPairs(scale={"q": 0.0}))
+
+
 def test_equal_options_are_equal_and_hash_alike():
     build = lambda scale: LoraPairs(axes=(("x", LoraAxes(batch=(1,))),), scale=scale)
     assert build(2.0) == build(2.0) != build(3.0)

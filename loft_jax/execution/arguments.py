@@ -64,6 +64,15 @@ def leaves_like(tree: PairedTree, other: Any, name: str) -> list[Any]:
         ) from error
 
 
+def check_state_type(state: Any, expected: type) -> None:
+    """Raises ValueError unless a state is of this optimizer's type."""
+    if not isinstance(state, expected):
+        raise ValueError(
+            f"The state is a {type(state).__name__}, that of another optimizer; this one has a "
+            f"{expected.__name__}. Use the optimizer that made it, or make it anew with init"
+        )
+
+
 def check_state(
     tree: PairedTree,
     basis: Sequence[Any],

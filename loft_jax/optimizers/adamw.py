@@ -17,7 +17,7 @@ from loft_jax.algorithm.adam import (
 from loft_jax.algorithm.pair import Blocks, MomentRule
 from loft_jax.algorithm.second_moment import SECOND_MOMENTS, Entrywise, SecondMomentName
 from loft_jax.execution.alternation import FactorName, check_factor_name, first_active
-from loft_jax.execution.arguments import check_state, leaves_like
+from loft_jax.execution.arguments import check_state, check_state_type, leaves_like
 from loft_jax.execution.transformation import Core, as_transformation, descend
 from loft_jax.execution.update import LeafStates, Method, update_leaves, zero_state
 from loft_jax.optimizers.options import Options, check_options, make_options
@@ -266,6 +266,7 @@ def _adam_core(settings: _Settings) -> Core:
         hyperparams: tuple[Any, ...], tree: PairedTree, gradients: list[Any], state: Any
     ) -> tuple[list[Any], ScaleByLoftAdamState]:
         b1, b2, eps, eps_root, max_norm = hyperparams
+        check_state_type(state, ScaleByLoftAdamState)
         check_options(state.options, options)
         fields = (state.basis, state.mu, state.nu)
         basis, *moments = (leaves_like(tree, field, "states") for field in fields)

@@ -12,7 +12,7 @@ from loft_jax.algorithm.momentum import OrthogonalizeMoment
 from loft_jax.algorithm.newton_schulz import Coefficients
 from loft_jax.algorithm.pair import Blocks, MomentRule
 from loft_jax.execution.alternation import FactorName, check_factor_name, first_active
-from loft_jax.execution.arguments import check_state, leaves_like
+from loft_jax.execution.arguments import check_state, check_state_type, leaves_like
 from loft_jax.execution.groups import compute_dtype
 from loft_jax.execution.transformation import Core, as_transformation, descend
 from loft_jax.execution.update import LeafStates, Method, update_leaves, zero_state
@@ -149,10 +149,10 @@ def loft_muon(
 ) -> optax.GradientTransformationExtraArgs:
     r"""LoFT-Muon: low-rank adaptation that follows full fine-tuning with Muon.
 
-    The counterpart of `optax.contrib.muon`, with the same arguments in the same order. The active
-    factor, say :math:`U`, moves by :math:`-\eta_k (\Delta U + \lambda U)` with :math:`\Delta U` as
-    in `scale_by_loft_muon`; the other rests, and does not decay either. At full rank it is Muon.
-    Leaves outside pairs get `optax.adamw`.
+    The counterpart of `optax.contrib.muon`, with its positional arguments in the same order. The
+    active factor, say :math:`U`, moves by :math:`-\eta_k (\Delta U + \lambda U)` with
+    :math:`\Delta U` as in `scale_by_loft_muon`; the other rests, and does not decay either. At full
+    rank it is Muon. Leaves outside pairs get `optax.adamw`.
 
     Args:
       learning_rate: a number or a schedule of the step.
@@ -162,7 +162,7 @@ def loft_muon(
       weight_decay_mask: a tree of booleans, or a function from parameters to one, of the factors to
         decay.
       adam_b1, adam_b2, adam_eps, adam_eps_root, adam_weight_decay: of leaves outside pairs. Their
-        `optax.adamw` keeps its moments in their dtype.
+        `optax.adamw` keeps its moments in their dtype and takes ``nesterov``, as in Optax.
       adam_learning_rate: theirs; None for ``learning_rate``.
       alternate, moves_first, pairs: as in `scale_by_loft_adam`.
       max_norm: clips the gradients by their projected global norm, as in `loft_adamw`.
@@ -204,6 +204,7 @@ def loft_muon(
         adam_eps,
         adam_eps_root,
         weight_decay=adam_weight_decay,
+        nesterov=nesterov,
     )
     return descend(
         _muon_core(settings, trains_others=False),
@@ -233,6 +234,7 @@ def _muon_core(settings: _Settings, *, trains_others: bool) -> Core:
         hyperparams: tuple[Any, ...], tree: PairedTree, gradients: list[Any], state: Any
     ) -> tuple[list[Any], ScaleByLoftMuonState]:
         coeffs, steps, beta, eps, rms, max_norm = hyperparams
+        check_state_type(state, ScaleByLoftMuonState)
         basis, mu = (leaves_like(tree, field, "states") for field in (state.basis, state.mu))
         check_state(tree, basis, (mu,), widths, others=trains_others)
         count = jnp.asarray(optax.safe_increment(state.count))

@@ -9,7 +9,7 @@ from loft_jax.algorithm.adam import MomentumScalars, as_scalar, first_moment_est
 from loft_jax.algorithm.momentum import FollowMoment
 from loft_jax.algorithm.pair import Blocks, MomentRule
 from loft_jax.execution.alternation import FactorName, check_factor_name, first_active
-from loft_jax.execution.arguments import check_state, leaves_like
+from loft_jax.execution.arguments import check_state, check_state_type, leaves_like
 from loft_jax.execution.groups import compute_dtype
 from loft_jax.execution.transformation import Core, as_transformation, descend
 from loft_jax.execution.update import LeafStates, Method, update_leaves, zero_state
@@ -157,6 +157,7 @@ def _momentum_core(
         hyperparams: tuple[Any, ...], tree: PairedTree, gradients: list[Any], state: Any
     ) -> tuple[list[Any], ScaleByLoftMomentumState]:
         momentum, max_norm = hyperparams
+        check_state_type(state, ScaleByLoftMomentumState)
         if (state.mu is None) != (momentum is None):
             raise ValueError(
                 f"The state has {'no' if state.mu is None else 'a'} moment, but momentum is "

@@ -30,7 +30,7 @@ from loft_jax.pairs.axes import (
 from loft_jax.pairs.declared import declared_batch, declared_scale
 from loft_jax.pairs.names import weight_paths
 from loft_jax.pairs.shard_map import Split, find_splits
-from loft_jax.pairs.spec import as_pairs, check_scale, first_match, is_per_tree
+from loft_jax.pairs.spec import as_pairs, check_scale, first_match, is_entries, is_per_tree
 
 
 class Pair(NamedTuple):
@@ -99,7 +99,7 @@ def find_pairs(params: Any, pairs: Any = None) -> PairedTree:
     Args:
       params: a pytree of arrays or of anything with a shape and a dtype. None, `optax.MaskedNode`
         and other childless nodes are not leaves.
-      pairs: what to look for: a `LoraPairs`, a `LoraRule`, a sequence of these, None for the
+      pairs: what to look for: a `LoraPairs`, a `LoraRule`, a sequence of rules, None for the
         defaults.
 
     Raises:
@@ -136,7 +136,8 @@ def find_pairs(params: Any, pairs: Any = None) -> PairedTree:
             scale = 1.0 if scale is None else check_scale(scale)
             found.append(_read_pair(a, b, paths, leaves, splits, axes_of(paths[a]), scale))
         except ValueError as error:
-            problems.append(str(error))
+            problem = str(error)
+            problems.append(problem if paths[a] in problem else f"{paths[a]}: {problem}")
     if problems:
         raise ValueError(_listing("These low-rank factors cannot be read:", problems))
     tree = PairedTree(paths, leaves, treedef, tuple(found), splits)
@@ -156,20 +157,33 @@ def warn_of_pairs(tree: PairedTree, pairs: Any = None) -> None:
     """
     if as_pairs(pairs).axes is None:
         _check_batch_axes(tree)
-    made = {pair: declared_scale(tree.paths[pair.a]) for pair in tree.pairs}
-    if as_pairs(pairs).scale is None and (
-        wrong := [
-            f"{tree.paths[pair.a]}: made with scale {scale:g}, the optimizer assumes {pair.scale:g}"
-            for pair, scale in made.items()
-            if scale is not None and not math.isclose(scale, pair.scale)
-        ]
-    ):
+    told = as_pairs(pairs).scale
+    # Also where entries are given, of which none matches: those of a rule for another model.
+    untold = [
+        pair
+        for pair in tree.pairs
+        if not is_per_tree(told) and first_match(told, tree.paths[pair.a]) is None
+    ]
+    made = {pair: declared_scale(tree.paths[pair.a]) for pair in untold}
+    if wrong := [
+        f"{tree.paths[pair.a]}: made with scale {scale:g}, the optimizer assumes {pair.scale:g}"
+        for pair, scale in made.items()
+        if scale is not None and not math.isclose(scale, pair.scale)
+    ]:
         headline = (
             "The optimizer does not know the scale alpha / rank of these adapters, so that its "
             "steps are too large by that factor. Pass pairs=rule, the LoraRule that made them, or "
             "LoraPairs(scale=...):"
         )
         warnings.warn(_listing(headline, wrong), stacklevel=4)
+    elif told is not None and untold and len(untold) == len(tree.pairs):
+        headline = (
+            "pairs= gives scales, but none for any of these adapters: the path of no LoraRule, and "
+            "no regex of LoraPairs(scale=...), matches. The optimizer assumes 1. Where the adapted "
+            "model is a part of a larger one, use LoraPairs(scale=...); describe_pairs shows what "
+            "each pair got:"
+        )
+        warnings.warn(_listing(headline, [tree.paths[pair.a] for pair in untold]), stacklevel=4)
     if zero := [
         tree.paths[pair.a]
         for pair in tree.pairs
@@ -220,9 +234,12 @@ def _is_zero(leaf: Any) -> bool:
 
 def _per_pair(value: Any, params: Any, name: str) -> Any:
     """Returns the function from the path of ``a`` to its value."""
+    is_tree = is_per_tree(value)
     if callable(value):
         value = value(params)
-    if not is_per_tree(value):
+        # What it returns may be a tree with a list or a tuple at its root, as the parameters.
+        is_tree = is_per_tree(value) or (isinstance(value, (list, tuple)) and not is_entries(value))
+    if not is_tree:
         return lambda path: first_match(value, path)
     is_leaf = lambda x: x is None or isinstance(x, LoraAxes)
     try:

@@ -49,7 +49,8 @@ class LoraPairs:
 
     As for Optax's dimension numbers, ``axes`` and ``scale`` may also be a pytree with the structure
     of the parameters, whose values at the factors ``a`` count, or a callable that takes the
-    parameters and returns one of these forms. Prefixes of the structure are allowed.
+    parameters and returns one of these forms. Prefixes of the structure are allowed. A tree with a
+    list or a tuple at its root must come from a callable.
 
     Raises:
       ValueError: a rule is not a pair of valid expressions, or a scale is zero or not finite.
@@ -143,6 +144,12 @@ def is_per_tree(value: PerPair) -> bool:
     return callable(value) or isinstance(value, dict) or hasattr(value, "keys")
 
 
+def is_entries(value: PerPair) -> bool:
+    """Whether a value is given by ``(regex, value)`` entries."""
+    is_entry = lambda x: type(x) is tuple and len(x) == 2 and isinstance(x[0], str)
+    return isinstance(value, tuple) and all(map(is_entry, value))
+
+
 def entries(value: PerPair) -> tuple[tuple[str, Any], ...]:
     """Returns ``(regex, value)`` entries."""
     if value is None:
@@ -164,6 +171,8 @@ def check_scale(scale: Any) -> float:
     """
     if not isinstance(scale, (int, float)) and not hasattr(scale, "item"):
         raise TypeError(f"LoraPairs: a scale is a number, got {scale!r}")
-    if not math.isfinite(scale) or scale == 0:
+    # At once: while an init is traced even the comparison of a known array would be.
+    number = float(scale)
+    if not math.isfinite(number) or number == 0:
         raise ValueError(f"LoraPairs: a scale must be finite and not zero, got {scale}")
-    return float(scale)
+    return number

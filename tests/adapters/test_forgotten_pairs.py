@@ -86,6 +86,20 @@ def test_no_warning_if_the_scale_is_specified_or_one(make):
     loft_adamw(1e-3).init(make(LoraRule(path=LAYERS, rank=2)))
 
 
+def test_a_rule_that_matches_no_adapter_warns():
+    adapter = of_nnx(LoraRule(path=LAYERS, rank=2, alpha=16))
+    with pytest.warns(UserWarning, match="made with scale 8, the optimizer assumes 1"):
+        loft_adamw(1e-3, pairs=LoraRule(path="0", rank=2, alpha=16)).init(adapter)
+
+
+def test_a_rule_whose_model_became_part_of_a_larger_one_warns():
+    rule = LoraRule(path=LAYERS, rank=2, alpha=16)
+    larger = {"inner": nnx.to_pure_dict(of_nnx(rule))}
+    with pytest.warns(UserWarning, match=r"none for any of these adapters(.|\n)*inner/layers/0"):
+        loft_adamw(1e-3, pairs=rule).init(larger)
+    loft_adamw(1e-3, pairs=LoraPairs(scale=8.0)).init(larger)
+
+
 @every_maker
 def test_a_rule_gives_every_adapter_its_own_scale(make):
     first, second = LoraRule(path=".*0", rank=2, alpha=4), LoraRule(path=LAYERS, rank=1, alpha=5)
