@@ -508,6 +508,13 @@ def test_a_state_of_the_other_second_moment_is_refused():
         quick(OPTIMIZERS["scale_by_loft_adam_factored"]).update(params, state, params)
 
 
+@pytest.mark.parametrize("make", [loft_adamw, loft_sgd, loft_muon])
+@pytest.mark.parametrize("max_norm", [0.0, -1.0, float("nan")])
+def test_a_norm_to_clip_by_is_positive(make, max_norm):
+    with pytest.raises(ValueError, match="max_norm must be above 0"):
+        make(0.1, max_norm=max_norm)
+
+
 @pytest.mark.parametrize("block", ["scale_gradient", "calibrate", "reconstruct"])
 def test_a_state_of_equal_shapes_and_other_options_is_refused(block):
     params = {"lora_a": jnp.ones((6, 1)), "lora_b": jnp.ones((1, 5))}

@@ -343,6 +343,14 @@ def test_layers_on_the_last_axis_are_told_which_axes_to_say():
     assert [*readings(find_pairs(tree, last)).values()] == [(6, 4, 2, (3,))]
 
 
+def test_the_layout_of_pytorch_is_told_which_axes_to_say():
+    tree = {"lora_a": shape(2, 6), "lora_b": shape(5, 2)}
+    with pytest.raises(ValueError, match=re.escape("LoraAxes(rank_a=0, rank_b=-1)")):
+        find_pairs(tree)
+    told = LoraPairs(axes=LoraAxes(rank_a=0, rank_b=-1))
+    assert [*readings(find_pairs(tree, told)).values()] == [(6, 5, 2, ())]
+
+
 def test_pairs_are_a_spec_a_rule_or_several():
     tree = nested((f"{m}/lora_{f}", shape(2, 2)) for m in ("q", "v") for f in "ab")
     q, v = (LoraRule(path=name, rank=2, alpha=alpha) for name, alpha in (("q", 4), ("v", 8)))

@@ -160,6 +160,12 @@ def update_leaves(
     return directions, upcoming, after
 
 
+def check_max_norm(max_norm: float | jax.Array | None) -> None:
+    """Raises ValueError unless a Python number is a norm to clip by; arrays are not looked at."""
+    if isinstance(max_norm, (int, float)) and not max_norm > 0:
+        raise ValueError(f"max_norm must be above 0, got {max_norm}; None does not clip")
+
+
 def clip_gradients(
     tree: PairedTree,
     groups: Sequence[Group],

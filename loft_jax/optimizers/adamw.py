@@ -19,7 +19,7 @@ from loft_jax.algorithm.second_moment import SECOND_MOMENTS, Entrywise, SecondMo
 from loft_jax.execution.alternation import FactorName, check_factor_name, first_active
 from loft_jax.execution.arguments import check_state, check_state_type, leaves_like
 from loft_jax.execution.transformation import Core, as_transformation, descend
-from loft_jax.execution.update import LeafStates, Method, update_leaves, zero_state
+from loft_jax.execution.update import LeafStates, Method, check_max_norm, update_leaves, zero_state
 from loft_jax.optimizers.options import Options, check_options, make_options
 from loft_jax.pairs.find import PairedTree
 
@@ -247,6 +247,7 @@ def _adam_core(settings: _Settings) -> Core:
         names = ", ".join(map(repr, SECOND_MOMENTS))
         raise ValueError(f"second_moment must be one of {names}, got {settings.second_moment!r}")
     check_factor_name(settings.moves_first)
+    check_max_norm(settings.max_norm)
     blocks, second = settings.blocks, SECOND_MOMENTS[settings.second_moment]
     if not blocks.reconstruct:
         second = Entrywise(second)

@@ -16,7 +16,7 @@ from loft_jax.execution.alternation import (
 from loft_jax.execution.bases import group_bases
 from loft_jax.execution.groups import group_pairs
 from loft_jax.execution.transformation import Core, as_transformation
-from loft_jax.execution.update import clip_gradients
+from loft_jax.execution.update import check_max_norm, clip_gradients
 from loft_jax.pairs.find import PairedTree
 
 
@@ -74,6 +74,7 @@ def clip_by_projected_global_norm(
       True
     """
     check_factor_name(moves_first)
+    check_max_norm(max_norm)
 
     def init(tree: PairedTree) -> ClipByProjectedGlobalNormState:
         return ClipByProjectedGlobalNormState(first_active(moves_first))

@@ -15,7 +15,7 @@ from loft_jax.execution.alternation import FactorName, check_factor_name, first_
 from loft_jax.execution.arguments import check_state, check_state_type, leaves_like
 from loft_jax.execution.groups import compute_dtype
 from loft_jax.execution.transformation import Core, as_transformation, descend
-from loft_jax.execution.update import LeafStates, Method, update_leaves, zero_state
+from loft_jax.execution.update import LeafStates, Method, check_max_norm, update_leaves, zero_state
 from loft_jax.optimizers.sgd import momentum_of_other
 from loft_jax.pairs.find import PairedTree
 
@@ -219,6 +219,7 @@ def loft_muon(
 
 def _muon_core(settings: _Settings, *, trains_others: bool) -> Core:
     check_factor_name(settings.moves_first)
+    check_max_norm(settings.max_norm)
     widths, blocks = (lambda m, r: r,), Blocks(alternate=settings.alternate)
 
     def init(tree: PairedTree) -> ScaleByLoftMuonState:

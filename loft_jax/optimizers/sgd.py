@@ -12,7 +12,7 @@ from loft_jax.execution.alternation import FactorName, check_factor_name, first_
 from loft_jax.execution.arguments import check_state, check_state_type, leaves_like
 from loft_jax.execution.groups import compute_dtype
 from loft_jax.execution.transformation import Core, as_transformation, descend
-from loft_jax.execution.update import LeafStates, Method, update_leaves, zero_state
+from loft_jax.execution.update import LeafStates, Method, check_max_norm, update_leaves, zero_state
 from loft_jax.pairs.find import PairedTree
 
 Number = float | jax.Array
@@ -145,6 +145,7 @@ def _momentum_core(
     max_norm: Number | None,
 ) -> Core:
     check_factor_name(moves_first)
+    check_max_norm(max_norm)
     widths, blocks = (lambda m, r: r,), Blocks(alternate=alternate)
 
     def init(tree: PairedTree) -> ScaleByLoftMomentumState:

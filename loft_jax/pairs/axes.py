@@ -102,19 +102,19 @@ def guess_axes(shape_a: Sequence[int], shape_b: Sequence[int], where: str) -> Lo
     return LoraAxes(batch=tuple(range(max(counts, default=0))))
 
 
-def last_axis_hint(shape_a: Sequence[int], shape_b: Sequence[int]) -> str:
-    """Names the axes to specify where the layers seem to be stacked on the last axis."""
-    stacked_last = (
+def layout_hint(shape_a: Sequence[int], shape_b: Sequence[int]) -> str:
+    """Names the axes to specify for two layouts that other libraries have."""
+    if len(shape_a) == len(shape_b) == 2 and shape_a[0] == shape_b[1]:
+        found, axes = "have PyTorch's layout", "rank_a=0, rank_b=-1"
+    elif (
         len(shape_a) == len(shape_b) == 3
         and shape_a[-1] == shape_b[-1]
         and shape_a[1] == shape_b[0]
-    )
-    if not stacked_last:
+    ):
+        found, axes = "be stacked on the last axis", "batch=(-1,), rank_a=1, rank_b=0"
+    else:
         return ""
-    return (
-        ". The layers seem to be stacked on the last axis: use "
-        "LoraPairs(axes=LoraAxes(batch=(-1,), rank_a=1, rank_b=0))"
-    )
+    return f". They seem to {found}: use LoraPairs(axes=LoraAxes({axes}))"
 
 
 def read_layout(

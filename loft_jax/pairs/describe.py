@@ -105,8 +105,8 @@ def describe_pairs(params: Any, pairs: Any = None) -> PairsDescription:
             rows * (2 * pair.r + SECOND_MOMENTS[kind].width(rows, pair.r))
             for rows in (pair.m, pair.n)
         )
-        copies = math.prod(pair.batch) * dtype.itemsize
-        sizes = {kind: size(kind) * copies for kind in ("calibrated", "factored")}
+        layer_bytes = math.prod(pair.batch) * dtype.itemsize
+        sizes = {kind: size(kind) * layer_bytes for kind in ("calibrated", "factored")}
         path = tree.paths[pair.a]
         described.append(
             PairDescription(path, pair.m, pair.n, pair.r, pair.batch, pair.scale, sizes)

@@ -23,7 +23,7 @@ from loft_jax.pairs.axes import (
     FactorLayout,
     LoraAxes,
     guess_axes,
-    last_axis_hint,
+    layout_hint,
     read_layout,
     sharded_rows,
 )
@@ -172,7 +172,7 @@ def warn_of_pairs(tree: PairedTree, pairs: Any = None) -> None:
     ]:
         headline = (
             "The optimizer does not know the scale alpha / rank of these adapters, so that its "
-            "steps are too large by that factor. Pass pairs=rule, the LoraRule that made them, or "
+            "steps differ by that factor. Pass pairs=rule, the LoraRule that made them, or "
             "LoraPairs(scale=...):"
         )
         warnings.warn(_listing(headline, wrong), stacklevel=4)
@@ -319,13 +319,13 @@ def match_names(
         for position, taken in roles.items()
         if len(taken) > 1
     ]
-    for key, sides in members.items():
+    for key, factors in members.items():
         for role, other in ("ab", "ba"):
-            if not sides[other]:
+            if not factors[other]:
                 wanted = rules[key[0]]["ab".index(other)]
-                problems += [f"{paths[p]}: no partner matches {wanted!r}" for p in sides[role]]
-        if len(sides["a"]) > 1 or len(sides["b"]) > 1:
-            names = ", ".join(paths[p] for p in (*sides["a"], *sides["b"]))
+                problems += [f"{paths[p]}: no partner matches {wanted!r}" for p in factors[role]]
+        if len(factors["a"]) > 1 or len(factors["b"]) > 1:
+            names = ", ".join(paths[p] for p in (*factors["a"], *factors["b"]))
             problems.append(f"{names}: more than two leaves in one pair; give the rules groups")
     if problems:
         raise ValueError(
@@ -345,7 +345,7 @@ def match_names(
                 list(paths),
             )
         )
-    return sorted((sides["a"][0], sides["b"][0]) for sides in members.values())
+    return sorted((factors["a"][0], factors["b"][0]) for factors in members.values())
 
 
 def _read_pair(
@@ -373,7 +373,7 @@ def _read_pair(
     if stacked != stacked_b or r != shape_b[layout_b.rank]:
         raise ValueError(
             f"{where}: batch axes or rank differ (a is (*batch, in, r), b is (*batch, r, out); "
-            f"for other layouts use LoraPairs(axes=...)){last_axis_hint(shape_a, shape_b)}"
+            f"for other layouts use LoraPairs(axes=...)){layout_hint(shape_a, shape_b)}"
         )
     if [splits[a][axis] for axis in layout_a.batch] != [splits[b][axis] for axis in layout_b.batch]:
         raise ValueError(f"{where}: a shard_map shards their batch axes differently")
