@@ -117,7 +117,9 @@ def test_an_unsupported_model_is_refused_with_what_is_supported(folder):
 
 def test_weights_that_do_not_fit_the_config_are_named(folder):
     (folder / "config.json").write_text(json.dumps(CONFIG | {"intermediate_size": 20}))
-    with pytest.raises(UserError, match="do not fit its config.*mlp.down_proj.weight: the shape is .16, 24."):
+    with pytest.raises(
+        UserError, match="do not fit its config.*mlp.down_proj.weight: the shape is .16, 24."
+    ):
         weights.load(str(folder)).build()
     (folder / "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": 3}))
     with pytest.raises(UserError, match="The weights of .* lack model.layers.2"):
