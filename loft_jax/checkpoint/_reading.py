@@ -163,8 +163,8 @@ def _check_trees(
 def _has_old_layout(saved: Mapping[str, LeafRecord], wanted: Mapping[str, Any]) -> bool:
     """Whether a LoFT state was saved with ``turn`` in place of ``active``.
 
-    ``turn`` was 0 for the factor that moved first and ``active`` is 0 for ``a``, so the one cannot
-    be read as the other.
+    ``turn`` was 0 for the factor named by ``moves_first`` and ``active`` is 0 for ``b``, so the one
+    cannot be read as the other.
     """
     fields = lambda paths: {path.rpartition("/")[2] for path in paths}
     return "turn" in fields(set(saved) - set(wanted)) and "active" in fields(
