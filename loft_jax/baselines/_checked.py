@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import optax
 
 from loft_jax.execution.arguments import read_arguments
-from loft_jax.pairs.find import PairedTree, find_pairs, warn_of_pairs
+from loft_jax.pairs.find import PairedTree, find_pairs
+from loft_jax.pairs.init_checks import warn_of_pairs
 
 
 def checked(tx: optax.GradientTransformation, pairs: Any) -> optax.GradientTransformationExtraArgs:

@@ -14,7 +14,8 @@ import optax
 from loft_jax.execution.alternation import A_IS_ACTIVE
 from loft_jax.execution.arguments import leaves_like, read_arguments
 from loft_jax.execution.explicit_mesh import in_auto_axes
-from loft_jax.pairs.find import PairedTree, find_pairs, warn_of_pairs
+from loft_jax.pairs.find import PairedTree, find_pairs
+from loft_jax.pairs.init_checks import warn_of_pairs
 
 Mask = Any | Callable[[optax.Params], Any] | None
 

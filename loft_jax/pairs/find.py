@@ -9,14 +9,11 @@ import dataclasses
 import functools
 import math
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.core
 import jax.numpy as jnp
-import numpy as np
 
 from loft_jax.algorithm.sharded_dim import UNSHARDED, ShardedDim
 from loft_jax.pairs.axes import (
@@ -27,7 +24,6 @@ from loft_jax.pairs.axes import (
     read_layout,
     sharded_rows,
 )
-from loft_jax.pairs.declared import declared_batch, declared_scale
 from loft_jax.pairs.names import weight_paths
 from loft_jax.pairs.shard_map import Split, find_splits
 from loft_jax.pairs.spec import as_pairs, check_scale, first_match, is_entries, is_per_tree
@@ -134,102 +130,16 @@ def find_pairs(params: Any, pairs: Any = None) -> PairedTree:
         scale = scale_of(paths[a])
         try:
             scale = 1.0 if scale is None else check_scale(scale)
-            found.append(_read_pair(a, b, paths, leaves, splits, axes_of(paths[a]), scale))
+            found.append(read_pair(a, b, paths, leaves, splits, axes_of(paths[a]), scale))
         except ValueError as error:
             problem = str(error)
             problems.append(problem if paths[a] in problem else f"{paths[a]}: {problem}")
     if problems:
-        raise ValueError(_listing("These low-rank factors cannot be read:", problems))
+        raise ValueError(listing("These low-rank factors cannot be read:", problems))
     tree = PairedTree(paths, leaves, treedef, tuple(found), splits)
     if not spec.train_weights:
         _refuse_adapted_weights(tree)
     return tree
-
-
-def warn_of_pairs(tree: PairedTree, pairs: Any = None) -> None:
-    """Warns of what trains differently than the user expects, or not at all.
-
-    A scale that the optimizer does not know is another step size. A pair whose factors are both
-    zero never moves. Called once, when an optimizer's state is made.
-
-    Raises:
-      ValueError: the axes were read from the shapes, and otherwise than the adapter was made.
-    """
-    if as_pairs(pairs).axes is None:
-        _check_batch_axes(tree)
-    told = as_pairs(pairs).scale
-    # Also where entries are given, of which none matches: those of a rule for another model.
-    untold = [
-        pair
-        for pair in tree.pairs
-        if not is_per_tree(told) and first_match(told, tree.paths[pair.a]) is None
-    ]
-    made = {pair: declared_scale(tree.paths[pair.a]) for pair in untold}
-    if wrong := [
-        f"{tree.paths[pair.a]}: made with scale {scale:g}, the optimizer assumes {pair.scale:g}"
-        for pair, scale in made.items()
-        if scale is not None and not math.isclose(scale, pair.scale)
-    ]:
-        headline = (
-            "The optimizer does not know the scale alpha / rank of these adapters, so that its "
-            "steps differ by that factor. Pass pairs=rule, the LoraRule that made them, or "
-            "LoraPairs(scale=...):"
-        )
-        warnings.warn(_listing(headline, wrong), stacklevel=4)
-    elif told is not None and untold and len(untold) == len(tree.pairs):
-        headline = (
-            "pairs= gives scales, but none for any of these adapters: the path of no LoraRule, and "
-            "no regex of LoraPairs(scale=...), matches. The optimizer assumes 1. Where the adapted "
-            "model is a part of a larger one, use LoraPairs(scale=...); describe_pairs shows what "
-            "each pair got:"
-        )
-        warnings.warn(_listing(headline, [tree.paths[pair.a] for pair in untold]), stacklevel=4)
-    if zero := [
-        tree.paths[pair.a]
-        for pair in tree.pairs
-        if _is_zero(tree.leaves[pair.b]) and _is_zero(tree.leaves[pair.a])
-    ]:
-        headline = (
-            "Both factors of these pairs are zero, so that neither has a gradient and no optimizer "
-            "moves them. Initialize one of the two with random numbers:"
-        )
-        warnings.warn(_listing(headline, zero), stacklevel=4)
-
-
-def _check_batch_axes(tree: PairedTree) -> None:
-    wrong = []
-    for pair in tree.pairs:
-        path, read = tree.paths[pair.a], pair.layout_a.batch
-        made = declared_batch(path)
-        if made is not None and sorted(made) != sorted(read) and _fits(tree, pair, made):
-            wrong.append(f"{path}: made with batch axes {made}, read with {read}")
-    if wrong:
-        headline = (
-            "The shapes of these adapters fit other batch axes than they were made with. Pass "
-            "pairs=rule, a LoraRule with batch=..., or LoraPairs(axes=LoraAxes(batch=...)):"
-        )
-        raise ValueError(_listing(headline, wrong))
-
-
-def _fits(tree: PairedTree, pair: Pair, batch: tuple[int, ...]) -> bool:
-    """Whether the shapes fit these batch axes; if not, the declaration is of another adapter."""
-    others = set(range(len(jnp.shape(tree.leaves[pair.a])))) - set(batch)
-    axes = LoraAxes(batch=batch, rank_a=max(others, default=-1))
-    try:
-        _read_pair(pair.a, pair.b, tree.paths, tree.leaves, tree.splits, axes, pair.scale)
-    except ValueError:
-        return False
-    return True
-
-
-def _is_zero(leaf: Any) -> bool:
-    """Whether an array that this process holds is all zeros."""
-    known = isinstance(leaf, np.ndarray) or (
-        isinstance(leaf, jax.Array)
-        and not isinstance(leaf, jax.core.Tracer)
-        and leaf.is_fully_addressable
-    )
-    return known and not np.asarray(leaf).any()
 
 
 def _per_pair(value: Any, params: Any, name: str) -> Any:
@@ -257,7 +167,7 @@ def _refuse_adapted_weights(tree: PairedTree) -> None:
     weights = {name for pair in tree.pairs for name in weight_paths(tree.paths[pair.a])}
     if found := sorted(weights & positions.keys()):
         raise ValueError(
-            _listing(
+            listing(
                 "These weights lie next to their own adapters and would be trained too. Give the "
                 "optimizer the adapters alone (nnx.Optimizer(..., wrt=nnx.LoRAParam), "
                 "loft_jax.adapters.split, or optax.masked), or pass "
@@ -292,7 +202,7 @@ def _check_dtypes(paths: Sequence[str], leaves: Sequence[Any]) -> None:
     ]
     if bad:
         raise TypeError(
-            _listing(
+            listing(
                 "These parameters are not real floating-point arrays. Frozen or quantized weights "
                 "belong outside the optimizer: give it the adapters alone (nnx.Optimizer(..., "
                 "wrt=nnx.LoRAParam)), or wrap it in optax.masked or optax.partition.",
@@ -329,7 +239,7 @@ def match_names(
             problems.append(f"{names}: more than two leaves in one pair; give the rules groups")
     if problems:
         raise ValueError(
-            _listing(
+            listing(
                 "These low-rank factors are unpaired or ambiguous. Both factors of an adapter must "
                 "reach the same transformation (one label of optax.partition, one mask), under "
                 "names that LoraPairs(rules=...) pairs:",
@@ -338,7 +248,7 @@ def match_names(
         )
     if not members and required:
         raise ValueError(
-            _listing(
+            listing(
                 "No low-rank pair was found. Name the factors with LoraPairs(rules=((regex of a, "
                 "regex of b),)); LoraPairs(required=False) falls back to the update of other "
                 "leaves, AdamW's in loft_adamw. The leaves are:",
@@ -348,7 +258,7 @@ def match_names(
     return sorted((factors["a"][0], factors["b"][0]) for factors in members.values())
 
 
-def _read_pair(
+def read_pair(
     a: int,
     b: int,
     paths: Sequence[str],
@@ -357,6 +267,11 @@ def _read_pair(
     axes: LoraAxes | None,
     scale: float,
 ) -> Pair:
+    """Reads the pair of two leaves, by their positions.
+
+    Raises:
+      ValueError: shapes that do not belong together under these axes, or under any.
+    """
     # Whole shapes, so that a pair reads the same inside a shard_map and outside.
     shape_a, shape_b = (
         tuple(ShardedDim(names).size(local) for names, local in zip(splits[k], shape, strict=True))
@@ -395,7 +310,8 @@ def _read_pair(
     return Pair(a, b, layout_a, layout_b, m, n, r, batch, scale, dim_a, dim_b)
 
 
-def _listing(headline: str, lines: Sequence[str], most: int = 12) -> str:
+def listing(headline: str, lines: Sequence[str], most: int = 12) -> str:
+    """Returns a message with a headline and the first of the lines."""
     shown = [f"  {line}" for line in lines[:most]]
     if len(lines) > most:
         shown.append(f"  and {len(lines) - most} more")
