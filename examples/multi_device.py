@@ -4,7 +4,7 @@
     python examples/multi_device.py --mesh data=2,fsdp=2,tensor=2
 
 The run and its flags are those of `finetune_llm.py`, but the weights, the adapters and LoFT's state
-are split over a mesh: `data` splits the batch, `fsdp` the batch and the stored weights, `tensor`
+are sharded over a mesh: `data` shards the batch, `fsdp` the batch and the stored weights, `tensor`
 the computation of a layer. Without an accelerator, the script uses eight CPU devices.
 
 Hardware: the GPUs or TPUs that JAX finds, else 2 CPU cores and 7 GB of memory.

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from loft_jax.sharding import factor_specs
 
 M, N, R, LAYERS = 512, 384, 4, 8
-"""Sizes of the weights here; all of them can be split over eight devices."""
+"""Sizes of the weights here; all of them can be sharded over eight devices."""
 
 
 class Layout(NamedTuple):
@@ -33,7 +33,7 @@ class Layout(NamedTuple):
         )
 
     def specs(self) -> dict:
-        """A column- and a row-parallel adapter, stacked layers, heads, and a leaf outside pairs."""
+        """A column- and a row-parallel adapter, stacked layers, heads, and a non-LoRA parameter."""
         i, o = self.inputs, self.outputs
         pair = lambda specs: dict(zip(("lora_a", "lora_b"), specs, strict=True))
         return {

@@ -79,7 +79,7 @@ def random_like(tree: Any, seed: int) -> Any:
 
 
 def small_params() -> Any:
-    """Two equal layers, which the optimizers stack, and a head outside pairs."""
+    """Two equal layers, which the optimizers stack, and a non-LoRA head."""
     layer = {"lora_a": jnp.zeros((6, 2)), "lora_b": jnp.zeros((2, 5))}
     return random_like({"head": jnp.zeros((5, 3)), "layer0": layer, "layer1": layer}, 0)
 

@@ -90,7 +90,7 @@ def projector(v: np.ndarray) -> np.ndarray:
     return v @ np.linalg.pinv(v)
 
 
-class DenseSide:
+class DenseMoments:
     """Eqs. (8) and (9) for one factor, keeping every projected gradient of the past."""
 
     def __init__(self, hyper: Hyper):
@@ -130,7 +130,7 @@ class DenseSide:
 
 
 class Head:
-    """A leaf outside pairs, with a gradient of its own at each step, trained by plain AdamW."""
+    """A non-LoRA parameter, with a gradient of its own at each step, trained by plain AdamW."""
 
     def __init__(self, size: int, steps: int, seed: int = 5):
         rng = np.random.default_rng(seed)
@@ -146,7 +146,7 @@ def dense_loft(
     Moves ``W`` through its factors: ``dU = D P_V pinv(V^T)``, so that ``dU V^T = D P_V``.
     """
     us, vs = [p.u for p in problems], [p.v for p in problems]
-    sides = [(DenseSide(hyper), DenseSide(hyper)) for _ in problems]
+    moments = [(DenseMoments(hyper), DenseMoments(hyper)) for _ in problems]
     trajectories: list[list[np.ndarray]] = [[] for _ in problems]
     leaf = None if head is None else AdamLeaf(head.start, hyper)
     decay = 1 - hyper.lr * hyper.weight_decay
@@ -154,15 +154,15 @@ def dense_loft(
         move_u = (k % 2 == 0) == (hyper.moves_first == "a")
         gs = [p.gradient(p.weight(u, v), k) for p, u, v in zip(problems, us, vs, strict=True)]
         factor = clip_factor(gs, us, vs, hyper, move_u, head and head.gradients[k])
-        for i, (p, (side_u, side_v)) in enumerate(zip(problems, sides, strict=True)):
+        for i, (p, (moments_u, moments_v)) in enumerate(zip(problems, moments, strict=True)):
             u, v, g = us[i], vs[i], factor * gs[i]
-            side_u.see(g, projector(v))
-            side_v.see(g.T, projector(u))
+            moments_u.see(g, projector(v))
+            moments_v.see(g.T, projector(u))
             if move_u or not hyper.alternate:
-                du = side_u.direction() @ np.linalg.pinv(v).T / p.scale
+                du = moments_u.direction() @ np.linalg.pinv(v).T / p.scale
                 us[i] = decay * u - hyper.lr * du
             if not move_u or not hyper.alternate:
-                dv = side_v.direction() @ np.linalg.pinv(u).T / p.scale
+                dv = moments_v.direction() @ np.linalg.pinv(u).T / p.scale
                 vs[i] = decay * v - hyper.lr * dv
             trajectories[i].append(p.weight(us[i], vs[i]))
         if leaf is not None:
@@ -190,7 +190,7 @@ class AdamLeaf:
 
 
 def clip_factor(gs, us, vs, hyper: Hyper, move_u: bool, other=None) -> float:
-    """Block 6 on the effective dense gradients, and on a leaf outside pairs as it is."""
+    """Block 6 on the effective dense gradients, and on a non-LoRA parameter as it is."""
     if hyper.max_norm is None:
         return 1.0
     squares = 0.0 if other is None else (other**2).sum()
@@ -217,7 +217,7 @@ def algorithm_1(
     that keeps squares alone and is not calibrated. The last two take the scale to be 1.
 
     Scaled gradients with ``(V^T V)^-1``, the calibration matrix ``C``, ``r x r`` cross terms as
-    ``m x r^2`` Khatri-Rao products transported by ``C (x) C``; epsilon outside the square root.
+    ``m x r^2`` Khatri-Rao products calibrated by ``C (x) C``; epsilon outside the square root.
     """
     p, h = problem, hyper
     u, v = p.u.copy(), p.scale * p.v  # the scale goes to one factor

@@ -565,7 +565,7 @@ def test_a_state_with_another_momentum_is_refused():
 
 
 def test_a_state_of_another_optimizer_is_refused():
-    # Without leaves outside pairs the shapes of the states do not tell them apart.
+    # Without non-LoRA parameters the shapes of the states do not tell them apart.
     params = {"lora_a": jnp.ones((6, 2)), "lora_b": jnp.ones((2, 5))}
     several = [loft_adamw(0.1), loft_muon(0.1), loft_sgd(0.1, 0.9), loft_sgd(0.1)]
     for of_state, other in itertools.permutations(several, 2):

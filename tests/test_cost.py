@@ -99,7 +99,7 @@ def test_only_the_factor_that_moves_has_full_size_work():
     jaxpr = program(params_of())
     outside = [e.primitive.name for e in jaxpr.eqns]
     assert "scan" not in outside
-    # Either moment is transported or not, and one of the two factors moves.
+    # Either moment is calibrated or not, and one of the two factors moves.
     assert sorted(names.count("scan") for names in branches(jaxpr)) == [0, 0, 0, 0, 1, 1]
     both = program(params_of(), alternate=False)
     assert [e.primitive.name for e in equations(both)].count("scan") == 2
@@ -194,7 +194,7 @@ def test_chunks_divide_the_layers(layers, wanted, together, expected):
 @pytest.mark.parametrize("second_moment", ["calibrated", "factored"])
 @pytest.mark.parametrize("devices", [1, 8])
 def test_chunks_change_no_number(devices, second_moment, limit, alternate, monkeypatch, x64):
-    """Layers on either axis, one at a time, with their frames or without; on a mesh eight."""
+    """Layers on either axis, one at a time, with their bases or without; on a mesh eight."""
     pairs = loft_jax.LoraPairs(
         axes=(("second.*", loft_jax.LoraAxes(batch=(1,))), (".*", loft_jax.LoraAxes(batch=(0,))))
     )

@@ -424,6 +424,6 @@ pair               U       V  batch  scale  calibrated  factored
 blocks/lora_a   64×4  4096×4     12      1      3.6 MB    2.0 MB
 q/lora_a       128×2    32×2      -    0.5      4.5 kB    3.8 kB
 pairs: 2 with 200,000 parameters
-outside pairs: 1 leaves with 30 parameters: head
+non-LoRA leaves: 1 with 30 parameters: head
 state of the pairs: calibrated 3.6 MB, factored 2.0 MB
 """

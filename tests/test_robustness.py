@@ -209,7 +209,7 @@ def test_a_rank_deficient_factor_has_the_basis_of_its_span(dtype):
         q, l_inv, *_ = orthonormal_basis(jnp.asarray(v, dtype))
         eps = np.finfo(dtype).eps
         np.testing.assert_allclose(q @ q.T, projector(v), atol=20 * eps)
-        # What multiplies a gradient stays of the size that the span itself asks for.
+        # What multiplies a gradient stays of the size that the column space itself requires.
         assert np.abs(q @ l_inv).max() < 100
 
 

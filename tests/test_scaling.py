@@ -88,7 +88,7 @@ def test_what_a_step_holds_and_sends_as_the_mesh_grows():
     whole, split = memory(at(data=256)), memory(at(fsdp=32, tensor=8))
     assert whole.base == pytest.approx(256 * split.base, rel=0.01)
     assert 2 * 6.7e9 < whole.base < 2 * 6.8e9
-    assert split.state < whole.state / 8  # each factor is split by the one axis that it has
+    assert split.state < whole.state / 8  # each factor is sharded along one axis
     assert loft_traffic(at(data=256)) == 0  # every device does the same
     assert traffic(at(data=256)).gathers == 0
     lora = dataclasses.replace(at(fsdp=32, tensor=8), method="lora")

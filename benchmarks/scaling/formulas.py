@@ -24,15 +24,15 @@ class Weight(NamedTuple):
     """A projection of every layer, with ``m`` inputs and ``n`` outputs.
 
     Attributes:
-      split_m, split_n: the number of devices that shard the inputs and the outputs.
+      shards_m, shards_n: the number of devices that shard the inputs and the outputs.
       row_parallel: whether "tensor" shards the inputs.
       adapted: whether the weight has an adapter.
     """
 
     m: int
     n: int
-    split_m: int
-    split_n: int
+    shards_m: int
+    shards_n: int
     row_parallel: bool
     adapted: bool
 
@@ -56,8 +56,8 @@ def weights(setting: Setting) -> list[Weight]:
     found = []
     for name, (m, n) in shapes.items():
         row_parallel = name in ("o", "down")
-        splits = (tensor, fsdp) if row_parallel else (fsdp, tensor)
-        found.append(Weight(m, n, *splits, row_parallel, name in setting.targets))
+        shards = (tensor, fsdp) if row_parallel else (fsdp, tensor)
+        found.append(Weight(m, n, *shards, row_parallel, name in setting.targets))
     return found
 
 
@@ -131,7 +131,7 @@ def memory(setting: Setting) -> Memory:
     config, r = setting.config, setting.rank
     fsdp, tensor = setting.size("fsdp"), setting.size("tensor")
     layers, hidden, tiled = config.num_hidden_layers, config.hidden_size, is_tpu(setting)
-    local = lambda w: (layers, w.m // w.split_m, w.n // w.split_n)
+    local = lambda w: (layers, w.m // w.shards_m, w.n // w.shards_n)
 
     base = sum(stored(local(w), HALF, tiled) for w in weights(setting))
     base += 2 * stored((config.vocab_size // tensor, hidden // fsdp), HALF, tiled)
@@ -141,12 +141,12 @@ def memory(setting: Setting) -> Memory:
     for w in weights(setting):
         if not w.adapted:
             continue
-        for rows, split in ((w.m, w.split_m), (w.n, w.split_n)):
+        for rows, shards in ((w.m, w.shards_m), (w.n, w.shards_n)):
             fields = [
-                stored((layers, rows // split, width), FLOAT, tiled)
+                stored((layers, rows // shards, width), FLOAT, tiled)
                 for width in state_widths(setting.method, rows, r)
             ]
-            adapter += stored((layers, rows // split, r), FLOAT, tiled)
+            adapter += stored((layers, rows // shards, r), FLOAT, tiled)
             state += sum(fields)
             largest = max(largest, *fields)
     if setting.method != "lora":
@@ -250,9 +250,9 @@ def loft_traffic(setting: Setting) -> float:
     for w in weights(setting):
         if w.adapted:
             matrices = 7 if setting.method == "factored" else 4
-            small += 2 * matrices * r * r * (_gather(w.split_m) + _gather(w.split_n))
-            update_a += 2 * _gather(w.split_n) * r * w.m / w.split_m
-            update_b += 2 * _gather(w.split_m) * r * w.n / w.split_n
+            small += 2 * matrices * r * r * (_gather(w.shards_m) + _gather(w.shards_n))
+            update_a += 2 * _gather(w.shards_n) * r * w.m / w.shards_m
+            update_b += 2 * _gather(w.shards_m) * r * w.n / w.shards_n
     update = 0 if setting.method == "factored" else max(update_a, update_b)
     return layers * FLOAT * (small + update)
 

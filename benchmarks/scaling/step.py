@@ -231,8 +231,8 @@ def lowered_step(setting: Setting) -> Any:
     adapter = nnx.as_pure(adapter)
     adapter = _with(adapter, adapter_shardings(adapter, base, lora_pairs(rule)))
     state = _with(jax.eval_shape(tx.init, adapter), state_shardings(tx, adapter))
-    shape, split = (setting.batch, setting.length), NamedSharding(mesh, P(TOKENS, None))
-    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=split)
+    shape, sharding = (setting.batch, setting.length), NamedSharding(mesh, P(TOKENS, None))
+    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
 
     def step(adapter: Any, state: Any, base: Any, tokens: jax.Array) -> Any:
         loss_fn = lambda adapter: loss(nnx.merge(graphdef, adapter, base), tokens)

@@ -1,7 +1,7 @@
 """A language model on a mesh: the sharding of each weight.
 
-The mesh axis `data` splits the batch; `fsdp` splits the batch and the stored weights; `tensor`
-splits the computation of a layer as Megatron does (the first weight of two by its outputs, the
+The mesh axis `data` shards the batch; `fsdp` shards the batch and the stored weights; `tensor`
+shards the computation of a layer as Megatron does (the first weight of two by its outputs, the
 second by its inputs). The compiler partitions the program; the model contains no mesh code.
 """
 
@@ -74,7 +74,7 @@ def place_model(model: nnx.Module, mesh: Mesh, pairs: LoraPairs) -> None:
 
 
 def batch_sharding(mesh: Mesh, rows: int) -> NamedSharding:
-    """The sharding of a batch with `rows` rows: split over `data` and `fsdp`."""
+    """The sharding of a batch with `rows` rows: sharded over `data` and `fsdp`."""
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     if rows % parts:
         raise UserError(
@@ -110,7 +110,7 @@ def _name(path: Any) -> str:
 
 
 def _sharding(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
-    """The sharding in `_WEIGHTS`; an axis whose size is not divisible is not split."""
+    """The sharding in `_WEIGHTS`; an axis whose size is not divisible is not sharded."""
     spec = next((spec for regex, spec in _WEIGHTS if re.fullmatch(regex, path)), P())
     fits = [
         name if name and size % mesh.shape[name] == 0 else None

@@ -50,7 +50,7 @@ class Trainer:
     there is one copy of them. The learning rate is an argument too, so runs with other learning
     rates or seeds (`start(model)` with new adapters) share the compiled step.
 
-    If the model is on a mesh, the state is on the same mesh, and batches are split over it.
+    If the model is on a mesh, the state is on the same mesh, and batches are sharded over it.
     """
 
     def __init__(

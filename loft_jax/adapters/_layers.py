@@ -174,14 +174,14 @@ def factor_shapes(
 
 
 def draw_factor(
-    key: jax.Array, init: Any, shape: tuple[int, ...], dtype: Any, copies: tuple[int, ...] = ()
+    key: jax.Array, init: Any, shape: tuple[int, ...], dtype: Any, batch: tuple[int, ...] = ()
 ) -> jax.Array:
-    """Returns a new factor (*copies, *shape). The fan-in of the initializer is that of one copy."""
-    if not copies:
+    """Returns a new factor (*batch, *shape). The fan-in of the initializer is that of `shape`."""
+    if not batch:
         return init(key, shape, dtype)
-    keys = jax.random.split(key, math.prod(copies))
+    keys = jax.random.split(key, math.prod(batch))
     drawn = jax.vmap(lambda key: init(key, shape, dtype))(keys)
-    return drawn.reshape(*copies, *shape)
+    return drawn.reshape(*batch, *shape)
 
 
 def factor_names(form: Form, names: tuple[Any, ...]) -> tuple[tuple, tuple]:

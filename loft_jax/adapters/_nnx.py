@@ -71,15 +71,15 @@ class LoraLayer(nnx.Module):
         form, stack = form_of(base), stacked_axes(base, rule.batch)
         sizes = tuple(base.kernel.get_value().shape[axis] for axis in stack)
         batch, shape_a, shape_b = factor_shapes(form, single_shape(base), rule.rank)
-        copies = (*sizes, *batch)
-        if rule.batch is not None and len(rule.batch) != len(copies):
+        stacked = (*sizes, *batch)
+        if rule.batch is not None and len(rule.batch) != len(stacked):
             raise ValueError(
                 f"batch={rule.batch} has {len(rule.batch)} axes, but the kernel has {len(stack)} "
                 f"axes of stacked layers and {len(batch)} axes of experts. List all of them, "
                 "stacked layers first, or use one rule for each kind of layer"
             )
-        a = draw_factor(rngs.params(), rule.init_a, shape_a, rule.dtype, copies)
-        b = draw_factor(rngs.params(), rule.init_b, shape_b, rule.dtype, copies)
+        a = draw_factor(rngs.params(), rule.init_a, shape_a, rule.dtype, stacked)
+        b = draw_factor(rngs.params(), rule.init_b, shape_b, rule.dtype, stacked)
         names_a, names_b = _names(form, base.kernel, stack)
         self.base = base
         self.lora_a = _factor(a, stack, names_a)

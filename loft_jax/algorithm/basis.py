@@ -24,7 +24,7 @@ _PANEL = 16
 
 
 class Basis(NamedTuple):
-    """A basis of the span of ``s V``, a factor ``V`` (``n x r``) times the adapter's scale ``s``.
+    """A basis of the columns of ``s V``: a factor ``V`` (``n x r``) times the adapter's scale.
 
     Attributes:
       q: ``(n, r)``, orthonormal columns; ``q @ q.T`` is the paper's projector ``P_V``. None where

@@ -8,7 +8,7 @@ rank this is Adam with Adafactor's factored second moment.
 The state holds ``R`` and ``S`` in one array of shape ``(m, 1 + k)``: column 0 is ``R``, the rest is
 the packed ``S`` laid out over the rows, ``k = ceil(t / m)``, which is 1 unless the rank is large.
 So the state has the long axis of its factor and can be sharded and stored like it. An ``r x r``
-array of its own could not be split the way a factor is.
+array of its own could not be sharded as a factor is.
 """
 
 import dataclasses

@@ -50,7 +50,7 @@ def newton_schulz(
     x = x / jnp.where(norm > 0, norm, 1)
 
     def iterate(_, x):
-        # The Gram matrix of the short side: a tall matrix is multiplied by r x r matrices only.
+        # The Gram matrix of the short dimension: factors with m > r multiply r x r matrices only.
         # Sharded rows are always summed over, however few they are.
         if x.shape[0] < x.shape[1] and dim == UNSHARDED:
             gram = x @ x.T

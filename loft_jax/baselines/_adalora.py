@@ -217,13 +217,15 @@ def orthogonality_penalty(params: optax.Params, pairs: Any = None) -> jax.Array:
     """
     tree = find_pairs(params, pairs)
 
-    def excess(tall: Float[Array, "*batch n r"]) -> jax.Array:
-        tall = tall.astype(compute_dtype(tall))
-        gram = jnp.swapaxes(tall, -1, -2) @ tall
+    def excess(matrix: Float[Array, "*batch n r"]) -> jax.Array:
+        matrix = matrix.astype(compute_dtype(matrix))
+        gram = jnp.swapaxes(matrix, -1, -2) @ matrix
         return jnp.sum((gram - jnp.eye(gram.shape[-1], dtype=gram.dtype)) ** 2)
 
-    sides = [(p.layout_a, p.a) for p in tree.pairs] + [(p.layout_b, p.b) for p in tree.pairs]
-    return sum((excess(layout.matricize(tree.leaves[k])) for layout, k in sides), jnp.float32(0.0))
+    factors = [(p.layout_a, p.a) for p in tree.pairs] + [(p.layout_b, p.b) for p in tree.pairs]
+    return sum(
+        (excess(layout.matricize(tree.leaves[k])) for layout, k in factors), jnp.float32(0.0)
+    )
 
 
 def _zeros(tree: PairedTree, adapters: Sequence[Triplets]) -> optax.Params:

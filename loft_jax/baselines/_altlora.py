@@ -31,7 +31,7 @@ class ScaleByAltLoraState(NamedTuple):
     Attributes:
       active: ``()`` int32, the active factor of the next step: 0 for ``b``, 1 for ``a``.
       seen: the value of each factor at the last step with its partner active; `optax.MaskedNode`
-        outside pairs.
+        for a non-LoRA parameter.
       mu: first moment of each leaf, in the coordinates of the raw factors.
       nu: second moment of each leaf; None for AltLoRA, which has no second moment.
     """
@@ -63,7 +63,7 @@ def scale_by_altlora(
       S &\leftarrow \beta_2 S + (1 - \beta_2) \tilde g^2 \qquad \text{(AltLoRA+)}
 
     and the step is :math:`M`, or :math:`M / (\sqrt S + \epsilon)`. Neither uses bias correction.
-    The moments of the inactive factor are not updated. Updates of leaves outside pairs are
+    The moments of the inactive factor are not updated. Updates of non-LoRA parameters are
     unchanged.
 
     Args:
@@ -114,7 +114,7 @@ def altlora(
 ) -> optax.GradientTransformationExtraArgs:
     """AltLoRA: alternating projected gradients with calibrated momentum.
 
-    Leaves outside pairs get `optax.adam` with the same learning rate and ``b1``.
+    Non-LoRA parameters get `optax.adam` with the same learning rate and ``b1``.
 
     Args:
       learning_rate: a number or a schedule; the authors used 1e-2 to 1e-4.
@@ -167,7 +167,7 @@ def altlora_plus(
 ) -> optax.GradientTransformationExtraArgs:
     """AltLoRA+: AltLoRA with a second moment of the factors, which is not calibrated.
 
-    Leaves outside pairs get `optax.adam` with the same learning rate, ``b1``, ``b2`` and ``eps``.
+    Non-LoRA parameters get `optax.adam` with the same learning rate, ``b1``, ``b2`` and ``eps``.
 
     Args:
       learning_rate: a number or a schedule; the authors used 1e-5 to 1e-4. Without bias

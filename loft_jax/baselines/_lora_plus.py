@@ -29,8 +29,9 @@ def lora_plus(
 ) -> optax.GradientTransformationExtraArgs:
     r"""LoRA+: the zero-initialised factor has ``ratio`` times the learning rate.
 
-    `optax.adamw` on all leaves, with the learning rate :math:`\eta` for ``lora_a`` and the leaves
-    outside pairs, and :math:`\mathrm{ratio} \cdot \eta` for ``lora_b`` (its weight decay included).
+    `optax.adamw` on all leaves, with the learning rate :math:`\eta` for ``lora_a`` and
+    non-LoRA parameters, and :math:`\mathrm{ratio} \cdot \eta` for ``lora_b`` (its weight decay
+    included).
 
     Args:
       learning_rate: :math:`\eta`, a number or a schedule of the step.

@@ -56,7 +56,7 @@ def scale_by_lora_pro(
     solves :math:`V^\top V X + X U^\top U = -s^{-1} (V^\top V)^{-1} V^\top D^\top U`.
 
     **The state is dense**: ``2 m n`` numbers per pair, as in full fine-tuning, and ``m x n`` arrays
-    are formed at each step. Updates of leaves outside pairs are unchanged.
+    are formed at each step. Updates of non-LoRA parameters are unchanged.
 
     Args:
       b1, b2, eps: Adam's, on the full weight.
@@ -99,7 +99,7 @@ def lora_pro(
 ) -> optax.GradientTransformationExtraArgs:
     """LoRA-Pro with AdamW; its state is that of full fine-tuning, ``2 m n`` numbers per pair.
 
-    Both factors are updated at every step. Leaves outside pairs get `optax.adam`. There is no
+    Both factors are updated at every step. Non-LoRA parameters get `optax.adam`. There is no
     weight decay: the authors' version also decays the frozen weight, which an optimizer of adapters
     cannot do, and their current code no longer has it.
 

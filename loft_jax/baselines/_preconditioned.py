@@ -27,7 +27,7 @@ def precondition_by_partner(
     r"""Multiplies the gradient of each factor by :math:`(V^\top V + \delta I)^{-1}` of its partner.
 
     As in the paper, the adapter's scale is not used, so the step in ``W`` is proportional to its
-    square. Updates of leaves outside pairs are unchanged.
+    square. Updates of non-LoRA parameters are unchanged.
 
     Args:
       damping: :math:`\delta`, absolute. It has a large effect: the authors tuned it from 0 to 1e8,
@@ -167,7 +167,7 @@ def lora_fa(
 
     Returns:
       A transformation whose ``update`` needs ``params``. State: AdamW's for the trained factor and
-      the leaves outside pairs, none for the frozen one.
+      the non-LoRA parameters, none for the frozen one.
 
     Raises:
       ValueError, TypeError: as `scale_by_loft_adam`.

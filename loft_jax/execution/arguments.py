@@ -42,7 +42,7 @@ def read_arguments(
             raise ValueError(
                 f"The gradient of {path} {found}, its parameter has shape {jnp.shape(leaf)}"
             )
-    # Python numbers may be parameters outside pairs, as in Optax.
+    # Python numbers may be non-LoRA parameters, as in Optax.
     as_array = lambda x: jnp.asarray(x) if isinstance(x, float) else x
     leaves = [as_array(leaf) for leaf in tree.leaves]
     return dataclasses.replace(tree, leaves=leaves), [as_array(x) for x in gradients]
@@ -84,7 +84,7 @@ def check_state(
     """Raises ValueError unless the state has the shapes of these parameters and this method.
 
     ``widths[i](rows, r)`` is the number of entries per row of a factor in ``moments[i]``;
-    ``others`` says whether leaves outside pairs have moments.
+    ``others`` says whether non-LoRA parameters have moments.
     """
     of_other = lambda k: jnp.shape(tree.leaves[k]) if others else None
     expected = {k: [None, *[of_other(k)] * len(widths)] for k in tree.others}

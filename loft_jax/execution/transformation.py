@@ -74,7 +74,7 @@ def descend(
       weight_decay: a number or a schedule, times the learning rate.
       mask: a tree of booleans, or a function from parameters to one, of what to decay.
       alternate: whether one factor of a pair rests, which then does not decay either.
-      others: a complete optimizer of the leaves outside pairs, which gets the core's directions of
+      others: a complete optimizer of the non-LoRA parameters, which gets the core's directions of
         these; None treats them like the factors.
 
     Returns:

@@ -36,13 +36,13 @@ class ScaleByLoftAdamState(NamedTuple):
       count: ``()`` int32, steps taken.
       active: ``()`` int32, the factor that moves at the next step: 0 for ``b``, 1 for ``a``.
       basis: for a factor its orthonormal basis at the last step, of the factor's shape (in the
-        ablations the factor itself, with its scale); `optax.MaskedNode` for a leaf outside pairs.
+        ablations the factor itself, with its scale); `optax.MaskedNode` for a non-LoRA parameter.
       mu: first moment, of the parameter's shape, in ``mu_dtype``. A factor's is expressed in
         ``basis`` of its partner.
       nu: second moment. Calibrated: ``r (r + 1) / 2`` packed cross terms a row. Factored: the row
         sums and the laid-out Gram matrix, ``1 + ceil(r (r + 1) / 2 / rows)`` a row. Diagonal: one
-        number for each of ``mu``. A factor's is in ``nu_dtype``. Outside pairs: Adam's, of
-        the parameter's shape.
+        number for each of ``mu``. A factor's is in ``nu_dtype``. Of a non-LoRA parameter: Adam's, of
+        its shape.
       options: the options that the state was made with; no arrays.
     """
 
@@ -101,7 +101,7 @@ def scale_by_loft_adam(
       \Delta U &= D Q L^{-1} & \text{(block 5)}
 
     and that of :math:`V` the same with the roles exchanged. The moments of both factors advance at
-    every step; the active factor moves (block 1). Leaves outside pairs get Adam's update.
+    every step; the active factor moves (block 1). Non-LoRA parameters get Adam's update.
 
     Args:
       b1, b2, eps, eps_root, mu_dtype, nesterov: as in `optax.scale_by_adam`. The dtype of the first
@@ -304,7 +304,7 @@ def _adam(
     mu: jax.Array,
     nu: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Adam's own direction and moments, for a leaf outside pairs."""
+    """Adam's own direction and moments, for a non-LoRA parameter."""
     g = gradient.astype(nu.dtype)
     b1, b2 = as_scalar(b1, nu.dtype), as_scalar(b2, nu.dtype)
     first = b1 * mu.astype(nu.dtype) + (1 - b1) * g

@@ -42,7 +42,7 @@ def clip_by_projected_global_norm(
     The gradient of a factor depends on the size of its partner. Full fine-tuning would clip by
     :math:`\|G P_V\|_F`, for the active factor, and that is the norm of the projected gradient in
     the basis, with nothing ``m x n`` formed. Where both factors move it is the norm of
-    :math:`G P_V + P_U G`. All pairs and, as they are, the leaves outside them add up to one global
+    :math:`G P_V + P_U G`. All pairs and, unprojected, the non-LoRA parameters add up to one global
     norm, and all gradients are scaled by ``min(1, max_norm / norm)``.
 
     The optimizers' own ``max_norm`` does the same and computes the bases only once; prefer it.
@@ -65,7 +65,7 @@ def clip_by_projected_global_norm(
     Example:
       >>> import jax.numpy as jnp
       >>> params = {"lora_a": jnp.full((4, 1), 5.0), "lora_b": jnp.zeros((1, 2))}
-      >>> full = jnp.full((4, 2), 0.5)  # gradient of the weight: already in the span of a
+      >>> full = jnp.full((4, 2), 0.5)  # gradient of the weight: already in the column space of a
       >>> grads = {"lora_a": jnp.zeros((4, 1)), "lora_b": params["lora_a"].T @ full}
       >>> clip = clip_by_projected_global_norm(1.0)
       >>> clipped, _ = clip.update(grads, clip.init(params), params)

@@ -33,9 +33,9 @@ class ScaleByLoftMuonState(NamedTuple):
       count: ``()`` int32, steps taken.
       active: ``()`` int32, the factor that moves at the next step: 0 for ``b``, 1 for ``a``.
       basis: for a factor its orthonormal basis at the last step, of the factor's shape;
-        `optax.MaskedNode` for a leaf outside pairs.
+        `optax.MaskedNode` for a non-LoRA parameter.
       mu: the moment, of the parameter's shape, in ``mu_dtype``. A factor's is expressed in
-        ``basis`` of its partner. In `loft_muon` `optax.MaskedNode` for a leaf outside pairs.
+        ``basis`` of its partner. In `loft_muon` `optax.MaskedNode` for a non-LoRA parameter.
     """
 
     count: jax.Array
@@ -85,7 +85,7 @@ def scale_by_loft_muon(
     columns of :math:`Q` are orthonormal, so the iteration on :math:`M` is the dense one. State: the
     basis and the moment, ``2 r`` numbers a row.
 
-    Leaves outside pairs get the momentum without orthogonalization. `loft_muon` gives them AdamW;
+    Non-LoRA parameters get the momentum without orthogonalization. `loft_muon` gives them AdamW;
     in a chain of your own give them theirs with `optax.partition`.
 
     Args:
@@ -152,7 +152,7 @@ def loft_muon(
     The counterpart of `optax.contrib.muon`, with its positional arguments in the same order. The
     active factor, say :math:`U`, moves by :math:`-\eta_k (\Delta U + \lambda U)` with
     :math:`\Delta U` as in `scale_by_loft_muon`; the other rests, and does not decay either. At full
-    rank it is Muon. Leaves outside pairs get `optax.adamw`.
+    rank it is Muon. Non-LoRA parameters get `optax.adamw`.
 
     Args:
       learning_rate: a number or a schedule of the step.
@@ -161,7 +161,7 @@ def loft_muon(
       weight_decay: of the factors: decoupled, times the learning rate; a number or a schedule.
       weight_decay_mask: a tree of booleans, or a function from parameters to one, of the factors to
         decay.
-      adam_b1, adam_b2, adam_eps, adam_eps_root, adam_weight_decay: of leaves outside pairs. Their
+      adam_b1, adam_b2, adam_eps, adam_eps_root, adam_weight_decay: of non-LoRA parameters. Their
         `optax.adamw` keeps its moments in their dtype and takes ``nesterov``, as in Optax.
       adam_learning_rate: theirs; None for ``learning_rate``.
       alternate, moves_first, pairs: as in `scale_by_loft_adam`.

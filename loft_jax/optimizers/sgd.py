@@ -27,7 +27,7 @@ class ScaleByLoftMomentumState(NamedTuple):
     Attributes:
       active: ``()`` int32, the factor that moves at the next step: 0 for ``b``, 1 for ``a``.
       basis: for a factor its orthonormal basis at the last step, of the factor's shape;
-        `optax.MaskedNode` for a leaf outside pairs.
+        `optax.MaskedNode` for a non-LoRA parameter.
       mu: the moment, of the parameter's shape, in ``accumulator_dtype``. A factor's is expressed in
         ``basis`` of its partner.
     """
@@ -57,7 +57,7 @@ def scale_by_loft_momentum(
       \Delta U &= M L^{-1}
 
     so that :math:`s \Delta U V^\top` is the momentum of full fine-tuning, as far as the subspaces
-    hold it. Leaves outside pairs get plain momentum, as from `optax.trace`.
+    hold it. Non-LoRA parameters get plain momentum, as from `optax.trace`.
 
     Args:
       momentum, nesterov, accumulator_dtype: as in `optax.sgd`; the default momentum is 0.9. The
@@ -75,7 +75,7 @@ def scale_by_loft_momentum(
     Example:
       >>> import jax.numpy as jnp
       >>> params = {"lora_a": jnp.full((3, 1), 10.0), "lora_b": jnp.zeros((1, 2))}
-      >>> full = jnp.ones((3, 2))  # gradient of the weight, in the span of lora_a
+      >>> full = jnp.ones((3, 2))  # gradient of the weight, in the column space of lora_a
       >>> grads = {"lora_a": jnp.zeros((3, 1)), "lora_b": params["lora_a"].T @ full}
       >>> tx = scale_by_loft_momentum()
       >>> updates, _ = tx.update(grads, tx.init(params), params)
@@ -191,7 +191,7 @@ def _momentum_core(
 def momentum_of_other(
     rule: MomentRule, gradient: jax.Array, *mu: jax.Array
 ) -> tuple[jax.Array, ...]:
-    """Plain momentum for a leaf outside pairs."""
+    """Plain momentum for a non-LoRA parameter."""
     if rule.decay is None:
         return (gradient,)
     wide = gradient.astype(compute_dtype(gradient))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from loft_jax.algorithm.second_moment import SECOND_MOMENTS
 from loft_jax.pairs.find import find_pairs
 
-_SHOWN = 6  # leaves outside pairs that are named
+_SHOWN = 6  # non-LoRA leaves that are named
 
 
 class PairDescription(NamedTuple):
@@ -36,7 +36,7 @@ class PairsDescription(NamedTuple):
 
     Attributes:
       pairs: one entry a pair.
-      others: path and number of parameters of each leaf outside pairs.
+      others: path and number of parameters of each non-LoRA leaf.
     """
 
     pairs: tuple[PairDescription, ...]
@@ -58,7 +58,7 @@ class PairsDescription(NamedTuple):
             # By name: an adapter that was not recognized would be trained by plain AdamW.
             names = ", ".join([*self.others][:_SHOWN]) + ", …" * (len(self.others) > _SHOWN)
             lines.append(
-                f"outside pairs: {len(self.others)} leaves with "
+                f"non-LoRA leaves: {len(self.others)} with "
                 f"{sum(self.others.values()):,} parameters: {names}"
             )
         totals = (

@@ -302,9 +302,9 @@ def read_pair(
         raise ValueError(f"{where}: an axis of length zero leaves nothing to train")
     if r > max(m, n) or r == 0:
         raise ValueError(
-            f"{where}: rank {r} must be at least 1 and at most {max(m, n)}, the larger side of the "
-            f"{m} x {n} weight; a higher one adds nothing, so lower it. If these are not the axes "
-            "of the rank, as in PyTorch's layout, use LoraPairs(axes=LoraAxes(rank_a=0, "
+            f"{where}: rank {r} must be at least 1 and at most {max(m, n)}, the larger dimension "
+            f"of the {m} x {n} weight; a higher one adds nothing, so lower it. If these are not "
+            "the axes of the rank, as in PyTorch's layout, use LoraPairs(axes=LoraAxes(rank_a=0, "
             "rank_b=-1))"
         )
     return Pair(a, b, layout_a, layout_b, m, n, r, batch, scale, dim_a, dim_b)

@@ -40,8 +40,8 @@ class LoraPairs:
         for all pairs, or ``(regex, number)`` entries as for ``axes`` (1 where none matches).
         None is 1, with a warning for adapters that are known to be scaled otherwise.
         `describe_pairs` shows what each pair got. Also a pytree or a callable, see below.
-      required: False accepts a tree without pairs, whose leaves all get the update of leaves
-        outside pairs (for `loft_adamw` AdamW's).
+      required: False accepts a tree without pairs, whose leaves all get the update of
+        non-LoRA parameters (for `loft_adamw` AdamW's).
       train_weights: True accepts a weight next to its own adapter and trains both.
       specs: for an update inside `jax.shard_map` how that shards the leaves, ``(regex, spec)``
         entries as for ``axes``, matched against each leaf's own path;

@@ -239,7 +239,7 @@ def abstract(sharding, x):
 @pytest.mark.parametrize("of", MESHES)
 def test_from_any_mesh_to_any_other(of, to, axis_types, tmp_path):
     host = random_like({"w": jnp.zeros((16, 8)), "k": jnp.zeros((8, 16), jnp.bfloat16)}, 0)
-    for turn, (first, second) in enumerate([axis_types, axis_types[::-1]]):
+    for order, (first, second) in enumerate([axis_types, axis_types[::-1]]):
         place = NamedSharding(mesh_of(of, first), SPECS[of])
         saved = jax.device_put(host, place)
         assert digests(saved) == digests(host) == digests(jax.device_get(host))
@@ -248,7 +248,7 @@ def test_from_any_mesh_to_any_other(of, to, axis_types, tmp_path):
         key = jax.device_put(jax.random.key(1), NamedSharding(place.mesh, P()))
         wanted_key = jax.device_put(jax.random.key(0), NamedSharding(sharding.mesh, P()))
         found = round_trip(
-            tmp_path / str(turn),
+            tmp_path / str(order),
             {"adapter": wanted, "opt_state": {"count": jnp.int32(0)}, "key": wanted_key},
             adapter=saved,
             opt_state={"count": jnp.int32(3)},

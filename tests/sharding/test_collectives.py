@@ -58,7 +58,7 @@ def compile_update(tx, layout, axis_type=AxisType.Auto, place=shardings):
 
 
 def two_steps(update, params, gradient, state):
-    """The updates of two steps, either factor's turn among them."""
+    """The updates of two steps, with either factor active."""
     first, state = update(gradient, state, params)
     second, state = update(gradient, state, params)
     return jax.device_get((first, second))
@@ -90,7 +90,7 @@ def test_steps_on_a_mesh_are_those_of_one_device_and_exchange_little(
     share = lambda x: math.prod(x.sharding.shard_shape(x.shape))
     of_factors = {share(x) for x in jax.tree.leaves(params)}
     assert all(name == "all-reduce" and math.prod(s) in of_factors for name, s in large), large
-    # One sum for each factor that is rebuilt over split columns; of a pair one factor moves.
+    # One sum for each factor that is rebuilt over sharded columns; one factor of a pair is active.
     pairs = (("down", "inputs"), ("q", "outputs"), ("stack", "outputs"))
     split = sum((getattr(layout, axis) is not None) for axis in ("inputs", "outputs"))
     assert large.total() == (len(pairs) * split if name in REBUILD else 0)

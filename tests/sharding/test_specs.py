@@ -121,7 +121,7 @@ WRAPPERS = list(wrapped(optax.adamw(1e-3)))
 
 @every_optimizer
 def test_the_state_lies_where_its_parameters_do(make):
-    """Of every optimizer: wherever a state has its parameter's rows, it is split like them."""
+    """Of every optimizer: wherever a state has its parameter's rows, it is sharded like them."""
     check_state(make())
 
 
