@@ -27,10 +27,9 @@ class Method:
     rate: float
     """Default peak learning rate, as a multiple of full fine-tuning's on the same task.
 
-    LoFT's and LoRA's are the best of those tried in 25 steps of `finetune_llm.py` (LoFT 5e-4,
-    1e-3, 4e-3; LoRA 3e-3, 1e-2): so short a run takes 5x for LoFT where the rule for longer ones
-    is to start at 3x (docs/accuracy.md). The others are untuned starting points: also try three
-    times as much and a third.
+    LoFT's follows the rule of docs/accuracy.md: 3x. LoRA's is the better of two tried in 25 steps
+    of `finetune_llm.py` (3e-3, 1e-2). The others are untuned starting points: also try three times
+    as much and a third.
     """
     trains: Literal["adapters", "all", "head"] = "adapters"
     projected: bool = False
@@ -59,14 +58,14 @@ def _with_pairs(make: Callable[..., optax.GradientTransformation]) -> Optimizer:
 
 
 METHODS = {
-    "loft": Method(label="LoFT", optimizer=_loft("calibrated"), rate=5, projected=True),
-    "factored": Method(label="LoFT, factored", optimizer=_loft("factored"), rate=5, projected=True),
+    "loft": Method(label="LoFT", optimizer=_loft("calibrated"), rate=3, projected=True),
+    "factored": Method(label="LoFT, factored", optimizer=_loft("factored"), rate=3, projected=True),
     "simple": Method(label="LoFT (simple)", optimizer=_loft("diagonal"), rate=50, projected=True),
     "muon": Method(
         label="LoFT-Muon",
         # Updates have AdamW's size, so AdamW's learning rate suits non-LoRA parameters too.
         optimizer=_with_pairs(functools.partial(loft_muon, consistent_rms=0.2)),
-        rate=5,
+        rate=3,
         projected=True,
     ),
     "lora": Method(label="LoRA", optimizer=_adamw, rate=30),

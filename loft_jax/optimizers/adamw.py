@@ -41,8 +41,8 @@ class ScaleByLoftAdamState(NamedTuple):
         ``basis`` of its partner.
       nu: second moment. Calibrated: ``r (r + 1) / 2`` packed cross terms a row. Factored: the row
         sums and the laid-out Gram matrix, ``1 + ceil(r (r + 1) / 2 / rows)`` a row. Diagonal: one
-        number for each of ``mu``. A factor's is in ``nu_dtype``. Of a non-LoRA parameter: Adam's, of
-        its shape.
+        number for each of ``mu``. A factor's is in ``nu_dtype``. Of non-LoRA parameters:
+        Adam's, of their shape.
       options: the options that the state was made with; no arrays.
     """
 
