@@ -19,17 +19,24 @@ Stacks = FactorPair[jax.Array]
 """Arrays of both factors of all pairs of a group, batch axes first, else as the factors lie."""
 
 
+class SmallMatrices(NamedTuple):
+    """The ``r x r`` matrices of a basis; `CalibratedBasis` has them with the basis matrix."""
+
+    l_inv: jax.Array
+    calibration: jax.Array | None
+
+
 class GroupBases(NamedTuple):
     """The bases of a group.
 
     Attributes:
       matrices: the basis matrices, stacks as the factors lie.
-      small: the ``r x r`` matrices of each basis, with the batch axes; `whole_bases` adds the rest.
+      small: the ``r x r`` matrices of each basis, with the batch axes.
       changed: ``()``, whether a basis of any layer differs from the last step's; None if unknown.
     """
 
     matrices: Stacks
-    small: FactorPair[CalibratedBasis]
+    small: FactorPair[SmallMatrices]
     changed: FactorPair[jax.Array | None]
 
 
@@ -69,16 +76,16 @@ def whole_bases(
     kind: PairKind,
     blocks: Blocks,
     matrices: Stacks,
-    small: FactorPair[CalibratedBasis],
+    small: FactorPair[SmallMatrices],
     changed: FactorPair[jax.Array | None],
 ) -> FactorPair[CalibratedBasis]:
     """Returns both bases of one pair from its part of a `GroupBases`."""
 
     def whole(
-        matrix: jax.Array, small: CalibratedBasis, changed: jax.Array | None, dim: ShardedDim
+        matrix: jax.Array, small: SmallMatrices, changed: jax.Array | None, dim: ShardedDim
     ) -> CalibratedBasis:
         q, raw = (None, matrix) if blocks.keep_raw else (matrix, None)
-        return CalibratedBasis(Basis(q, small.basis.l_inv, raw, dim), small.calibration, changed)
+        return CalibratedBasis(Basis(q, small.l_inv, raw, dim), small.calibration, changed)
 
     return FactorPair(*map(whole, kind.matricize(matrices), small, changed, kind.dims))
 
@@ -96,7 +103,7 @@ def projected_squared_norm(
     """
 
     def of_pair(
-        gradients: Stacks, matrices: Stacks, small: FactorPair[CalibratedBasis]
+        gradients: Stacks, matrices: Stacks, small: FactorPair[SmallMatrices]
     ) -> tuple[jax.Array, ...]:
         own = kind.matricize(gradients)
         basis_a, basis_b = whole_bases(kind, Blocks(), matrices, small, FactorPair(None, None))
@@ -156,10 +163,7 @@ def _calibrated(
         if changed is not None:
             # One flag for all layers, everywhere: they take the same branch.
             changed = kind.layers.max(jnp.any(changed))
-        small = CalibratedBasis(
-            Basis(None, basis.l_inv, None, basis.dim), calibrated.calibration, None
-        )
-        found.append((matrix, small, changed))
+        found.append((matrix, SmallMatrices(basis.l_inv, calibrated.calibration), changed))
     return GroupBases(*(FactorPair(*pair) for pair in zip(*found, strict=True)))
 
 

@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from loft_jax.algorithm.pair import Blocks, CalibratedBasis, FactorPair, MomentRule, Moments
+from loft_jax.algorithm.pair import Blocks, FactorPair, MomentRule, Moments
 from loft_jax.algorithm.step import loft_step
 from loft_jax.execution.alternation import A_IS_ACTIVE, next_active
 from loft_jax.execution.arguments import check_rank_axes
 from loft_jax.execution.bases import (
     GroupBases,
+    SmallMatrices,
     Stacks,
     group_bases,
     projected_squared_norm,
@@ -40,7 +41,7 @@ class LeafStates(NamedTuple):
 
     Attributes:
       basis: for a factor its basis matrix at the last step, of the factor's shape;
-        `optax.MaskedNode` for a leaf outside pairs.
+        `optax.MaskedNode` for a non-LoRA parameter.
       moments: the first moments and the second, as far as the method keeps them.
     """
 
@@ -53,7 +54,7 @@ class Method(NamedTuple):
 
     Attributes:
       rule: ``(dtype) ->`` the moment rule of this step.
-      update_other: ``(gradient, *moments) -> (direction, *moments)`` of a leaf outside pairs.
+      update_other: ``(gradient, *moments) -> (direction, *moments)`` of a non-LoRA parameter.
       blocks: which building blocks are on.
       max_norm: clips the projected global norm (block 6); None does not.
       count: ``()`` int32, the step, from which stochastic rounding draws; None without moments that
@@ -140,22 +141,22 @@ def update_leaves(
     rules = {kind.dtype: method.rule(kind.dtype) for group in groups for kind in group.kind.factors}
     for group, of_gradients, of_bases in zip(groups, gradient_stacks, bases, strict=True):
         rule = rules[group.kind.factors.a.dtype]
-        state = of_gradients, tuple(group.stack(moments) for moments in before.moments)
-        moved, new = traced_once(
+        arrays = GroupArrays(of_gradients, tuple(map(group.stack, before.moments)))
+        new = traced_once(
             _step_of_group,
             group.kind,
             rule,
             blocks,
-            _chunks_of_group(group.kind, rule, state),
+            _chunks_of_group(group.kind, rule, arrays),
             method.count,
             a_is_active,
-            state,
+            arrays,
             of_bases,
         )
-        group.unstack(moved, directions, gradients, indices)
+        group.unstack(new.updates, directions, gradients, indices)
         if before.basis:
             group.unstack(of_bases.matrices, after.basis, before.basis, indices)
-        for stack, moments, old in zip(new, after.moments, before.moments, strict=True):
+        for stack, moments, old in zip(new.moments, after.moments, before.moments, strict=True):
             group.unstack(stack, moments, old, indices)
     return directions, upcoming, after
 
@@ -189,15 +190,23 @@ def clip_gradients(
     return [(g * factor).astype(g.dtype) for g in gradients]
 
 
-GroupState = tuple[Stacks, tuple[Stacks, ...]]
-"""Gradients before the step, in whose place the directions come; the moments that are kept."""
+class GroupArrays(NamedTuple):
+    """What the step of a group overwrites, one chunk of layers after the other.
+
+    Attributes:
+      updates: gradients before the step and directions after it, like the updates in Optax.
+      moments: as many as the method keeps.
+    """
+
+    updates: Stacks
+    moments: tuple[Stacks, ...]
 
 
-def _chunks_of_group(kind: PairKind, rule: MomentRule, state: GroupState) -> int:
+def _chunks_of_group(kind: PairKind, rule: MomentRule, arrays: GroupArrays) -> int:
     """Returns in how many chunks to take the layers of a group."""
     (m, r), (n, _) = (factor.matrix_shape for factor in kind.factors)
     peak = rule.second_moment.peak_elements
-    widest = [x.size // math.prod(kind.batch) for x in jax.tree.leaves(state[1])]
+    widest = [x.size // math.prod(kind.batch) for x in jax.tree.leaves(arrays.moments)]
     return num_chunks(kind.batch, peak=max(peak(m, n, r), peak(n, m, r), *widest))
 
 
@@ -208,9 +217,9 @@ def _step_of_group(
     chunks: int,
     count: jax.Array | None,
     a_is_active: jax.Array,
-    state: GroupState,
+    arrays: GroupArrays,
     bases: GroupBases,
-) -> GroupState:
+) -> GroupArrays:
     """One step of the pairs of a group, a chunk of layers at a time.
 
     The moments of a pair and its direction are computed together, while the moments are at hand: a
@@ -218,32 +227,32 @@ def _step_of_group(
     """
 
     def step_of_pair(
-        state: GroupState, matrices: Stacks, small: FactorPair[CalibratedBasis]
-    ) -> GroupState:
-        gradients, stored = state
-        matrices_of = [kind.matricize(stacks) for stacks in stored]
+        before: GroupArrays, matrices: Stacks, small: FactorPair[SmallMatrices]
+    ) -> GroupArrays:
+        matrices_of = [kind.matricize(stacks) for stacks in before.moments]
         moments = (Moments(*(x.a for x in matrices_of)), Moments(*(x.b for x in matrices_of)))
         directions, (new_a, new_b) = loft_step(
             rule,
             blocks,
             a_is_active,
-            kind.matricize(gradients),
+            kind.matricize(before.updates),
             whole_bases(kind, blocks, matrices, small, bases.changed),
             FactorPair(*moments),
             kind.dims,
             math.prod(kind.batch) // chunks,
         )
-        moved = FactorPair(*map(_store, kind.factors, directions, gradients))
-        return moved, tuple(
+        updates = FactorPair(*map(_store, kind.factors, directions, before.updates))
+        new_moments = tuple(
             FactorPair(
                 _store(kind.factors.a, of_a, old.a, k), _store(kind.factors.b, of_b, old.b, k)
             )
             # The second moment, which changes by a thousandth a step, is rounded stochastically.
-            for of_a, of_b, old, k in zip(new_a, new_b, stored, (None, count), strict=False)
+            for of_a, of_b, old, k in zip(new_a, new_b, before.moments, (None, count), strict=False)
         )
+        return GroupArrays(updates, new_moments)
 
     over_chunk = kind.over_batch(step_of_pair)
-    return map_in_chunks(over_chunk, kind.batch, chunks)(state, bases.matrices, bases.small)
+    return map_in_chunks(over_chunk, kind.batch, chunks)(arrays, bases.matrices, bases.small)
 
 
 def _store(
