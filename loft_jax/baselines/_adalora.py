@@ -147,10 +147,11 @@ def adalora(
         _, gradients = read_arguments(params, updates, pairs)
         directions, inner_state = inner.update(updates, state.inner, params, **extra)
         moves = leaves_like(tree, directions, "updates")
-        moments = [
-            leaves_like(tree, field, "states") for field in (state.sensitivity, state.uncertainty)
-        ]
-        _check_state(tree, adapters, moments)
+        old = (
+            leaves_like(tree, state.sensitivity, "states"),
+            leaves_like(tree, state.uncertainty, "states"),
+        )
+        _check_state(tree, adapters, old)
         initial, target = _ranks(adapters, target_rank)
         budget = budget_schedule(initial, target, total_step, t_init, t_final)
 
@@ -176,8 +177,8 @@ def adalora(
             tree.leaves,
             gradients,
             moves,
-            *moments,
-            out_like=(tree.leaves, *moments),
+            *old,
+            out_like=(tree.leaves, *old),
         )
         unflatten = tree.treedef.unflatten
         return unflatten(moves), AdaloraState(

@@ -18,7 +18,7 @@ from loft_jax.execution.alternation import (
     first_active,
     next_active,
 )
-from loft_jax.execution.arguments import check_state, leaves_like
+from loft_jax.execution.arguments import read_state
 from loft_jax.execution.groups import Group, group_pairs
 from loft_jax.execution.transformation import Core, as_transformation, descend
 from loft_jax.execution.update import zero_state
@@ -97,8 +97,8 @@ def scale_by_altlora(
       >>> updates["lora_b"].round(4)
       Array([[0.5, 1. ]], dtype=float32)
     """
-    settings = (b1, b2, eps, damping)
-    return as_transformation(_altlora_core(settings, alternate, moves_first), pairs)
+    hyperparams = _Hyperparams(b1, b2, eps, damping)
+    return as_transformation(_altlora_core(hyperparams, alternate, moves_first), pairs)
 
 
 def altlora(
@@ -140,14 +140,13 @@ def altlora(
       >>> round(float(updates["lora_b"][0, 0]), 4)
       -0.01
     """
-    core = _altlora_core((b1, None, 0.0, damping), alternate, moves_first)
+    core = _altlora_core(_Hyperparams(b1, None, 0.0, damping), alternate, moves_first)
     return descend(
         core,
         learning_rate,
         pairs,
         weight_decay=weight_decay,
         mask=mask,
-        alternate=alternate,
         others=optax.adam(learning_rate, b1),
     )
 
@@ -195,21 +194,31 @@ def altlora_plus(
       >>> round(float(updates["lora_b"][0, 0]), 4)
       -0.3162
     """
-    core = _altlora_core((b1, b2, eps, damping), alternate, moves_first)
+    core = _altlora_core(_Hyperparams(b1, b2, eps, damping), alternate, moves_first)
     return descend(
         core,
         learning_rate,
         pairs,
         weight_decay=weight_decay,
         mask=mask,
-        alternate=alternate,
         others=optax.adam(learning_rate, b1, b2, eps),
     )
 
 
-def _altlora_core(hyperparams: tuple[Any, ...], alternate: bool, moves_first: FactorName) -> Core:
+class _Hyperparams(NamedTuple):
+    """Numbers that may change from step to step; without ``b2`` there is no second moment."""
+
+    b1: float | jax.Array
+    b2: float | jax.Array | None
+    eps: float | jax.Array
+    damping: float | jax.Array
+
+
+def _altlora_core(
+    hyperparams: _Hyperparams, alternate: bool, moves_first: FactorName
+) -> Core[ScaleByAltLoraState, _Hyperparams]:
     check_factor_name(moves_first)
-    moments = 1 if hyperparams[1] is None else 2
+    moments = 1 if hyperparams.b2 is None else 2
 
     def init(tree: PairedTree) -> ScaleByAltLoraState:
         seen, *kept = zero_state(tree, [lambda m, r: r] * moments, [None] * moments)
@@ -217,10 +226,13 @@ def _altlora_core(hyperparams: tuple[Any, ...], alternate: bool, moves_first: Fa
 
     @jax.default_matmul_precision("highest")
     def step(
-        hyperparams: tuple[Any, ...], tree: PairedTree, gradients: list[Any], state: Any
+        hyperparams: _Hyperparams,
+        tree: PairedTree,
+        gradients: list[Any],
+        state: ScaleByAltLoraState,
     ) -> tuple[list[Any], ScaleByAltLoraState]:
-        fields = [leaves_like(tree, field, "states") for field in state[1 : 2 + moments]]
-        check_state(tree, fields[0], fields[1:], [lambda m, r: r] * moments)
+        kept = (state.seen, state.mu, state.nu)[: 1 + moments]
+        fields = read_state(tree, kept, [lambda m, r: r] * moments)
         a_is_active = state.active == A_IS_ACTIVE
         moves = (a_is_active | (not alternate), ~a_is_active | (not alternate))
         groups = group_pairs(tree)
@@ -229,7 +241,8 @@ def _altlora_core(hyperparams: tuple[Any, ...], alternate: bool, moves_first: Fa
         active = next_active(state.active, tree, groups, stacks)
         return directions, _state(tree, active, fields)
 
-    return Core(init, step, hyperparams, sharded=False)
+    active = (lambda state: state.active) if alternate else None
+    return Core(ScaleByAltLoraState, init, step, hyperparams, active, sharded=False)
 
 
 def _state(tree: PairedTree, active: jax.Array, fields: list[list[Any]]) -> ScaleByAltLoraState:
@@ -243,7 +256,7 @@ def _step(
     gradients: list[jax.Array],
     fields: list[list[Any]],
     moves: tuple[jax.Array, jax.Array],
-    hyperparams: tuple[Any, ...],
+    hyperparams: _Hyperparams,
 ) -> tuple[list[jax.Array], list[list[Any]]]:
     directions, (seen, *moments) = list(gradients), fields
     new_seen, *new_moments = [list(field) for field in fields]
@@ -266,7 +279,7 @@ def _step(
 
 
 def _moments_and_direction(
-    hyperparams: tuple[Any, ...],
+    hyperparams: _Hyperparams,
     scale: float,
     moments: tuple[Float[Array, "m r"], ...],
     gradient: Float[Array, "m r"],

@@ -85,7 +85,7 @@ def scale_by_lora_pro(
              [-1.,  1.]], dtype=float32)
     """
 
-    return as_transformation(_lora_pro_core((b1, b2, eps, damping)), pairs)
+    return as_transformation(_lora_pro_core(_Hyperparams(b1, b2, eps, damping)), pairs)
 
 
 def lora_pro(
@@ -126,17 +126,29 @@ def lora_pro(
       Array([[-0.5,  0.5],
              [ 0.5, -0.5]], dtype=float32)
     """
-    core = _lora_pro_core((b1, b2, eps, damping))
+    core = _lora_pro_core(_Hyperparams(b1, b2, eps, damping))
     return descend(core, learning_rate, pairs, others=optax.adam(learning_rate, b1, b2, eps))
 
 
-def _lora_pro_core(hyperparams: tuple[Any, ...]) -> Core:
+class _Hyperparams(NamedTuple):
+    """Numbers that may change from step to step."""
+
+    b1: float | jax.Array
+    b2: float | jax.Array
+    eps: float | jax.Array
+    damping: float | jax.Array
+
+
+def _lora_pro_core(hyperparams: _Hyperparams) -> Core[ScaleByLoraProState, _Hyperparams]:
     def init(tree: PairedTree) -> ScaleByLoraProState:
         mu, nu = (tree.treedef.unflatten(_dense_zeros(tree)) for _ in range(2))
         return ScaleByLoraProState(jnp.zeros([], jnp.int32), mu, nu)
 
     def step(
-        hyperparams: tuple[Any, ...], tree: PairedTree, gradients: list[Any], state: Any
+        hyperparams: _Hyperparams,
+        tree: PairedTree,
+        gradients: list[Any],
+        state: ScaleByLoraProState,
     ) -> tuple[list[Any], ScaleByLoraProState]:
         check_shapes(tree, state, jax.eval_shape(init, tree))
         mu, nu = (leaves_like(tree, field, "states") for field in (state.mu, state.nu))
@@ -145,7 +157,7 @@ def _lora_pro_core(hyperparams: tuple[Any, ...]) -> Core:
         unflatten = tree.treedef.unflatten
         return directions, ScaleByLoraProState(count, unflatten(mu), unflatten(nu))
 
-    return Core(init, step, hyperparams, sharded=False)
+    return Core(ScaleByLoraProState, init, step, hyperparams, sharded=False)
 
 
 def _dense_zeros(tree: PairedTree) -> list[Any]:
@@ -165,7 +177,7 @@ def _step(
     mu: list[Any],
     nu: list[Any],
     count: jax.Array,
-    hyperparams: tuple[Any, ...],
+    hyperparams: _Hyperparams,
 ) -> tuple[list[jax.Array], list[Any], list[Any]]:
     b1, b2, eps, damping = hyperparams
     directions, new_mu, new_nu = list(gradients), list(mu), list(nu)

@@ -2,13 +2,15 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from loft_jax.pairs.find import PairedTree, find_pairs
+
+State = TypeVar("State")
 
 
 def read_arguments(
@@ -64,28 +66,35 @@ def leaves_like(tree: PairedTree, other: Any, name: str) -> list[Any]:
         ) from error
 
 
-def check_state_type(state: Any, expected: type) -> None:
-    """Raises ValueError unless a state is of this optimizer's type."""
+def state_of_type(state: Any, expected: type[State]) -> State:
+    """Returns a state, unless it is not of this optimizer's type: then it raises ValueError."""
     if not isinstance(state, expected):
         raise ValueError(
             f"The state is a {type(state).__name__}, that of another optimizer; this one has a "
             f"{expected.__name__}. Use the optimizer that made it, or make it anew with init"
         )
+    return state
 
 
-def check_state(
+def read_state(
     tree: PairedTree,
-    basis: Sequence[Any],
-    moments: Sequence[Sequence[Any]],
+    fields: Sequence[Any],
     widths: Sequence[Callable[[int, int], int]],
     *,
     others: bool = True,
-) -> None:
-    """Raises ValueError unless the state has the shapes of these parameters and this method.
+) -> list[list[Any]]:
+    """Returns the fields of a state in the order of the parameters' leaves.
 
-    ``widths[i](rows, r)`` is the number of entries per row of a factor in ``moments[i]``;
-    ``others`` says whether non-LoRA parameters have moments.
+    Args:
+      tree: the parameters.
+      fields: the trees of the state: the basis, and each moment.
+      widths: for each moment ``(rows, r) ->`` numbers of state per row of a factor.
+      others: whether non-LoRA parameters have moments.
+
+    Raises:
+      ValueError: the state has not the structure or the shapes of these parameters and this method.
     """
+    basis, *moments = leaves = [leaves_like(tree, field, "states") for field in fields]
     of_other = lambda k: jnp.shape(tree.leaves[k]) if others else None
     expected = {k: [None, *[of_other(k)] * len(widths)] for k in tree.others}
     for pair in tree.pairs:
@@ -103,6 +112,7 @@ def check_state(
                 f"{shapes}. After a change of rank, of second_moment or of the pairs, make it anew "
                 "with init"
             )
+    return leaves
 
 
 def check_rank_axes(tree: PairedTree) -> None:

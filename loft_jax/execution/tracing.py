@@ -2,12 +2,15 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, TypeVarTuple
 
 import jax
 
+Arguments = TypeVarTuple("Arguments")
+Outputs = TypeVar("Outputs")
 
-def traced_once(fn: Callable[..., Any], *args: Any) -> Any:
+
+def traced_once(fn: Callable[[*Arguments], Outputs], *args: *Arguments) -> Outputs:
     """Calls ``fn(*args)``, which is traced once for all arguments of the same types.
 
     Python numbers stay Python numbers: as arrays they would be rounded to float32.
@@ -29,6 +32,6 @@ def traced_once(fn: Callable[..., Any], *args: Any) -> Any:
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _call(fn: Callable[..., Any], treedef: Any, numbers: tuple[Any, ...], arrays: list[Any]) -> Any:
-    rest = iter(arrays)
-    leaves = [next(rest) if number is None else number[1] for number in numbers]
+    remaining = iter(arrays)
+    leaves = [next(remaining) if number is None else number[1] for number in numbers]
     return fn(*treedef.unflatten(leaves))

@@ -4,40 +4,50 @@ A `Core` works on a `PairedTree`, so that the pairs of a tree are found once an 
 parts the optimizer has.
 """
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from loft_jax.execution.alternation import A_IS_ACTIVE
-from loft_jax.execution.arguments import leaves_like, read_arguments
+from loft_jax.execution.arguments import leaves_like, read_arguments, state_of_type
 from loft_jax.execution.explicit_mesh import in_auto_axes
 from loft_jax.pairs.find import PairedTree, find_pairs
 from loft_jax.pairs.init_checks import warn_of_pairs
 
 Mask = Any | Callable[[optax.Params], Any] | None
+State = TypeVar("State", bound=tuple)  # a NamedTuple
+Hyperparams = TypeVar("Hyperparams")
 
 
-class Core(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Core(Generic[State, Hyperparams]):
     """An optimizer without learning rate and weight decay.
 
     Attributes:
+      state: the type of its state, which is checked.
       init: ``(tree) -> state``.
       step: ``(hyperparams, tree, gradients, state) -> (directions, state)`` on flat lists of
         leaves; the tree holds the parameters.
       hyperparams: a pytree of numbers, which `optax.inject_hyperparams` may have made arrays.
+      active: the active factor of a state's next step; None if both factors move at every step.
       sharded: whether it sums over the shards of a shard_map.
     """
 
-    init: Callable[[PairedTree], Any]
-    step: Callable[[Any, PairedTree, list[Any], Any], tuple[list[Any], Any]]
-    hyperparams: Any = ()
+    state: type[State]
+    init: Callable[[PairedTree], State]
+    step: Callable[[Hyperparams, PairedTree, list[Any], State], tuple[list[Any], State]]
+    hyperparams: Hyperparams
+    active: Callable[[State], jax.Array] | None = None
     sharded: bool = True
 
 
-def as_transformation(core: Core, pairs: Any) -> optax.GradientTransformationExtraArgs:
+def as_transformation(
+    core: Core[State, Hyperparams], pairs: Any
+) -> optax.GradientTransformationExtraArgs:
     """Returns a core as an Optax transformation."""
 
     def init(params: optax.Params) -> optax.OptState:
@@ -47,33 +57,32 @@ def as_transformation(core: Core, pairs: Any) -> optax.GradientTransformationExt
         updates: optax.Updates, state: Any, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.OptState]:
         tree, gradients = read_arguments(params, updates, pairs, sharded=core.sharded)
-        directions, state = in_auto_axes(
-            core.step, core.hyperparams, tree, gradients, state, out_like=(tree.leaves, state)
+        before = state_of_type(state, core.state)
+        directions, after = in_auto_axes(
+            core.step, core.hyperparams, tree, gradients, before, out_like=(tree.leaves, before)
         )
-        return tree.treedef.unflatten(directions), state
+        return tree.treedef.unflatten(directions), after
 
     return optax.with_extra_args_support(optax.GradientTransformation(init, update))
 
 
 def descend(
-    core: Core,
+    core: Core[State, Hyperparams],
     learning_rate: optax.ScalarOrSchedule,
     pairs: Any,
     *,
     weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: Mask = None,
-    alternate: bool = False,
     others: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Adds decoupled weight decay and a learning rate to a core.
 
     Args:
-      core: gives the directions. With ``alternate`` its state has an ``active`` factor.
+      core: gives the directions. Its inactive factors do not decay.
       learning_rate: a number or a schedule of the step.
       pairs: how to find the pairs.
       weight_decay: a number or a schedule, times the learning rate.
       mask: a tree of booleans, or a function from parameters to one, of what to decay.
-      alternate: whether one factor of a pair rests, which then does not decay either.
       others: a complete optimizer of the non-LoRA parameters, which gets the core's directions of
         these; None treats them like the factors.
 
@@ -86,36 +95,37 @@ def descend(
 
     def init(params: optax.Params) -> tuple[Any, ...]:
         tree = _pairs_of(params, pairs)
-        own, rest = _separate(tree, tree.leaves, others)
+        own, non_lora = _separate(tree, tree.leaves, others)
         states = core.init(tree), decay.init(own), rate.init(own)
-        return states if others is None else (*states, others.init(rest))
+        return states if others is None else (*states, others.init(non_lora))
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, optax.OptState]:
         tree, gradients = read_arguments(params, updates, pairs, sharded=core.sharded)
-        core_state, decay_state, rate_state, *others_state = state
+        core_state, decay_state, rate_state, *others_states = state
+        before = state_of_type(core_state, core.state)
         leaves, after = in_auto_axes(
             core.step,
             core.hyperparams,
             tree,
             gradients,
-            core_state,
-            out_like=(tree.leaves, core_state),
+            before,
+            out_like=(tree.leaves, before),
         )
-        own, rest = _separate(tree, tree.leaves, others)
-        directions, of_rest = _separate(tree, leaves, others)
+        own, non_lora = _separate(tree, tree.leaves, others)
+        directions, of_non_lora = _separate(tree, leaves, others)
         decayed, decay_state = decay.update(directions, decay_state, own)
-        if alternate:
-            decayed = _decay_active(tree, decayed, leaves, core_state.active)
+        if core.active is not None:
+            decayed = _decay_active(tree, decayed, leaves, core.active(before))
         updates, rate_state = rate.update(decayed, rate_state, own)
         states = after, decay_state, rate_state
         if others is None:
             return updates, states
-        of_rest, rest_state = optax.with_extra_args_support(others).update(
-            of_rest, others_state[0], rest, **extra
+        of_non_lora, others_state = optax.with_extra_args_support(others).update(
+            of_non_lora, others_states[0], non_lora, **extra
         )
-        return _join(tree, updates, of_rest), (*states, rest_state)
+        return _join(tree, updates, of_non_lora), (*states, others_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -129,27 +139,28 @@ def _pairs_of(params: optax.Params, pairs: Any) -> PairedTree:
 def _separate(
     tree: PairedTree, leaves: list[Any], others: optax.GradientTransformation | None
 ) -> tuple[Any, Any]:
-    """Returns the leaves as a tree of the factors and one of the others, which mask each other."""
+    """Returns the leaves as two trees that mask each other: the core's and non-LoRA parameters."""
     if others is None:
         return tree.treedef.unflatten(leaves), None
-    outside, masked = set(tree.others), optax.MaskedNode()
-    own = [masked if k in outside else leaf for k, leaf in enumerate(leaves)]
-    rest = [leaf if k in outside else masked for k, leaf in enumerate(leaves)]
-    return tree.treedef.unflatten(own), tree.treedef.unflatten(rest)
+    others_at, masked = set(tree.others), optax.MaskedNode()
+    own = [masked if k in others_at else leaf for k, leaf in enumerate(leaves)]
+    non_lora = [leaf if k in others_at else masked for k, leaf in enumerate(leaves)]
+    return tree.treedef.unflatten(own), tree.treedef.unflatten(non_lora)
 
 
-def _join(tree: PairedTree, own: Any, rest: Any) -> Any:
+def _join(tree: PairedTree, own: Any, non_lora: Any) -> Any:
     """Inverse of `_separate`."""
-    leaves, of_rest = leaves_like(tree, own, "updates"), leaves_like(tree, rest, "updates")
+    leaves = leaves_like(tree, own, "updates")
+    of_non_lora = leaves_like(tree, non_lora, "updates")
     for k in tree.others:
-        leaves[k] = of_rest[k]
+        leaves[k] = of_non_lora[k]
     return tree.treedef.unflatten(leaves)
 
 
 def _decay_active(
     tree: PairedTree, decayed: Any, directions: list[Any], active: jax.Array
 ) -> optax.Updates:
-    """Returns the decayed updates, for resting factors their directions, which are zero.
+    """Returns the decayed updates; for inactive factors their directions, which are zero.
 
     Zeros in their place would be an array to the compiler, the same as those in which gradients
     begin to be summed, and kept from there to here.

@@ -17,7 +17,7 @@ from loft_jax.algorithm.adam import (
 from loft_jax.algorithm.pair import Blocks, MomentRule
 from loft_jax.algorithm.second_moment import SECOND_MOMENTS, Entrywise, SecondMomentName
 from loft_jax.execution.alternation import FactorName, check_factor_name, first_active
-from loft_jax.execution.arguments import check_state, check_state_type, leaves_like
+from loft_jax.execution.arguments import read_state
 from loft_jax.execution.transformation import Core, as_transformation, descend
 from loft_jax.execution.update import LeafStates, Method, check_max_norm, update_leaves, zero_state
 from loft_jax.optimizers.options import Options, check_options, make_options
@@ -54,20 +54,25 @@ class ScaleByLoftAdamState(NamedTuple):
     options: Options
 
 
-class _Settings(NamedTuple):
-    """The arguments of `scale_by_loft_adam`, hyper-parameters first."""
+class _Hyperparams(NamedTuple):
+    """Numbers that may change from step to step."""
 
     b1: Number
     b2: Number
     eps: Number
     eps_root: Number
+    max_norm: Number | None
+
+
+class _Settings(NamedTuple):
+    """Options that are fixed when the optimizer is made."""
+
     nesterov: bool
     second_moment: SecondMomentName
     blocks: Blocks
     moves_first: FactorName
     mu_dtype: jax.typing.DTypeLike | None
     nu_dtype: jax.typing.DTypeLike | None
-    max_norm: Number | None = None
 
 
 def scale_by_loft_adam(
@@ -157,10 +162,9 @@ def scale_by_loft_adam(
       True
     """
     blocks = Blocks(alternate, scale_gradient, calibrate, reconstruct)
-    settings = _Settings(
-        b1, b2, eps, eps_root, nesterov, second_moment, blocks, moves_first, mu_dtype, nu_dtype
-    )
-    return as_transformation(_adam_core(settings), pairs)
+    settings = _Settings(nesterov, second_moment, blocks, moves_first, mu_dtype, nu_dtype)
+    hyperparams = _Hyperparams(b1, b2, eps, eps_root, None)
+    return as_transformation(_adam_core(settings, hyperparams), pairs)
 
 
 def loft_adamw(
@@ -188,7 +192,7 @@ def loft_adamw(
 
     The drop-in for `optax.adamw` on the adapters of a model, with the same arguments in the same
     order. The active factor, say :math:`U`, moves by :math:`-\eta_k (\Delta U + \lambda U)`, with
-    :math:`\Delta U` as in `scale_by_loft_adam`; the other rests, and does not decay either.
+    :math:`\Delta U` as in `scale_by_loft_adam`; the other neither moves nor decays.
 
     Args:
       learning_rate: a number or a schedule of the step. Start at 3x the learning rate you would use
@@ -228,32 +232,24 @@ def loft_adamw(
       True
     """
     blocks = Blocks(alternate, scale_gradient, calibrate, reconstruct)
-    settings = _Settings(
-        b1, b2, eps, eps_root, nesterov, second_moment, blocks, moves_first, mu_dtype, nu_dtype,
-        max_norm,
-    )  # fmt: skip
-    return descend(
-        _adam_core(settings),
-        learning_rate,
-        pairs,
-        weight_decay=weight_decay,
-        mask=mask,
-        alternate=alternate,
-    )
+    settings = _Settings(nesterov, second_moment, blocks, moves_first, mu_dtype, nu_dtype)
+    core = _adam_core(settings, _Hyperparams(b1, b2, eps, eps_root, max_norm))
+    return descend(core, learning_rate, pairs, weight_decay=weight_decay, mask=mask)
 
 
-def _adam_core(settings: _Settings) -> Core:
+def _adam_core(
+    settings: _Settings, hyperparams: _Hyperparams
+) -> Core[ScaleByLoftAdamState, _Hyperparams]:
     if settings.second_moment not in SECOND_MOMENTS:
         names = ", ".join(map(repr, SECOND_MOMENTS))
         raise ValueError(f"second_moment must be one of {names}, got {settings.second_moment!r}")
     check_factor_name(settings.moves_first)
-    check_max_norm(settings.max_norm)
+    check_max_norm(hyperparams.max_norm)
     blocks, second = settings.blocks, SECOND_MOMENTS[settings.second_moment]
     if not blocks.reconstruct:
         second = Entrywise(second)
     options = make_options(settings.second_moment, blocks)
     widths = (lambda m, r: r, second.width)
-    hyperparams = (settings.b1, settings.b2, settings.eps, settings.eps_root, settings.max_norm)
 
     def init(tree: PairedTree) -> ScaleByLoftAdamState:
         mu_dtype, nu_dtype = settings.mu_dtype, settings.nu_dtype
@@ -264,14 +260,14 @@ def _adam_core(settings: _Settings) -> Core:
         return ScaleByLoftAdamState(count, active, basis, mu, nu, options)
 
     def step(
-        hyperparams: tuple[Any, ...], tree: PairedTree, gradients: list[Any], state: Any
+        hyperparams: _Hyperparams,
+        tree: PairedTree,
+        gradients: list[Any],
+        state: ScaleByLoftAdamState,
     ) -> tuple[list[Any], ScaleByLoftAdamState]:
         b1, b2, eps, eps_root, max_norm = hyperparams
-        check_state_type(state, ScaleByLoftAdamState)
         check_options(state.options, options)
-        fields = (state.basis, state.mu, state.nu)
-        basis, *moments = (leaves_like(tree, field, "states") for field in fields)
-        check_state(tree, basis, moments, widths)
+        basis, *moments = read_state(tree, (state.basis, state.mu, state.nu), widths)
         count = jnp.asarray(optax.safe_increment(state.count))
 
         def scalars(dtype: jnp.dtype) -> AdamScalars:
@@ -293,7 +289,8 @@ def _adam_core(settings: _Settings) -> Core:
         basis, mu, nu = map(tree.treedef.unflatten, (after.basis, *after.moments))
         return directions, ScaleByLoftAdamState(count, active, basis, mu, nu, options)
 
-    return Core(init, step, hyperparams)
+    active = (lambda state: state.active) if blocks.alternate else None
+    return Core(ScaleByLoftAdamState, init, step, hyperparams, active)
 
 
 def _adam(

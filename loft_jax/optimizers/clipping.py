@@ -81,7 +81,10 @@ def clip_by_projected_global_norm(
 
     @jax.default_matmul_precision("highest")
     def step(
-        max_norm: Any, tree: PairedTree, gradients: list[Any], state: Any
+        max_norm: float | jax.Array,
+        tree: PairedTree,
+        gradients: list[Any],
+        state: ClipByProjectedGlobalNormState,
     ) -> tuple[list[Any], ClipByProjectedGlobalNormState]:
         groups = group_pairs(tree)
         stacks = [group.stack(tree.leaves) for group in groups]
@@ -93,4 +96,4 @@ def clip_by_projected_global_norm(
         active = next_active(state.active, tree, groups, stacks)
         return clipped, ClipByProjectedGlobalNormState(active)
 
-    return as_transformation(Core(init, step, max_norm), pairs)
+    return as_transformation(Core(ClipByProjectedGlobalNormState, init, step, max_norm), pairs)

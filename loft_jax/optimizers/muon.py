@@ -12,7 +12,7 @@ from loft_jax.algorithm.momentum import OrthogonalizeMoment
 from loft_jax.algorithm.newton_schulz import Coefficients
 from loft_jax.algorithm.pair import Blocks, MomentRule
 from loft_jax.execution.alternation import FactorName, check_factor_name, first_active
-from loft_jax.execution.arguments import check_state, check_state_type, leaves_like
+from loft_jax.execution.arguments import read_state
 from loft_jax.execution.groups import compute_dtype
 from loft_jax.execution.transformation import Core, as_transformation, descend
 from loft_jax.execution.update import LeafStates, Method, check_max_norm, update_leaves, zero_state
@@ -44,8 +44,8 @@ class ScaleByLoftMuonState(NamedTuple):
     mu: Any
 
 
-class _Settings(NamedTuple):
-    """The arguments of `scale_by_loft_muon`, hyper-parameters first."""
+class _Hyperparams(NamedTuple):
+    """Numbers that may change from step to step."""
 
     ns_coeffs: Coefficients
     ns_steps: int | jax.Array
@@ -53,10 +53,16 @@ class _Settings(NamedTuple):
     eps: Number
     consistent_rms: Number | None
     max_norm: Number | None
+
+
+class _Settings(NamedTuple):
+    """Options that are fixed when the optimizer is made."""
+
     mu_dtype: jax.typing.DTypeLike | None
     nesterov: bool
     alternate: bool
     moves_first: FactorName
+    trains_others: bool
 
 
 def scale_by_loft_muon(
@@ -117,11 +123,9 @@ def scale_by_loft_muon(
       >>> jnp.diagonal(updates["lora_b"]).round(3)
       Array([ 1., -1.,  1.], dtype=float32)
     """
-    settings = _Settings(
-        ns_coeffs, ns_steps, beta, eps, consistent_rms, None, mu_dtype, nesterov, alternate,
-        moves_first,
-    )  # fmt: skip
-    return as_transformation(_muon_core(settings, trains_others=True), pairs)
+    settings = _Settings(mu_dtype, nesterov, alternate, moves_first, trains_others=True)
+    hyperparams = _Hyperparams(ns_coeffs, ns_steps, beta, eps, consistent_rms, None)
+    return as_transformation(_muon_core(settings, hyperparams), pairs)
 
 
 def loft_muon(
@@ -151,7 +155,7 @@ def loft_muon(
 
     The counterpart of `optax.contrib.muon`, with its positional arguments in the same order. The
     active factor, say :math:`U`, moves by :math:`-\eta_k (\Delta U + \lambda U)` with
-    :math:`\Delta U` as in `scale_by_loft_muon`; the other rests, and does not decay either. At full
+    :math:`\Delta U` as in `scale_by_loft_muon`; the other neither moves nor decays. At full
     rank it is Muon. Non-LoRA parameters get `optax.adamw`.
 
     Args:
@@ -193,10 +197,8 @@ def loft_muon(
       >>> bool(loss(params) < 1e-2 * jnp.sum(target**2))
       True
     """
-    settings = _Settings(
-        ns_coeffs, ns_steps, beta, eps, consistent_rms, max_norm, mu_dtype, nesterov, alternate,
-        moves_first,
-    )  # fmt: skip
+    settings = _Settings(mu_dtype, nesterov, alternate, moves_first, trains_others=False)
+    hyperparams = _Hyperparams(ns_coeffs, ns_steps, beta, eps, consistent_rms, max_norm)
     adamw = optax.adamw(
         learning_rate if adam_learning_rate is None else adam_learning_rate,
         adam_b1,
@@ -207,24 +209,25 @@ def loft_muon(
         nesterov=nesterov,
     )
     return descend(
-        _muon_core(settings, trains_others=False),
+        _muon_core(settings, hyperparams),
         learning_rate,
         pairs,
         weight_decay=weight_decay,
         mask=weight_decay_mask,
-        alternate=alternate,
         others=adamw,
     )
 
 
-def _muon_core(settings: _Settings, *, trains_others: bool) -> Core:
+def _muon_core(
+    settings: _Settings, hyperparams: _Hyperparams
+) -> Core[ScaleByLoftMuonState, _Hyperparams]:
     check_factor_name(settings.moves_first)
-    check_max_norm(settings.max_norm)
+    check_max_norm(hyperparams.max_norm)
     widths, blocks = (lambda m, r: r,), Blocks(alternate=settings.alternate)
 
     def init(tree: PairedTree) -> ScaleByLoftMuonState:
         basis, mu = zero_state(tree, widths, (settings.mu_dtype,))
-        if not trains_others:
+        if not settings.trains_others:
             mu = [basis[k] if k in set(tree.others) else x for k, x in enumerate(mu)]
         trees = map(tree.treedef.unflatten, (basis, mu))
         return ScaleByLoftMuonState(
@@ -232,12 +235,14 @@ def _muon_core(settings: _Settings, *, trains_others: bool) -> Core:
         )
 
     def step(
-        hyperparams: tuple[Any, ...], tree: PairedTree, gradients: list[Any], state: Any
+        hyperparams: _Hyperparams,
+        tree: PairedTree,
+        gradients: list[Any],
+        state: ScaleByLoftMuonState,
     ) -> tuple[list[Any], ScaleByLoftMuonState]:
         coeffs, steps, beta, eps, rms, max_norm = hyperparams
-        check_state_type(state, ScaleByLoftMuonState)
-        basis, mu = (leaves_like(tree, field, "states") for field in (state.basis, state.mu))
-        check_state(tree, basis, (mu,), widths, others=trains_others)
+        fields = (state.basis, state.mu)
+        basis, mu = read_state(tree, fields, widths, others=settings.trains_others)
         count = jnp.asarray(optax.safe_increment(state.count))
 
         def rule(dtype: Any) -> MomentRule:
@@ -249,7 +254,7 @@ def _muon_core(settings: _Settings, *, trains_others: bool) -> Core:
             return MomentRule(decay, 1.0, None, MomentumScalars(ahead=ahead), direction)
 
         def update_other(gradient: jax.Array, mu: Any) -> tuple[Any, ...]:
-            if not trains_others:
+            if not settings.trains_others:
                 return gradient, mu
             return momentum_of_other(rule(compute_dtype(gradient)), gradient, mu)
 
@@ -258,4 +263,5 @@ def _muon_core(settings: _Settings, *, trains_others: bool) -> Core:
         basis, mu = map(tree.treedef.unflatten, (after.basis, *after.moments))
         return directions, ScaleByLoftMuonState(count, active, basis, mu)
 
-    return Core(init, step, settings[:6])
+    active = (lambda state: state.active) if settings.alternate else None
+    return Core(ScaleByLoftMuonState, init, step, hyperparams, active)

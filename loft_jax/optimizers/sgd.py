@@ -9,13 +9,20 @@ from loft_jax.algorithm.adam import MomentumScalars, as_scalar, first_moment_est
 from loft_jax.algorithm.momentum import FollowMoment
 from loft_jax.algorithm.pair import Blocks, MomentRule
 from loft_jax.execution.alternation import FactorName, check_factor_name, first_active
-from loft_jax.execution.arguments import check_state, check_state_type, leaves_like
+from loft_jax.execution.arguments import read_state
 from loft_jax.execution.groups import compute_dtype
 from loft_jax.execution.transformation import Core, as_transformation, descend
 from loft_jax.execution.update import LeafStates, Method, check_max_norm, update_leaves, zero_state
 from loft_jax.pairs.find import PairedTree
 
 Number = float | jax.Array
+
+
+class _Hyperparams(NamedTuple):
+    """Numbers that may change from step to step."""
+
+    momentum: Number | None
+    max_norm: Number | None
 
 
 class ScaleByLoftMomentumState(NamedTuple):
@@ -82,7 +89,8 @@ def scale_by_loft_momentum(
       >>> bool(jnp.allclose(params["lora_a"] @ updates["lora_b"], full, atol=1e-5))
       True
     """
-    core = _momentum_core(momentum, nesterov, accumulator_dtype, alternate, moves_first, None)
+    hyperparams = _Hyperparams(momentum, None)
+    core = _momentum_core(hyperparams, nesterov, accumulator_dtype, alternate, moves_first)
     return as_transformation(core, pairs)
 
 
@@ -132,33 +140,35 @@ def loft_sgd(
       >>> bool(loss(params) < 1e-10)
       True
     """
-    core = _momentum_core(momentum, nesterov, accumulator_dtype, alternate, moves_first, max_norm)
-    return descend(core, learning_rate, pairs, alternate=alternate)
+    hyperparams = _Hyperparams(momentum, max_norm)
+    core = _momentum_core(hyperparams, nesterov, accumulator_dtype, alternate, moves_first)
+    return descend(core, learning_rate, pairs)
 
 
 def _momentum_core(
-    momentum: Number | None,
+    hyperparams: _Hyperparams,
     nesterov: bool,
     dtype: jax.typing.DTypeLike | None,
     alternate: bool,
     moves_first: FactorName,
-    max_norm: Number | None,
-) -> Core:
+) -> Core[ScaleByLoftMomentumState, _Hyperparams]:
     check_factor_name(moves_first)
-    check_max_norm(max_norm)
+    check_max_norm(hyperparams.max_norm)
     widths, blocks = (lambda m, r: r,), Blocks(alternate=alternate)
 
     def init(tree: PairedTree) -> ScaleByLoftMomentumState:
-        if momentum is None:
+        if hyperparams.momentum is None:
             return ScaleByLoftMomentumState(first_active(moves_first), None, None)
         trees = map(tree.treedef.unflatten, zero_state(tree, widths, (dtype,)))
         return ScaleByLoftMomentumState(first_active(moves_first), *trees)
 
     def step(
-        hyperparams: tuple[Any, ...], tree: PairedTree, gradients: list[Any], state: Any
+        hyperparams: _Hyperparams,
+        tree: PairedTree,
+        gradients: list[Any],
+        state: ScaleByLoftMomentumState,
     ) -> tuple[list[Any], ScaleByLoftMomentumState]:
         momentum, max_norm = hyperparams
-        check_state_type(state, ScaleByLoftMomentumState)
         if (state.mu is None) != (momentum is None):
             raise ValueError(
                 f"The state has {'no' if state.mu is None else 'a'} moment, but momentum is "
@@ -166,8 +176,7 @@ def _momentum_core(
             )
         before = LeafStates([])
         if momentum is not None:
-            basis, mu = (leaves_like(tree, field, "states") for field in (state.basis, state.mu))
-            check_state(tree, basis, (mu,), widths)
+            basis, mu = read_state(tree, (state.basis, state.mu), widths)
             before = LeafStates(basis, (mu,))
 
         def rule(dtype: Any) -> MomentRule:
@@ -185,7 +194,8 @@ def _momentum_core(
         basis, mu = map(tree.treedef.unflatten, (after.basis, *after.moments))
         return directions, ScaleByLoftMomentumState(active, basis, mu)
 
-    return Core(init, step, (momentum, max_norm))
+    active = (lambda state: state.active) if alternate else None
+    return Core(ScaleByLoftMomentumState, init, step, hyperparams, active)
 
 
 def momentum_of_other(
