@@ -60,8 +60,8 @@ def close_failed(manager: ocp.CheckpointManager, timeout_s: float = 60.0) -> Non
     # Orbax has no public way to wait for all of these threads. The futures of its handlers, the
     # closest, are chains that also stop at the first failure. Other threads that began during the
     # save cannot be joined either: the workers of its pools live on. So the threads are found by
-    # the package that defines their class. If that changes, only this wait is lost: the digests
-    # still detect a checkpoint with parts of another save.
+    # the package that defines their class, which a test checks. If that changes, only this wait is
+    # lost: the digests still detect a checkpoint with parts of another save.
     end = time.monotonic() + timeout_s
     for thread in threading.enumerate():
         if (

@@ -1,6 +1,7 @@
 """A failed save raises an error that names the folder, and leaves earlier checkpoints intact."""
 
 import contextlib
+import json
 import os
 import resource
 import shutil
@@ -105,6 +106,35 @@ def test_an_asynchronous_failure_is_told_at_the_latest_by_the_next_call(tmp_path
                 getattr(checkpoints, told_by)()
         checkpoints.close()
     restore_and_check(tmp_path, 1)
+
+
+@pytest.mark.parametrize("call", ["save", "close"])
+def test_after_a_failure_threads_that_still_write_are_waited_for(tmp_path, monkeypatch, call):
+    """Else the parts of the failed save would appear in a new save of the same step."""
+    release, ended, dumps = threading.Event(), threading.Event(), json.dumps
+
+    def late_dumps(value, *args, **options):
+        of_record = isinstance(value, dict) and "content" in value
+        if of_record and threading.current_thread() is not threading.main_thread():
+            release.wait(20)
+            ended.set()
+        return dumps(value, *args, **options)
+
+    checkpoints = Checkpoints(tmp_path)
+    with short_files(tmp_path):
+        monkeypatch.setattr(json, "dumps", late_dumps)
+        checkpoints.save(2, **state_of(2, 2_000_000))
+        with pytest.raises(CheckpointError, match="step 2 could not be saved"):
+            checkpoints.wait()
+    assert not ended.is_set()
+    threading.Timer(1.0, release.set).start()
+    if call == "save":
+        checkpoints.save(2, **state_of(2))
+        assert ended.is_set()
+    checkpoints.close()
+    assert ended.is_set()
+    if call == "save":
+        restore_and_check(tmp_path, 2)
 
 
 def test_close_does_not_hide_the_error_that_ends_a_run(tmp_path):
