@@ -4,7 +4,7 @@ The optimizers do not need this package: they find the adapters of any library b
 """
 
 from loft_jax.adapters._families import FAMILIES as FAMILIES
-from loft_jax.adapters._families import Family as Family
+from loft_jax.adapters._family import Family as Family
 from loft_jax.adapters._linen import LoraModel as LoraModel
 from loft_jax.adapters._linen import adapt as adapt
 from loft_jax.adapters._nnx import LoraLayer as LoraLayer

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from loft_jax.adapters._families import Family, as_family, each_layer
+from loft_jax.adapters._families import as_family
+from loft_jax.adapters._family import Family, each_layer
 from loft_jax.adapters._peft_config import TASK_TYPES, make_config, write_config
 from loft_jax.adapters._peft_load import CONFIG, PREFIX, WEIGHTS, PeftAdapter, few
 from loft_jax.adapters._peft_load import PeftFactors as PeftFactors

@@ -17,7 +17,8 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from loft_jax.adapters._families import Family, as_family
+from loft_jax.adapters._families import as_family
+from loft_jax.adapters._family import Family
 from loft_jax.pairs.find import path_string
 from loft_jax.pairs.names import is_factor
 from loft_jax.pairs.spec import as_pairs

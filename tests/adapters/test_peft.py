@@ -22,8 +22,8 @@ from safetensors.numpy import load_file
 from examples.common.models.llama import LlamaConfig
 from examples.common.models.llama_weights import build_model
 from loft_jax import LoraPairs
-from loft_jax.adapters import LoraRule, add_lora, lora_pairs, remove_lora
-from loft_jax.adapters._families import FAMILIES, LAYER
+from loft_jax.adapters import FAMILIES, LoraRule, add_lora, lora_pairs, remove_lora
+from loft_jax.adapters._family import LAYER
 from loft_jax.adapters._peft import fill, load_peft, save_peft
 from loft_jax.adapters._safetensors import save_merged
 

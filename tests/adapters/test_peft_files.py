@@ -19,7 +19,7 @@ from examples.common.models.llama import LlamaConfig
 from examples.common.models.llama_weights import build_model
 from loft_jax import LoraAxes, LoraPairs
 from loft_jax.adapters import LoraRule, add_lora, lora_pairs
-from loft_jax.adapters._families import Family
+from loft_jax.adapters._family import Family
 from loft_jax.adapters._peft import PeftAdapter, fill, load_peft, save_peft
 from loft_jax.adapters._safetensors import save_merged
 
