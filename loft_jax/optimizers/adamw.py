@@ -111,8 +111,8 @@ def scale_by_loft_adam(
     Args:
       b1, b2, eps, eps_root, mu_dtype, nesterov: as in `optax.scale_by_adam`. The dtype of the first
         moment is by default that of the computation. Under `optax.inject_hyperparams`, which takes
-        a dtype object for a schedule, give its name (and there, with bfloat16 parameters,
-        ``hyperparam_dtype=jnp.float32``, as for any optimizer).
+        a dtype object for a schedule, give its name. With bfloat16 parameters also pass
+        ``hyperparam_dtype=jnp.float32`` to it, as for any optimizer: in bfloat16, 0.999 is 1.
       second_moment: "calibrated", the paper's, with ``r (r + 1) / 2`` cross terms a row, exact at
         full rank; "factored", Adafactor's rank-one estimate formed exactly in the basis: about the
         state of LoRA's own AdamW (two numbers a row in place of ``r``, beside ``basis``) and no
@@ -197,7 +197,9 @@ def loft_adamw(
     Args:
       learning_rate: a number or a schedule of the step. Start at 3x the learning rate you would use
         for full fine-tuning (tested at ranks up to 16; 10x for multiple choice).
-      b1, b2, eps, eps_root, mu_dtype, nesterov: as in `optax.adamw`.
+      b1, b2, eps, eps_root, mu_dtype, nesterov: as in `optax.adamw`. Under
+        `optax.inject_hyperparams` with bfloat16 parameters, pass ``hyperparam_dtype=jnp.float32``
+        to it: in bfloat16, 0.999 is 1.
       weight_decay: decoupled, times the learning rate; a number or a schedule. It decays the
         adapter's part of the weight, not the frozen base.
       mask: a tree of booleans, or a function from parameters to one, of what to decay.

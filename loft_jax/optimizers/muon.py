@@ -161,7 +161,9 @@ def loft_muon(
     Args:
       learning_rate: a number or a schedule of the step.
       ns_coeffs, ns_steps, beta, eps, mu_dtype, nesterov, consistent_rms: see `scale_by_loft_muon`,
-        also for where the paper's defaults differ from Optax's.
+        also for where the paper's defaults differ from Optax's. Under `optax.inject_hyperparams`
+        with bfloat16 parameters, pass ``hyperparam_dtype=jnp.float32`` to it: in bfloat16, 0.999 is
+        1.
       weight_decay: of the factors: decoupled, times the learning rate; a number or a schedule.
       weight_decay_mask: a tree of booleans, or a function from parameters to one, of the factors to
         decay.

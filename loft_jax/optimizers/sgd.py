@@ -112,7 +112,9 @@ def loft_sgd(
     the step, which makes the problem in each factor as smooth as it is in the weight.
 
     Args:
-      learning_rate, momentum, nesterov, accumulator_dtype: as in `optax.sgd`.
+      learning_rate, momentum, nesterov, accumulator_dtype: as in `optax.sgd`. Under
+        `optax.inject_hyperparams` with bfloat16 parameters, pass ``hyperparam_dtype=jnp.float32``
+        to it, so that numbers are not rounded to bfloat16.
       alternate, moves_first, pairs: as in `scale_by_loft_adam`.
       max_norm: clips the gradients by their projected global norm, as in `loft_adamw`.
 
