@@ -68,7 +68,8 @@ def scale_by_altlora(
 
     Args:
       b1: decay rate of the first moment.
-      b2: decay rate of the second moment of AltLoRA+; None for no second moment.
+      b2: decay rate of the second moment of AltLoRA+; None, the default, for no second moment,
+        where Optax's default is 0.999.
       eps: added to the denominator, outside the square root.
       damping: :math:`\lambda`, absolute.
       alternate: False updates both factors at every step, from the same point.

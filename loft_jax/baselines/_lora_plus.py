@@ -35,8 +35,8 @@ def lora_plus(
 
     Args:
       learning_rate: :math:`\eta`, a number or a schedule of the step.
-      b1, b2, eps, eps_root, mu_dtype, weight_decay, mask, nesterov: as in `optax.adamw`, whose
-        default weight decay is 1e-4.
+      b1, b2, eps, eps_root, mu_dtype, weight_decay, mask, nesterov: as in `optax.adamw`. The
+        default weight decay is 0, where Optax's is 1e-4.
       ratio: the ratio of the two learning rates; the paper recommends about 16.
       fast: the factor with the larger learning rate.
       pairs: the LoRA pairs, as in `scale_by_loft_adam`.

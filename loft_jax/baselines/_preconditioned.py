@@ -72,7 +72,7 @@ def scaled_adamw(
 
     Args:
       learning_rate, b1, b2, eps, eps_root, mu_dtype, weight_decay, mask, nesterov: as in
-        `optax.adamw`, whose default weight decay is 1e-4.
+        `optax.adamw`. The default weight decay is 0, where Optax's is 1e-4.
       damping, pairs: see `precondition_by_partner`.
 
     Returns:
@@ -158,8 +158,8 @@ def lora_fa(
     differentiation in the model.
 
     Args:
-      learning_rate, b1, b2, eps, eps_root, mu_dtype, weight_decay, nesterov: as in `optax.adamw`,
-        whose defaults are 1e-8 for ``eps`` and 1e-4 for the weight decay.
+      learning_rate, b1, b2, eps, eps_root, mu_dtype, weight_decay, nesterov: as in `optax.adamw`.
+        The default ``eps`` is 1e-6 and the weight decay 0, where Optax's are 1e-8 and 1e-4.
       correct_gradient: False uses the factor's own gradient, as in the paper's first version.
       damping: :math:`\delta`, absolute.
       frozen: the frozen factor. It must be nonzero, or the other factor gets no gradient.
