@@ -164,11 +164,11 @@ def minimal_loft_adamw(
             if other := partner(path):  # the moments of both factors advance at every step
                 leaves[path], delta = loft(grads[path], before, *bases[other], k)
                 # Block 1, lines 2, 13, 28. V moves first, since U has no gradient while V = 0.
-                # The direction of the factor that rests is computed too, for brevity.
+                # The direction of the inactive factor is computed too, for brevity.
                 moves = k % 2 == (0 if path.endswith("lora_a") else 1)
             else:
                 leaves[path], delta = adam(grads[path], before, k)
-            # Lines 18, 25. The decay is decoupled, and a factor that rests does not decay.
+            # Lines 18, 25. The decay is decoupled, and an inactive factor does not decay.
             step = jnp.where(moves, -lr * (delta + weight_decay * x), 0)
             steps.append(step.T if path.endswith("lora_b") else step)
         return jax.tree.structure(params).unflatten(steps), LoftState(k, leaves)

@@ -192,8 +192,8 @@ def lora_fa(
 
     def labels(params: optax.Params) -> Any:
         tree = find_pairs(params, pairs)
-        at_rest = {pair.a if frozen == "a" else pair.b for pair in tree.pairs}
-        names = ["frozen" if k in at_rest else "trained" for k in range(len(tree.leaves))]
+        frozen_at = {pair.a if frozen == "a" else pair.b for pair in tree.pairs}
+        names = ["frozen" if k in frozen_at else "trained" for k in range(len(tree.leaves))]
         return tree.treedef.unflatten(names)
 
     # `optax.set_to_zero` would lose the sharding of Explicit axes without a mesh in context.
