@@ -121,7 +121,8 @@ def update_leaves(
     groups, blocks = group_pairs(tree), method.blocks
     stacks = [group.stack(tree.leaves) for group in groups]
     previous = [group.stack(before.basis) for group in groups] if before.basis else None
-    bases = group_bases(groups, stacks, previous, blocks)
+    indices = opaque_indices(groups, active)
+    bases = group_bases(groups, stacks, previous, blocks, indices)
     a_is_active = active == A_IS_ACTIVE
 
     if method.max_norm is not None:
@@ -136,7 +137,6 @@ def update_leaves(
         directions[k], *new = method.update_other(gradients[k], *(x[k] for x in before.moments))
         for moments, value in zip(after.moments, new, strict=True):
             moments[k] = value
-    indices = opaque_indices(groups, active)
     rules = {kind.dtype: method.rule(kind.dtype) for group in groups for kind in group.kind.factors}
     for group, of_gradients, of_bases in zip(groups, gradient_stacks, bases, strict=True):
         rule = rules[group.kind.factors.a.dtype]
