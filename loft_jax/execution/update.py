@@ -19,7 +19,7 @@ from loft_jax.execution.bases import (
     projected_squared_norm,
     whole_bases,
 )
-from loft_jax.execution.chunks import map_in_chunks, num_chunks
+from loft_jax.execution.chunks import map_layers, num_chunks
 from loft_jax.execution.groups import (
     FactorKind,
     Group,
@@ -242,8 +242,7 @@ def _step_of_group(
             for of_a, of_b, old, k in zip(new_a, new_b, stored, (None, count), strict=False)
         )
 
-    over_chunk = kind.over_batch(step_of_pair)
-    return map_in_chunks(over_chunk, kind.batch, chunks)(state, bases.matrices, bases.small)
+    return map_layers(step_of_pair, kind.batch, chunks)(state, bases.matrices, bases.small)
 
 
 def _store(
