@@ -13,7 +13,9 @@ import optax
 
 from loft_jax.execution.alternation import A_IS_ACTIVE
 from loft_jax.execution.arguments import leaves_like, read_arguments
+from loft_jax.execution.balance import balance_updates
 from loft_jax.execution.explicit_mesh import in_auto_axes
+from loft_jax.execution.rounding import narrow, widen
 from loft_jax.pairs.find import PairedTree, find_pairs
 from loft_jax.pairs.init_checks import warn_of_pairs
 
@@ -48,9 +50,14 @@ def as_transformation(core: Core, pairs: Any) -> optax.GradientTransformationExt
     ) -> tuple[optax.Updates, optax.OptState]:
         tree, gradients = read_arguments(params, updates, pairs, sharded=core.sharded)
         directions, state = in_auto_axes(
-            core.step, core.hyperparams, tree, gradients, state, out_like=(tree.leaves, state)
+            core.step,
+            core.hyperparams,
+            tree,
+            widen(gradients),
+            state,
+            out_like=(tree.leaves, state),
         )
-        return tree.treedef.unflatten(directions), state
+        return tree.treedef.unflatten(narrow(directions, gradients)), state
 
     return optax.with_extra_args_support(optax.GradientTransformation(init, update))
 
@@ -63,6 +70,7 @@ def descend(
     weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: Mask = None,
     alternate: bool = False,
+    balance: bool = False,
     others: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Adds decoupled weight decay and a learning rate to a core.
@@ -74,6 +82,8 @@ def descend(
       weight_decay: a number or a schedule, times the learning rate.
       mask: a tree of booleans, or a function from parameters to one, of what to decay.
       alternate: whether one factor of a pair rests, which then does not decay either.
+      balance: whether the updates also balance the factors; then the core's steps must depend on
+        their product alone.
       others: a complete optimizer of the leaves outside pairs, which gets the core's directions of
         these; None treats them like the factors.
 
@@ -99,19 +109,23 @@ def descend(
             core.step,
             core.hyperparams,
             tree,
-            gradients,
+            widen(gradients),
             core_state,
             out_like=(tree.leaves, core_state),
         )
         own, rest = _separate(tree, tree.leaves, others)
-        directions, of_rest = _separate(tree, leaves, others)
+        directions, _ = _separate(tree, leaves, others)
         decayed, decay_state = decay.update(directions, decay_state, own)
         if alternate:
             decayed = _decay_active(tree, decayed, leaves, core_state.active)
         updates, rate_state = rate.update(decayed, rate_state, own)
         states = after, decay_state, rate_state
+        if balance:
+            updates = _balance(tree, updates, core_state.active)
+        updates = _narrow(tree, updates, gradients)
         if others is None:
             return updates, states
+        _, of_rest = _separate(tree, narrow(leaves, gradients), others)
         of_rest, rest_state = optax.with_extra_args_support(others).update(
             of_rest, others_state[0], rest, **extra
         )
@@ -143,6 +157,22 @@ def _join(tree: PairedTree, own: Any, rest: Any) -> Any:
     leaves, of_rest = leaves_like(tree, own, "updates"), leaves_like(tree, rest, "updates")
     for k in tree.others:
         leaves[k] = of_rest[k]
+    return tree.treedef.unflatten(leaves)
+
+
+def _balance(tree: PairedTree, updates: optax.Updates, active: jax.Array) -> optax.Updates:
+    leaves = leaves_like(tree, updates, "updates")
+    balanced = in_auto_axes(balance_updates, tree, leaves, active, out_like=leaves)
+    return tree.treedef.unflatten(balanced)
+
+
+def _narrow(tree: PairedTree, updates: optax.Updates, gradients: list[Any]) -> optax.Updates:
+    """Returns updates in the dtypes of the gradients, see `rounding.widen`."""
+    leaves = leaves_like(tree, updates, "updates")
+    kept = [k for k, x in enumerate(leaves) if not isinstance(x, optax.MaskedNode)]
+    pick = lambda values: [values[k] for k in kept]
+    for k, x in zip(kept, narrow(pick(leaves), pick(gradients)), strict=True):
+        leaves[k] = x
     return tree.treedef.unflatten(leaves)
 
 

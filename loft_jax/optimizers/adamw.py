@@ -182,6 +182,7 @@ def loft_adamw(
     moves_first: FactorName = "b",
     nu_dtype: jax.typing.DTypeLike | None = None,
     max_norm: Number | None = None,
+    balance: bool = True,
     pairs: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""LoFT-AdamW: low-rank adaptation that follows full fine-tuning with AdamW.
@@ -239,6 +240,7 @@ def loft_adamw(
         weight_decay=weight_decay,
         mask=mask,
         alternate=alternate,
+        balance=balance and not blocks.keep_raw and second_moment != "diagonal",
     )
 
 

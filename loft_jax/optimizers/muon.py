@@ -145,6 +145,7 @@ def loft_muon(
     alternate: bool = True,
     moves_first: FactorName = "b",
     max_norm: Number | None = None,
+    balance: bool = True,
     pairs: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""LoFT-Muon: low-rank adaptation that follows full fine-tuning with Muon.
@@ -213,6 +214,7 @@ def loft_muon(
         weight_decay=weight_decay,
         mask=weight_decay_mask,
         alternate=alternate,
+        balance=balance,
         others=adamw,
     )
 

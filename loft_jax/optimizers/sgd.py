@@ -95,6 +95,7 @@ def loft_sgd(
     alternate: bool = True,
     moves_first: FactorName = "b",
     max_norm: Number | None = None,
+    balance: bool = True,
     pairs: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""LoFT with (momentum) gradient descent: the drop-in for `optax.sgd` on adapters.
@@ -133,7 +134,7 @@ def loft_sgd(
       True
     """
     core = _momentum_core(momentum, nesterov, accumulator_dtype, alternate, moves_first, max_norm)
-    return descend(core, learning_rate, pairs, alternate=alternate)
+    return descend(core, learning_rate, pairs, alternate=alternate, balance=balance)
 
 
 def _momentum_core(
