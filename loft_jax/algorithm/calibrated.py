@@ -87,23 +87,23 @@ class Calibrated:
         contiguous blocks would have to be gathered.
         """
         q, columns = gather_shared_axes(dim, basis.dim, basis.matrix)
-        v_hat = nu / scalars.correction2
 
-        def add_block(
-            total: Float[Array, "m r"], q_block: Float[Array, "block r"]
-        ) -> tuple[Float[Array, "m r"], None]:
+        def add_block(b: int | jax.Array, total: Float[Array, "m r"]) -> Float[Array, "m r"]:
+            q_block = jax.lax.dynamic_index_in_dim(blocks, b, 1, keepdims=False)
             moment = product(m_hat, q_block.T)
-            ratio = adam_ratio(moment, product(v_hat, packed_quadratic(q_block)), scalars)
-            return total + product(jnp.clip(ratio, -scalars.bound, scalars.bound), q_block), None
+            # The bias correction of nu goes to the smaller of the two matrices.
+            v_hat = product(nu, packed_quadratic(q_block) / scalars.correction2)
+            ratio = adam_ratio(moment, v_hat, scalars)
+            return total + product(jnp.clip(ratio, -scalars.bound, scalars.bound), q_block)
 
         entries = _BLOCK_ENTRIES[traced_platform()]
         blocks = interleaved_blocks(q, num_blocks(q.shape[0], m_hat.shape[0] * batch_size, entries))
         # Zeros of both: inside a shard_map the sum differs between devices as its terms do.
         zeros = jnp.zeros_like(m_hat) + jnp.zeros_like(q[:1])
-        if blocks.shape[0] == 1:
-            total, _ = add_block(zeros, blocks[0])
+        if blocks.shape[1] == 1:
+            total = add_block(0, zeros)
         else:
-            total, _ = jax.lax.scan(add_block, zeros, blocks)
+            total = jax.lax.fori_loop(0, blocks.shape[1], add_block, zeros)
         return project(columns.sum(total), basis)
 
     def diagonal(self, nu: Float[Array, "m t"], r: int, dim: ShardedDim) -> Float[Array, "m r"]:
@@ -142,10 +142,10 @@ def num_blocks(n: int, m: int, entries: int) -> int:
     return next((k for k in range(wanted, 2 * wanted) if n % k == 0), wanted)
 
 
-def interleaved_blocks(q: Float[Array, "n r"], blocks: int) -> Float[Array, "blocks block r"]:
+def interleaved_blocks(q: Float[Array, "n r"], blocks: int) -> Float[Array, "block blocks r"]:
     """Cuts rows into interleaved blocks; zero rows pad them, and add nothing to the projection."""
     n, r = q.shape
     padding = -n % blocks
     if padding:
         q = jnp.pad(q, ((0, padding), (0, 0)))
-    return q.reshape(-1, blocks, r).swapaxes(0, 1)
+    return q.reshape(-1, blocks, r)

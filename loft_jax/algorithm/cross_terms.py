@@ -112,11 +112,11 @@ def _pick_columns(x: Float[Array, "i r"], places: np.ndarray) -> Float[Array, "i
     """Returns the columns of ``x`` at these places."""
     if traced_platform() == "tpu":
         return x @ jnp.asarray(np.eye(x.shape[1])[:, places], x.dtype)
-    return x.at[:, places].get(mode="promise_in_bounds")
+    return x.at[:, places].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
 
 def _pick_rows(x: Float[Array, "r j"], places: np.ndarray) -> Float[Array, "t j"]:
     """Returns the rows of ``x`` at these places."""
     if traced_platform() == "tpu":
         return jnp.asarray(np.eye(x.shape[0])[places], x.dtype) @ x
-    return x.at[places].get(mode="promise_in_bounds")
+    return x.at[places].get(mode="promise_in_bounds", wrap_negative_indices=False)

@@ -13,7 +13,7 @@ from loft_jax.algorithm.sharded_dim import ShardedDim
 from loft_jax.algorithm.step import calibrate_basis
 from loft_jax.execution.batching import batched_over_groups
 from loft_jax.execution.chunks import map_in_chunks, num_chunks
-from loft_jax.execution.groups import Group, PairKind, compute_dtype
+from loft_jax.execution.groups import Group, Indices, PairKind, compute_dtype
 
 Stacks = FactorPair[jax.Array]
 """Arrays of both factors of all pairs of a group, batch axes first, else as the factors lie."""
@@ -38,6 +38,7 @@ def group_bases(
     params: Sequence[Stacks],
     previous: Sequence[Stacks] | None,
     blocks: Blocks,
+    indices: Indices | None = None,
 ) -> list[GroupBases]:
     """Returns the bases of the factors of each group.
 
@@ -49,6 +50,7 @@ def group_bases(
       params: the factors of each group.
       previous: their basis matrices at the last step; None calibrates nothing.
       blocks: which building blocks are on.
+      indices: those of `opaque_indices`.
     """
     kinds = [group.kind for group in groups]
     chunks = [num_chunks(kind.batch, factor=kind.factor_elements) for kind in kinds]
@@ -56,9 +58,8 @@ def group_bases(
     found: dict[int, GroupBases] = {}
     together = [k for k, count in enumerate(chunks) if count == 1]
     pick = lambda values: [values[k] for k in together]
-    found.update(
-        zip(together, _bases_together(pick(kinds), pick(params), pick(before), blocks), strict=True)
-    )
+    bases = _bases_together(pick(kinds), pick(params), pick(before), blocks, indices)
+    found.update(zip(together, bases, strict=True))
     for k, count in enumerate(chunks):
         if count > 1:
             found[k] = _bases_in_chunks(kinds[k], params[k], before[k], blocks, count)
@@ -120,6 +121,7 @@ def _bases_together(
     params: Sequence[Stacks],
     previous: Sequence[Stacks | None],
     blocks: Blocks,
+    indices: Indices | None = None,
 ) -> list[GroupBases]:
     bases = orthonormal_bases(
         [
@@ -130,7 +132,7 @@ def _bases_together(
         [kind.scale for kind in kinds for _ in range(2)],
         [dim for kind in kinds for dim in kind.dims],
         keep_raw=blocks.keep_raw,
-        map_small=batched_over_groups,
+        map_small=functools.partial(batched_over_groups, indices=indices),
     )
     pairs = zip(bases[::2], bases[1::2], strict=True)
     return [

@@ -6,12 +6,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from loft_jax.pairs.shard_map import varying
 
 
-def batched_over_groups(fn: Callable[..., Any], *arguments: Sequence[Array]) -> list[Any]:
+def batched_over_groups(
+    fn: Callable[..., Any],
+    *arguments: Sequence[Array],
+    indices: Sequence[jax.Array] | None = None,
+) -> list[Any]:
     """Maps a function of small matrices over several stacks, batching stacks of equal shapes.
 
     The program then contains the function once per shape, for any number of stacks. It is compiled
@@ -24,6 +29,8 @@ def batched_over_groups(fn: Callable[..., Any], *arguments: Sequence[Array]) -> 
       fn: a function of matrices ``(i, j)`` that returns a pytree of arrays.
       *arguments: the stacks of each argument of ``fn``, ``(*batch, i, j)``. The k-th stacks of all
         arguments have the same batch axes.
+      indices: those of `groups.opaque_indices`, which let all results share one kernel that cuts
+        them out of the batch; with None each takes its own.
 
     Returns:
       The result of ``fn`` for each stack, with the batch axes of the stack.
@@ -40,12 +47,16 @@ def batched_over_groups(fn: Callable[..., Any], *arguments: Sequence[Array]) -> 
     results: list[Any] = [None] * len(arguments[0])
     for members in together.values():
         stacks = [[argument[k] for k in members] for argument in arguments]
-        for k, result in zip(members, _of_a_kind(fn, stacks), strict=True):
+        for k, result in zip(members, _of_a_kind(fn, stacks, indices), strict=True):
             results[k] = result
     return results
 
 
-def _of_a_kind(fn: Callable[..., Any], arguments: Sequence[Sequence[Array]]) -> list[Any]:
+def _of_a_kind(
+    fn: Callable[..., Any],
+    arguments: Sequence[Sequence[Array]],
+    indices: Sequence[jax.Array] | None,
+) -> list[Any]:
     """As `batched_over_groups`, for stacks whose matrices have the same shapes and dtypes."""
     batches = [x.shape[:-2] for x in arguments[0]]
     if len(batches) == 1:
@@ -54,13 +65,13 @@ def _of_a_kind(fn: Callable[..., Any], arguments: Sequence[Sequence[Array]]) -> 
         return [fn(*(stacks[0] for stacks in arguments))]
     join = lambda stacks: jnp.concatenate([x.reshape(-1, *x.shape[-2:]) for x in stacks])
     joined = jax.vmap(fn)(*map(join, arguments))
-    ends = [0]
-    for batch in batches:
-        ends.append(ends[-1] + math.prod(batch))
+    sizes = [math.prod(batch) for batch in batches]
+    starts = np.cumsum([0, *sizes[:-1]])
+    begin = (lambda k: starts[k]) if indices is None else lambda k: jnp.asarray(starts)[indices[k]]
 
     def part(k: int) -> Any:
-        cut = lambda x: x[ends[k] : ends[k + 1]].reshape(*batches[k], *x.shape[1:])
-        return jax.tree.map(cut, joined)
+        cut = lambda x: jax.lax.dynamic_slice_in_dim(x, begin(k), sizes[k])
+        return jax.tree.map(lambda x: cut(x).reshape(*batches[k], *x.shape[1:]), joined)
 
     return [part(k) for k in range(len(batches))]
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from loft_jax.algorithm.platform import Platform, traced_platform
 
@@ -37,6 +38,25 @@ def num_chunks(batch: Sequence[int], factor: int = 0, peak: int = 0) -> int:
     return _divide_layers(batch[_first_long_axis(batch)], wanted, _layers_together())
 
 
+def map_layers(fn: Callable[..., Any], batch: Sequence[int], chunks: int) -> Callable[..., Any]:
+    """Maps ``fn(state, *args) -> state`` of one layer over stacks, chunk by chunk.
+
+    As `map_in_chunks`, except that ``fn`` sees no batch axes. Of a chunk of one layer it gets the
+    layer itself: as a batch of one, each array would be copied by one kernel as a matrix, for the
+    products, and by another as a batch.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> add = map_layers(lambda total, x: total + x, (4,), 2)
+      >>> print(add(jnp.ones(4), jnp.arange(4.0)))
+      [1. 2. 3. 4.]
+    """
+    alone = chunks > 1 and chunks == batch[_first_long_axis(batch)] and _layers_together() == 1
+    for _ in batch[alone:]:
+        fn = jax.vmap(fn)
+    return _loop(fn, batch, chunks, keepdims=not alone)
+
+
 def map_in_chunks(fn: Callable[..., Any], batch: Sequence[int], chunks: int) -> Callable[..., Any]:
     """Maps ``fn(state, *args) -> state`` of a few layers over those of stacks, chunk by chunk.
 
@@ -51,13 +71,13 @@ def map_in_chunks(fn: Callable[..., Any], batch: Sequence[int], chunks: int) -> 
       fn: takes and returns stacks, with all batch axes, of some of the layers.
       batch: the sizes of the batch axes, which come first in all arrays.
       chunks: a `num_chunks`; with one, ``fn`` gets all layers at once.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> add = map_in_chunks(lambda total, x: total + x, (4,), 2)
-      >>> print(add(jnp.ones(4), jnp.arange(4.0)))
-      [1. 2. 3. 4.]
     """
+    return _loop(fn, batch, chunks, keepdims=True)
+
+
+def _loop(
+    fn: Callable[..., Any], batch: Sequence[int], chunks: int, *, keepdims: bool
+) -> Callable[..., Any]:
     if chunks == 1:
         return fn
     axis = _first_long_axis(batch)
@@ -68,13 +88,15 @@ def map_in_chunks(fn: Callable[..., Any], batch: Sequence[int], chunks: int) -> 
         if strided:
             x = x.reshape(*x.shape[:axis], layers, chunks, *x.shape[axis + 1 :])
             return jax.lax.dynamic_index_in_dim(x, k, axis + 1, keepdims=False)
-        return jax.lax.dynamic_slice_in_dim(x, k * layers, layers, axis)
+        x = jax.lax.dynamic_slice_in_dim(x, k * layers, layers, axis)
+        return x if keepdims else x.squeeze(axis)
 
     def write(x: jax.Array, new: jax.Array, k: jax.Array) -> jax.Array:
         if strided:
             parts = x.reshape(*x.shape[:axis], layers, chunks, *x.shape[axis + 1 :])
             return jax.lax.dynamic_update_index_in_dim(parts, new, k, axis + 1).reshape(x.shape)
         # Not through another shape: even a reshape keeps the compiler from working in place.
+        new = new if keepdims else jnp.expand_dims(new, axis)
         return jax.lax.dynamic_update_slice_in_dim(x, new, k * layers, axis)
 
     def mapped(state: Any, *args: Any) -> Any:

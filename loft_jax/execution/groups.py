@@ -180,16 +180,19 @@ def opaque_indices(groups: Sequence[Group], active: jax.Array) -> Indices | None
     through arithmetic, but not through a loop whose number of iterations it does not know, here 1.
 
     Returns:
-      The indices, None where known ones are as good.
+      The indices, as many as a group has layers and as there are factors of groups; None where
+      known ones are as good.
     """
-    longest = max((len(group.leaves.a) for group in groups), default=1)
-    if longest == 1 or traced_platform() != "cpu":
+    longest = max([2 * len(groups), *(len(group.leaves.a) for group in groups)])
+    if not groups or traced_platform() != "cpu":
         return None
     iterations = jnp.minimum(active, 0) + 1
+    # They begin with a value that none keeps: an index that the loop left alone would be known.
+    unset = jnp.full_like(active, -1)
     known = [jnp.asarray(k, active.dtype) for k in range(longest)]
     step = lambda carry: (carry[0] + 1, known)
     _, indices = jax.lax.while_loop(
-        lambda carry: carry[0] < iterations, step, (jnp.zeros_like(active), [known[0]] * longest)
+        lambda carry: carry[0] < iterations, step, (jnp.zeros_like(active), [unset] * longest)
     )
     return indices
 

@@ -19,7 +19,7 @@ from loft_jax.execution.bases import (
     projected_squared_norm,
     whole_bases,
 )
-from loft_jax.execution.chunks import map_in_chunks, num_chunks
+from loft_jax.execution.chunks import map_layers, num_chunks
 from loft_jax.execution.groups import (
     FactorKind,
     Group,
@@ -121,7 +121,8 @@ def update_leaves(
     groups, blocks = group_pairs(tree), method.blocks
     stacks = [group.stack(tree.leaves) for group in groups]
     previous = [group.stack(before.basis) for group in groups] if before.basis else None
-    bases = group_bases(groups, stacks, previous, blocks)
+    indices = opaque_indices(groups, active)
+    bases = group_bases(groups, stacks, previous, blocks, indices)
     a_is_active = active == A_IS_ACTIVE
 
     if method.max_norm is not None:
@@ -136,7 +137,6 @@ def update_leaves(
         directions[k], *new = method.update_other(gradients[k], *(x[k] for x in before.moments))
         for moments, value in zip(after.moments, new, strict=True):
             moments[k] = value
-    indices = opaque_indices(groups, active)
     rules = {kind.dtype: method.rule(kind.dtype) for group in groups for kind in group.kind.factors}
     for group, of_gradients, of_bases in zip(groups, gradient_stacks, bases, strict=True):
         rule = rules[group.kind.factors.a.dtype]
@@ -242,8 +242,7 @@ def _step_of_group(
             for of_a, of_b, old, k in zip(new_a, new_b, stored, (None, count), strict=False)
         )
 
-    over_chunk = kind.over_batch(step_of_pair)
-    return map_in_chunks(over_chunk, kind.batch, chunks)(state, bases.matrices, bases.small)
+    return map_layers(step_of_pair, kind.batch, chunks)(state, bases.matrices, bases.small)
 
 
 def _store(

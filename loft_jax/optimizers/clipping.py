@@ -14,7 +14,7 @@ from loft_jax.execution.alternation import (
     next_active,
 )
 from loft_jax.execution.bases import group_bases
-from loft_jax.execution.groups import group_pairs
+from loft_jax.execution.groups import group_pairs, opaque_indices
 from loft_jax.execution.transformation import Core, as_transformation
 from loft_jax.execution.update import check_max_norm, clip_gradients
 from loft_jax.pairs.find import PairedTree
@@ -85,7 +85,8 @@ def clip_by_projected_global_norm(
     ) -> tuple[list[Any], ClipByProjectedGlobalNormState]:
         groups = group_pairs(tree)
         stacks = [group.stack(tree.leaves) for group in groups]
-        bases = group_bases(groups, stacks, None, Blocks())
+        indices = opaque_indices(groups, state.active)
+        bases = group_bases(groups, stacks, None, Blocks(), indices)
         a_is_active = state.active == A_IS_ACTIVE if alternate else None
         clipped = clip_gradients(tree, groups, gradients, bases, a_is_active, max_norm)
         # As the optimizer behind it sees them: an infinite norm clips all gradients to zero.
