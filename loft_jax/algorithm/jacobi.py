@@ -59,7 +59,7 @@ def symmetric_eigen(
 def _rotation(
     p: Float[Array, " pairs"], off: Float[Array, " pairs"], q: Float[Array, " pairs"]
 ) -> tuple[Float[Array, " pairs"], Float[Array, " pairs"]]:
-    """Returns cosine and sine of the smaller rotation that diagonalizes ``[[p, off], [off, q]]``."""
+    """Returns cosine and sine of the smaller rotation that diagonalizes ``[[p, o], [o, q]]``."""
     half = (q - p) / 2
     # tan of the angle: off / (half +- sqrt(half^2 + off^2)), scaled to neither over- nor underflow.
     size = jnp.maximum(jnp.abs(half), jnp.abs(off))
