@@ -43,7 +43,7 @@ def as_transformation(core: Core, pairs: Any) -> optax.GradientTransformationExt
     """Returns a core as an Optax transformation."""
 
     def init(params: optax.Params) -> optax.OptState:
-        return core.init(_pairs_of(params, pairs))
+        return core.init(check_pairs(params, pairs))
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
@@ -95,7 +95,7 @@ def descend(
     rate = optax.scale_by_learning_rate(learning_rate)
 
     def init(params: optax.Params) -> tuple[Any, ...]:
-        tree = _pairs_of(params, pairs)
+        tree = check_pairs(params, pairs)
         own, rest = _separate(tree, tree.leaves, others)
         states = core.init(tree), decay.init(own), rate.init(own)
         return states if others is None else (*states, others.init(rest))
@@ -134,7 +134,8 @@ def descend(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _pairs_of(params: optax.Params, pairs: Any) -> PairedTree:
+def check_pairs(params: optax.Params, pairs: Any) -> PairedTree:
+    """Returns parameters with their pairs, and warns of what looks like a mistake."""
     tree = find_pairs(params, pairs)
     warn_of_pairs(tree, pairs)
     return tree

@@ -202,6 +202,11 @@ def loft_adamw(
         pairs: see `scale_by_loft_adam`.
       max_norm: clips the gradients by the norm that full fine-tuning would see, before the moments
         (block 6, see `clip_by_projected_global_norm`); None does not clip.
+      balance: whether the update also keeps the factors balanced (see `balance_factors`): the same
+        product, without the cancellation that bfloat16 does not bear. It moves the factor that
+        rests too, and also at learning rate zero. Turn it off where something after the optimizer
+        scales or drops a part of its updates, or a factor has to stay as it is. Without effect in
+        ablations and with "diagonal", whose steps depend on the factors.
 
     Returns:
       A transformation whose ``update`` needs ``params``, with the state ``(ScaleByLoftAdamState,

@@ -167,6 +167,7 @@ def loft_muon(
       adam_learning_rate: theirs; None for ``learning_rate``.
       alternate, moves_first, pairs: as in `scale_by_loft_adam`.
       max_norm: clips the gradients by their projected global norm, as in `loft_adamw`.
+      balance: whether the update also keeps the factors balanced, as in `loft_adamw`.
 
     Returns:
       A transformation whose ``update`` needs ``params``, with the state ``(ScaleByLoftMuonState,

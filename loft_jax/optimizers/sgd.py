@@ -108,6 +108,7 @@ def loft_sgd(
       learning_rate, momentum, nesterov, accumulator_dtype: as in `optax.sgd`.
       alternate, moves_first, pairs: as in `scale_by_loft_adam`.
       max_norm: clips the gradients by their projected global norm, as in `loft_adamw`.
+      balance: whether the update also keeps the factors balanced, as in `loft_adamw`.
 
     Returns:
       A transformation whose ``update`` needs ``params``, with the state
