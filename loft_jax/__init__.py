@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from loft_jax.optimizers.adamw import ScaleByLoftAdamState, loft_adamw, scale_by_loft_adam
+from loft_jax.optimizers.balancing import balance_factors
 from loft_jax.optimizers.clipping import (
     ClipByProjectedGlobalNormState,
     clip_by_projected_global_norm,
@@ -38,6 +39,7 @@ __all__ = [
     "ScaleByLoftMomentumState",
     "ScaleByLoftMuonState",
     "adapters",
+    "balance_factors",
     "baselines",
     "checkpoint",
     "clip_by_projected_global_norm",

@@ -1,4 +1,6 @@
-"""Unbiased stochastic rounding, for moments kept in low precision."""
+"""Numbers in low precision: moments rounded without bias, steps without overflow."""
+
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +40,36 @@ def stochastic_round(
     random = _hash(bits ^ _hash(jnp.asarray(step).astype(jnp.uint32))) >> 16
     rounded = jax.lax.bitcast_convert_type((bits + random) & jnp.uint32(0xFFFF0000), jnp.float32)
     return jnp.where(jnp.isfinite(x), rounded, x).astype(dtype)
+
+
+def widen(gradients: Sequence[jax.Array]) -> list[jax.Array]:
+    """Returns gradients in float32 where their dtype ends too early for a direction, as float16.
+
+    A direction is the step before its learning rate, and divided by a factor that may be tiny: it
+    can be a million times the parameter.
+    """
+    return [x.astype(jnp.float32) if _ends_early(x.dtype) else x for x in gradients]
+
+
+def narrow(updates: Sequence[jax.Array], like: Sequence[jax.Array]) -> list[jax.Array]:
+    """Inverse of `widen`: a number that a dtype cannot hold becomes the largest that it can.
+
+    Example:
+      >>> narrow([jnp.array([1e6, -jnp.inf])], [jnp.zeros(2, jnp.float16)])[0].tolist()
+      [65504.0, -inf]
+    """
+
+    def cast(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        if not _ends_early(dtype):
+            return x
+        largest = float(jnp.finfo(dtype).max)
+        return jnp.where(jnp.isfinite(x), jnp.clip(x, -largest, largest), x).astype(dtype)
+
+    return [cast(x, old.dtype) for x, old in zip(updates, like, strict=True)]
+
+
+def _ends_early(dtype: jnp.dtype) -> bool:
+    return bool(jnp.finfo(dtype).max < jnp.finfo(jnp.bfloat16).max / 2)
 
 
 def _hash(x: jax.Array) -> jax.Array:

@@ -14,7 +14,9 @@ import optax
 
 from loft_jax.execution.alternation import A_IS_ACTIVE
 from loft_jax.execution.arguments import leaves_like, read_arguments, state_of_type
+from loft_jax.execution.balance import balance_updates
 from loft_jax.execution.explicit_mesh import in_auto_axes
+from loft_jax.execution.rounding import narrow, widen
 from loft_jax.pairs.find import PairedTree, find_pairs
 from loft_jax.pairs.init_checks import warn_of_pairs
 
@@ -51,7 +53,7 @@ def as_transformation(
     """Returns a core as an Optax transformation."""
 
     def init(params: optax.Params) -> optax.OptState:
-        return core.init(_pairs_of(params, pairs))
+        return core.init(check_pairs(params, pairs))
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
@@ -59,9 +61,14 @@ def as_transformation(
         tree, gradients = read_arguments(params, updates, pairs, sharded=core.sharded)
         before = state_of_type(state, core.state)
         directions, after = in_auto_axes(
-            core.step, core.hyperparams, tree, gradients, before, out_like=(tree.leaves, before)
+            core.step,
+            core.hyperparams,
+            tree,
+            widen(gradients),
+            before,
+            out_like=(tree.leaves, before),
         )
-        return tree.treedef.unflatten(directions), after
+        return tree.treedef.unflatten(narrow(directions, gradients)), after
 
     return optax.with_extra_args_support(optax.GradientTransformation(init, update))
 
@@ -73,6 +80,7 @@ def descend(
     *,
     weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: Mask = None,
+    balance: bool = False,
     others: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Adds decoupled weight decay and a learning rate to a core.
@@ -83,6 +91,8 @@ def descend(
       pairs: how to find the pairs.
       weight_decay: a number or a schedule, times the learning rate.
       mask: a tree of booleans, or a function from parameters to one, of what to decay.
+      balance: whether the updates also balance the factors; then the core's steps must depend on
+        their product alone.
       others: a complete optimizer of the non-LoRA parameters, which gets the core's directions of
         these; None treats them like the factors.
 
@@ -94,7 +104,7 @@ def descend(
     rate = optax.scale_by_learning_rate(learning_rate)
 
     def init(params: optax.Params) -> tuple[Any, ...]:
-        tree = _pairs_of(params, pairs)
+        tree = check_pairs(params, pairs)
         own, non_lora = _separate(tree, tree.leaves, others)
         states = core.init(tree), decay.init(own), rate.init(own)
         return states if others is None else (*states, others.init(non_lora))
@@ -109,19 +119,23 @@ def descend(
             core.step,
             core.hyperparams,
             tree,
-            gradients,
+            widen(gradients),
             before,
             out_like=(tree.leaves, before),
         )
         own, non_lora = _separate(tree, tree.leaves, others)
-        directions, of_non_lora = _separate(tree, leaves, others)
+        directions, _ = _separate(tree, leaves, others)
         decayed, decay_state = decay.update(directions, decay_state, own)
         if core.active is not None:
             decayed = _decay_active(tree, decayed, leaves, core.active(before))
         updates, rate_state = rate.update(decayed, rate_state, own)
         states = after, decay_state, rate_state
+        if balance:
+            updates = _balance(tree, updates, None if core.active is None else core.active(before))
+        updates = _narrow(tree, updates, gradients)
         if others is None:
             return updates, states
+        _, of_non_lora = _separate(tree, narrow(leaves, gradients), others)
         of_non_lora, others_state = optax.with_extra_args_support(others).update(
             of_non_lora, others_states[0], non_lora, **extra
         )
@@ -130,7 +144,8 @@ def descend(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _pairs_of(params: optax.Params, pairs: Any) -> PairedTree:
+def check_pairs(params: optax.Params, pairs: Any) -> PairedTree:
+    """Returns parameters with their pairs, and warns of what looks like a mistake."""
     tree = find_pairs(params, pairs)
     warn_of_pairs(tree, pairs)
     return tree
@@ -154,6 +169,22 @@ def _join(tree: PairedTree, own: Any, non_lora: Any) -> Any:
     of_non_lora = leaves_like(tree, non_lora, "updates")
     for k in tree.others:
         leaves[k] = of_non_lora[k]
+    return tree.treedef.unflatten(leaves)
+
+
+def _balance(tree: PairedTree, updates: optax.Updates, active: jax.Array | None) -> optax.Updates:
+    leaves = leaves_like(tree, updates, "updates")
+    balanced = in_auto_axes(balance_updates, tree, leaves, active, out_like=leaves)
+    return tree.treedef.unflatten(balanced)
+
+
+def _narrow(tree: PairedTree, updates: optax.Updates, gradients: list[Any]) -> optax.Updates:
+    """Returns updates in the dtypes of the gradients, see `rounding.widen`."""
+    leaves = leaves_like(tree, updates, "updates")
+    kept = [k for k, x in enumerate(leaves) if not isinstance(x, optax.MaskedNode)]
+    pick = lambda values: [values[k] for k in kept]
+    for k, x in zip(kept, narrow(pick(leaves), pick(gradients)), strict=True):
+        leaves[k] = x
     return tree.treedef.unflatten(leaves)
 
 

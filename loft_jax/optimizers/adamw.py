@@ -186,6 +186,7 @@ def loft_adamw(
     moves_first: FactorName = "b",
     nu_dtype: jax.typing.DTypeLike | None = None,
     max_norm: Number | None = None,
+    balance: bool = True,
     pairs: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""LoFT-AdamW: low-rank adaptation that follows full fine-tuning with AdamW.
@@ -207,6 +208,11 @@ def loft_adamw(
         pairs: see `scale_by_loft_adam`.
       max_norm: clips the gradients by the norm that full fine-tuning would see, before the moments
         (block 6, see `clip_by_projected_global_norm`); None does not clip.
+      balance: whether the update also keeps the factors balanced (see `balance_factors`): the same
+        product, without the cancellation that bfloat16 does not bear. It moves the factor that
+        rests too, and also at learning rate zero. Turn it off where something after the optimizer
+        scales or drops a part of its updates, or a factor has to stay as it is. Without effect in
+        ablations and with "diagonal", whose steps depend on the factors.
 
     Returns:
       A transformation whose ``update`` needs ``params``, with the state ``(ScaleByLoftAdamState,
@@ -236,7 +242,11 @@ def loft_adamw(
     blocks = Blocks(alternate, scale_gradient, calibrate, reconstruct)
     settings = _Settings(nesterov, second_moment, blocks, moves_first, mu_dtype, nu_dtype)
     core = _adam_core(settings, _Hyperparams(b1, b2, eps, eps_root, max_norm))
-    return descend(core, learning_rate, pairs, weight_decay=weight_decay, mask=mask)
+    # The steps of the others depend on the factors, not on their product alone.
+    balance = balance and not blocks.keep_raw and second_moment != "diagonal"
+    return descend(
+        core, learning_rate, pairs, weight_decay=weight_decay, mask=mask, balance=balance
+    )
 
 
 def _adam_core(

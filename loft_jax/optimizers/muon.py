@@ -149,6 +149,7 @@ def loft_muon(
     alternate: bool = True,
     moves_first: FactorName = "b",
     max_norm: Number | None = None,
+    balance: bool = True,
     pairs: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""LoFT-Muon: low-rank adaptation that follows full fine-tuning with Muon.
@@ -172,6 +173,7 @@ def loft_muon(
       adam_learning_rate: theirs; None for ``learning_rate``.
       alternate, moves_first, pairs: as in `scale_by_loft_adam`.
       max_norm: clips the gradients by their projected global norm, as in `loft_adamw`.
+      balance: whether the update also keeps the factors balanced, as in `loft_adamw`.
 
     Returns:
       A transformation whose ``update`` needs ``params``, with the state ``(ScaleByLoftMuonState,
@@ -216,6 +218,7 @@ def loft_muon(
         pairs,
         weight_decay=weight_decay,
         mask=weight_decay_mask,
+        balance=balance,
         others=adamw,
     )
 

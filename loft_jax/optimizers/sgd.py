@@ -103,6 +103,7 @@ def loft_sgd(
     alternate: bool = True,
     moves_first: FactorName = "b",
     max_norm: Number | None = None,
+    balance: bool = True,
     pairs: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""LoFT with (momentum) gradient descent: the drop-in for `optax.sgd` on adapters.
@@ -117,6 +118,7 @@ def loft_sgd(
         to it, so that numbers are not rounded to bfloat16.
       alternate, moves_first, pairs: as in `scale_by_loft_adam`.
       max_norm: clips the gradients by their projected global norm, as in `loft_adamw`.
+      balance: whether the update also keeps the factors balanced, as in `loft_adamw`.
 
     Returns:
       A transformation whose ``update`` needs ``params``, with the state
@@ -144,7 +146,7 @@ def loft_sgd(
     """
     hyperparams = _Hyperparams(momentum, max_norm)
     core = _momentum_core(hyperparams, nesterov, accumulator_dtype, alternate, moves_first)
-    return descend(core, learning_rate, pairs)
+    return descend(core, learning_rate, pairs, balance=balance)
 
 
 def _momentum_core(
