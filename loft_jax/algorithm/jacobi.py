@@ -38,7 +38,7 @@ def symmetric_eigen(
     padded = jnp.pad(matrix, (0, size - r))
     order = _next_pairs(size)
 
-    def one_round(_: jax.Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
+    def one_round(_: int | jax.Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
         matrix, vectors = state
         diagonal, off = jnp.diagonal(matrix), jnp.diagonal(matrix, 1)[::2]
         cosine, sine = _rotation(diagonal[::2], off, diagonal[1::2])
