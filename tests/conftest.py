@@ -3,11 +3,21 @@
 import os
 import shutil
 import tempfile
+from importlib.metadata import version
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-flags = os.environ.get("XLA_FLAGS", "")
-if "host_platform_device_count" not in flags:
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8".strip()
+# The tests compile far more than they compute: these make machine code cheaply. What a program
+# computes and sends between devices is decided before.
+FLAGS = [
+    "--xla_force_host_platform_device_count=8",
+    "--xla_cpu_parallel_codegen_split_count=1",  # one LLVM module a program, not many
+]
+# The former emitter of loops takes a third of the time. Newer versions reject this flag: there the
+# tests run the emitter that users have.
+if version("jaxlib").startswith("0.10."):
+    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+# The last of two settings counts: that of whoever starts the tests.
+os.environ["XLA_FLAGS"] = " ".join([*FLAGS, os.environ.get("XLA_FLAGS", "")])
 
 # The workers of one session, and the processes that tests start, compile no large program twice.
 PROGRAMS = "JAX_COMPILATION_CACHE_DIR"

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from optimizers import hasty_compiler as hasty_compiler
 
 from benchmarks import markdown
 from benchmarks.accuracy import search, summary

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from optimizers import hasty_compiler as hasty_compiler
 
 from benchmarks.cost import (
     compile_time,

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from optimizers import hasty_compiler as hasty_compiler
 
 import loft_jax
 

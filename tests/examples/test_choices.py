@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from optimizers import hasty_compiler as hasty_compiler
 
 import finetune_llm
 from common.data import choices

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from optimizers import hasty_compiler as hasty_compiler
 
 import finetune_llm
 from common import runs, training

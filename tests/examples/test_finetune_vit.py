@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from optimizers import hasty_compiler as hasty_compiler
 
 import finetune_vit
 from common import training

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from optimizers import hasty_compiler as hasty_compiler
 
 from common.models.llama import TARGETS, LlamaConfig, lora_rule
 from common.models.llama_weights import build_model

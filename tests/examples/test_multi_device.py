@@ -15,6 +15,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
+from optimizers import hasty_compiler as hasty_compiler
 
 import finetune_llm
 import multi_device
@@ -108,16 +109,18 @@ def test_weights_adapters_and_state_are_split(model_folder):
         state, _ = trainer.step(state, np.zeros((4, 9), np.int32), 1e-3)
 
 
-def processes(folder: Path, arguments: list[str], *flags: str) -> list[subprocess.Popen]:
+def processes(folder: Path, arguments: list[str], *options: str) -> list[subprocess.Popen]:
     """Two processes of four devices each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     script = HERE.parents[1] / "examples" / "multi_device.py"
     command = [sys.executable, "-u", script, *arguments, "--output", folder, "--mesh", MESH]
-    command += ["--coordinator", address, "--processes", "2", *flags]
-    # pytest uses eight devices.
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    command += ["--coordinator", address, "--processes", "2", *options]
+    # pytest uses eight devices; these processes choose how many.
+    flags = [x for x in os.environ["XLA_FLAGS"].split() if "device_count" not in x]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags)}
+    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # as `hasty_compiler` does here
     return [
         subprocess.Popen(
             [str(part) for part in (*command, "--process", number)],

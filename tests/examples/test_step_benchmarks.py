@@ -1,5 +1,7 @@
 """The benchmarks of whole training steps on the tiny model."""
 
+from optimizers import hasty_compiler as hasty_compiler
+
 from benchmarks.cost import peak_memory, training_step
 from examples.common.models import llama_weights
 
