@@ -22,8 +22,9 @@ V = Q L with orthonormal columns in Q and L = (V^T V)^(1/2). With G = grad_W f, 
 Both columns move W alike. The left one divides by |V|^2, which loses digits when V is small.
 
 The package (`loft_jax`) adds: a basis for sharded factors, packed P_i, m x n work in blocks, a
-bound on Adam's ratio against rounding, clipping (block 6), stacked layers, several devices. It also
-lets the same factor move again after a step in which no adapter had a gradient.
+bound on Adam's ratio against rounding, balanced factors (`balance=False` leaves them out), clipping
+(block 6), stacked layers, several devices. It also lets the same factor move again after a step in
+which no adapter had a gradient.
 
 `python examples/minimal_loft.py` takes a few seconds. It prints a table of losses in matrix
 factorization, all at one learning rate: AdamW on W, LoFT with either second moment, and LoRA (AdamW

@@ -91,6 +91,7 @@ def both(params, second_moment, scale=1.0, weight_decay=0.0):
         eps=1e-8,
         weight_decay=weight_decay,
         second_moment=second_moment,
+        balance=False,
         pairs=loft_jax.LoraPairs(scale=scale),
     )
     loss = make_loss(params, scale)

@@ -4,8 +4,8 @@
 
 The counts do not depend on the machine: the numbers of the state, and the multiply-adds (twice that
 in FLOPs) of the matrix products of one step, those of the more expensive branch where the factors
-alternate. Elementwise work and decompositions of r x r matrices are not counted. The base is
-`optax.adamw` on the factors, with a state of ``2 r (m + n)`` and no products.
+alternate. Elementwise work, decompositions of r x r matrices and the balance of the factors are not
+counted. The base is `optax.adamw` on the factors, with a state of ``2 r (m + n)`` and no products.
 """
 
 import argparse
@@ -23,12 +23,12 @@ from loft_jax import baselines, loft_adamw, loft_muon, loft_sgd
 
 OPTIMIZERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
     "LoRA: optax.adamw": optax.adamw,
-    "loft_adamw, calibrated": loft_adamw,
-    "loft_adamw, factored": functools.partial(loft_adamw, second_moment="factored"),
-    "loft_adamw, diagonal": functools.partial(loft_adamw, second_moment="diagonal"),
-    "loft_muon": loft_muon,
-    "loft_sgd": loft_sgd,
-    "loft_sgd, momentum": functools.partial(loft_sgd, momentum=0.9),
+    "loft_adamw, calibrated": functools.partial(loft_adamw, balance=False),
+    "loft_adamw, factored": functools.partial(loft_adamw, second_moment="factored", balance=False),
+    "loft_adamw, diagonal": functools.partial(loft_adamw, second_moment="diagonal", balance=False),
+    "loft_muon": functools.partial(loft_muon, balance=False),
+    "loft_sgd": functools.partial(loft_sgd, balance=False),
+    "loft_sgd, momentum": functools.partial(loft_sgd, momentum=0.9, balance=False),
     "lora_plus": baselines.lora_plus,
     "scaled_adamw": baselines.scaled_adamw,
     "scaled_sgd": baselines.scaled_sgd,

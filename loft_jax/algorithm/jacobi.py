@@ -51,7 +51,8 @@ def symmetric_eigen(
         return rotate(rotate(matrix).T), rotate(vectors)
 
     rounds = _SWEEPS * (size - 1)
-    eye = jnp.eye(size, dtype=matrix.dtype)
+    # Inside a shard_map the vectors differ between devices as the matrix does.
+    eye = jnp.eye(size, dtype=matrix.dtype) + jnp.zeros_like(padded)
     padded, vectors = jax.lax.fori_loop(0, rounds, one_round, (padded, eye))
     return jnp.diagonal(padded)[:r], vectors[:r, :r]
 

@@ -36,7 +36,7 @@ def balance_factors(pairs: Any = None) -> optax.GradientTransformationExtraArgs:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> params = {"lora_a": jnp.array([[100.0, 99.0], [0.0, 1.0]]), "lora_b": 0.01 * jnp.eye(2)}
+      >>> params = {"lora_a": jnp.array([[3.0, 2.0], [0.0, 1.0]]), "lora_b": jnp.eye(2)}
       >>> none = {"lora_a": jnp.zeros((2, 2)), "lora_b": jnp.zeros((2, 2))}
       >>> tx = balance_factors()
       >>> updates, _ = tx.update(none, tx.init(params), params)
