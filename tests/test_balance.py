@@ -11,6 +11,7 @@ from optimizers import hasty_compiler as hasty_compiler
 from oracles import Hyper, Problem
 from trajectories import follow, transformation
 
+from benchmarks.cost import low_precision
 from loft_jax import LoraPairs, balance_factors, loft_adamw, loft_muon, loft_sgd, scale_by_loft_adam
 from loft_jax.algorithm.balance import balancing_matrices, is_unbalanced
 from loft_jax.algorithm.jacobi import symmetric_eigen
@@ -185,64 +186,21 @@ def test_methods_that_depend_on_the_factors_keep_them(options, x64):
 
 # bfloat16 and float16 do.
 
-LOW = {
-    "calibrated": functools.partial(loft_adamw, 1e-3),
-    "factored": functools.partial(loft_adamw, 1e-3, second_moment="factored"),
-    "sgd": functools.partial(loft_sgd, 0.01),
-    "muon": functools.partial(loft_muon, 1e-3),
-}
 
-
-def descents(tx, rows: int, rank: int, dtype, seeds: int = 8) -> tuple[np.ndarray, np.ndarray]:
-    """Losses of 200 steps of random problems, and the largest entry that a factor had."""
-    n, cast = 64, lambda x: x.astype(dtype)
-
-    @jax.jit
-    @jax.vmap
-    def run(seed):
-        keys = jax.random.split(jax.random.key(seed), 4)
-        normal = jax.random.normal
-        w, x, y = (
-            normal(keys[0], (n, n)) / 8,
-            normal(keys[1], (rows, n)),
-            normal(keys[2], (rows, n)),
-        )
-        params = {"lora_a": normal(keys[3], (n, rank)) / 8, "lora_b": jnp.zeros((rank, n))}
-
-        def loss(p):
-            out = cast(x) @ cast(w) + (cast(x) @ cast(p["lora_a"])) @ cast(p["lora_b"])
-            return jnp.mean((out.astype(jnp.float32) - y) ** 2)
-
-        def step(carry, _):
-            params, state = carry
-            value, gradients = jax.value_and_grad(loss)(params)
-            updates, state = tx.update(gradients, state, params)
-            params = optax.apply_updates(params, updates)
-            largest = jnp.stack([jnp.abs(x).max() for x in params.values()]).max()
-            return (params, state), (value, largest)
-
-        return jax.lax.scan(step, (params, tx.init(params)), None, length=200)[1]
-
-    values, largest = run(jnp.arange(seeds))
-    return np.asarray(values), np.asarray(largest).max(axis=1)
-
-
-@pytest.mark.parametrize("method", LOW)
+@pytest.mark.parametrize("method", ["calibrated", "factored", "muon", "sgd"])
 @pytest.mark.parametrize(("rows", "rank"), [(1, 4), (8, 16)])
 def test_few_rows_in_bfloat16_are_as_good_as_in_float32(method, rows, rank):
-    wide, _ = descents(LOW[method](), rows, rank, jnp.float32)
-    low, largest = descents(LOW[method](), rows, rank, jnp.bfloat16)
+    wide, low, _ = low_precision.measure(method, rows, rank, 8, balance=True)
     # A loss that float32 takes to zero ends where bfloat16 rounds the outputs.
-    floor = 1e-3 * wide[:, 0]
-    np.testing.assert_array_less(low[:, -1], 1.05 * wide[:, -1] + floor)
-    np.testing.assert_array_less(low.max(axis=1), 2 * wide[:, 0])
-    np.testing.assert_array_less(largest, 10)
+    assert low["excess"] < 0.05 * wide["final"] + 1e-3
+    assert low["peak"] < 1.1
+    assert low["largest"] < 10
 
 
 def test_without_balance_few_rows_in_bfloat16_are_lost():
     """What the balance is for, so that the test above can fail."""
-    low, largest = descents(loft_sgd(0.01, balance=False), 8, 16, jnp.bfloat16)
-    assert not np.isfinite(low[:, -1]).all() or largest.max() > 1e3
+    _, low, _ = low_precision.measure("sgd", 8, 16, 8, balance=False)
+    assert low["excess"] > 1
 
 
 @pytest.mark.parametrize("decay", [0.9, 0.1, 0.01])

@@ -12,6 +12,7 @@ COMMANDS = (
     "peak-memory",
     "compile-time",
     "precision",
+    "low-precision",
     "method-costs",
     "figures",
 )
