@@ -39,8 +39,9 @@ def missing_sections(value: Any) -> list[str]:
     wanted = ["Example:"]
     if inspect.isclass(value):
         # Records and exceptions need no example: the functions that return them show one.
-        is_record = "Attributes:" in doc or issubclass(value, BaseException | Warning)
-        wanted = [] if is_record else ["Args:"]
+        is_record = "Attributes:" in doc or issubclass(value, BaseException)
+        needs_args = not is_record and inspect.signature(value).parameters
+        wanted = [] if is_record else ["Example:", *(["Args:"] if needs_args else [])]
     elif inspect.isfunction(value):
         wanted += ["Args:"] if inspect.signature(value).parameters else []
         wanted += ["Returns:", "Raises:"]

@@ -93,10 +93,10 @@ def merge(
       weights: ``(regex of the path of a, path of its weight)`` entries, for names other than those
         of Flax, qwix, gemma.peft, MaxText and Keras. The path may refer to groups of the regex.
       transpose: ``(regex of the path of a, permutation)`` entries. The permutation takes the axes
-        of the product, (*batch, *rows of a, *rows of b), to those of the weight. Use it if an
+        of the product, ``(*batch, *rows of a, *rows of b)``, to those of the weight. Use it if an
         error asks for it, and for einsum kernels with an output axis before input axes of the same
         size or with a batch axis that is not first. By default a weight with one output axis is
-        read as (*batch, *inputs, output).
+        read as ``(*batch, *inputs, output)``.
 
     Returns:
       `base` with merged weights, each in its own dtype; sums are computed in float32 or wider. In
@@ -184,7 +184,7 @@ def _add_products(
 
 
 def _product(pair: Pair, a: jax.Array, b: jax.Array) -> jax.Array:
-    """Returns ``a b`` with the axes (*batch, *rows of a, *rows of b)."""
+    """Returns ``a b`` with the axes ``(*batch, *rows of a, *rows of b)``."""
     rows_a = [a.shape[axis] for axis in pair.layout_a.rows]
     rows_b = [b.shape[axis] for axis in pair.layout_b.rows]
     a, b = pair.layout_a.matricize(a), pair.layout_b.matricize(b)

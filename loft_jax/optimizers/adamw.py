@@ -204,8 +204,8 @@ def loft_adamw(
       weight_decay: decoupled, times the learning rate; a number or a schedule. It decays the
         adapter's part of the weight, not the frozen base.
       mask: a tree of booleans, or a function from parameters to one, of what to decay.
-      second_moment, alternate, scale_gradient, calibrate, reconstruct, moves_first, nu_dtype,
-        pairs: see `scale_by_loft_adam`.
+      second_moment, alternate, scale_gradient, calibrate, reconstruct: see `scale_by_loft_adam`.
+      moves_first, nu_dtype, pairs: see `scale_by_loft_adam`.
       max_norm: clips the gradients by the norm that full fine-tuning would see, before the moments
         (block 6, see `clip_by_projected_global_norm`); None does not clip.
       balance: whether the update also keeps the factors balanced (see `balance_factors`): the same
