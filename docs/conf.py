@@ -24,6 +24,7 @@ extensions = [
     "myst_nb",
     "public_names",  # in _ext
     "repository_files",  # in _ext
+    "short_types",  # in _ext
 ]
 exclude_patterns = ["_build", "_ext", "**.ipynb_checkpoints"]
 templates_path = ["_templates"]
@@ -40,6 +41,7 @@ python_maximum_signature_line_length = 88
 python_use_unqualified_type_names = True
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
+napoleon_use_param = False  # "b1, b2, eps: ..." stays one entry
 napoleon_use_rtype = False
 napoleon_use_ivar = True
 napoleon_custom_sections = ["Source"]
