@@ -13,7 +13,7 @@ import pytest
 
 import loft_jax
 from loft_jax import baselines
-from tests.optimizers import hasty_compiler  # noqa: F401
+from optimizers import hasty_compiler as hasty_compiler
 
 DOCS = Path(__file__).parents[1] / "docs"
 METHODS = sorted((DOCS / "methods").glob("*.md"))
