@@ -25,6 +25,7 @@ extensions = [
     "public_names",  # in _ext
     "repository_files",  # in _ext
     "short_types",  # in _ext
+    "functions_in_tables",  # in _ext
 ]
 exclude_patterns = ["_build", "_ext", "**.ipynb_checkpoints"]
 templates_path = ["_templates"]
@@ -44,6 +45,7 @@ napoleon_numpy_docstring = False
 napoleon_use_param = False  # "b1, b2, eps: ..." stays one entry
 napoleon_use_rtype = False
 napoleon_use_ivar = True
+napoleon_attr_annotations = False
 napoleon_custom_sections = ["Source"]
 
 myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence", "deflist", "attrs_inline"]
