@@ -9,12 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from optimizers import assert_trees_close, random_like
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from optimizers import assert_trees_close, random_like, train, types
 from optimizers import hasty_compiler as hasty_compiler
 from oracles import Hyper, MomentumHyper, Problem, adamw, projector
 
-from loft_jax import LoraPairs, loft_adamw, loft_muon, loft_sgd
-from loft_jax.adapters import change_rank, renew
+from loft_jax import LoraAxes, LoraPairs, loft_adamw, loft_muon, loft_sgd
+from loft_jax.adapters import LoraRule, add_lora, change_rank, merge, renew, renew_model
 from loft_jax.algorithm.pair import FactorPair
 from loft_jax.algorithm.renewal import RenewalInput, momentum_directions
 
@@ -263,3 +266,179 @@ def test_moments_point_along_the_leading_directions_of_a_gradient(assert_close):
         assert_close(abs(expected.T @ columns), np.eye(2), 5e-3, "leading directions")
     more = momentum_directions(jax.random.key(0), given, 5)
     assert all(np.linalg.matrix_rank(x) == 5 for x in more)
+
+
+# Trees: stacks, layouts, meshes, frameworks, errors.
+
+KERNELS = {"q": (8, 16), "stack": (8, 6, 10), "heads": (8, 2, 4)}
+PAIRS = LoraPairs(
+    axes=(("stack/.*", LoraAxes(batch=(0,))), ("heads/.*", LoraAxes())), scale=(("q/.*", 2.0),)
+)
+SPECS = {
+    "q": (P("x", None), P("x", None), P(None, None)),
+    "stack": (P("x"), P("x"), P("x")),
+    "heads": (P("x"), P("x", None), P()),
+}
+
+
+RENEW = jax.jit(functools.partial(renew, pairs=PAIRS, keep=1))
+
+
+@functools.cache
+def model_tree() -> tuple:
+    """Base, adapter and a state with moments: plain, stacked and of several heads."""
+    factors = {
+        "q": ((8, 2), (2, 16)),
+        "stack": ((8, 6, 2), (8, 2, 10)),
+        "heads": ((8, 2), (2, 2, 4)),
+    }
+    base = {name: {"kernel": jnp.zeros(shape)} for name, shape in KERNELS.items()}
+    adapter = {n: {"lora_a": jnp.zeros(a), "lora_b": jnp.zeros(b)} for n, (a, b) in factors.items()}
+    base, adapter = random_like(base, 0), random_like(adapter, 1)
+    tx = optax.chain(optax.clip(1e6), loft_adamw(0.1, second_moment="factored", pairs=PAIRS))
+    adapter, state = train(tx, adapter, [random_like(adapter, seed) for seed in (2, 3)])
+    return base, adapter, state
+
+
+def test_stacks_and_heads_are_renewed_as_plain_matrices():
+    base, adapter, state = model_tree()
+    new = RENEW(base, adapter, state, jax.random.key(0))
+    assert types(new) == types((base, adapter, state))
+    assert_trees_close(merge(*new[:2], PAIRS), merge(base, adapter, PAIRS))
+    leading = lambda tree: jnp.linalg.svd(
+        jnp.einsum("lmr,lrn->lmn", *tree["stack"].values()), compute_uv=False
+    )[:, 0]
+    # Which of the two new singular values is the larger depends on the layer.
+    np.testing.assert_array_less(0.99 * leading(adapter), leading(new.adapter))
+    moments = [jnp.linalg.norm(x) for x in jax.tree.leaves(new.state[1][0].mu)]
+    assert all(x > 0 for x in moments)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_a_mesh_changes_no_renewal_and_no_sharding(axis_type):
+    base, adapter, state = model_tree()
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(axis_type,))
+    expected = RENEW(base, adapter, state, jax.random.key(0))
+    specs_base = {n: {"kernel": s[0]} for n, s in SPECS.items()}
+    specs = {n: {"lora_a": s[1], "lora_b": s[2]} for n, s in SPECS.items()}
+    put = lambda tree, specs: jax.device_put(
+        tree, jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+    )
+    core, *others = state[1]
+    with jax.set_mesh(mesh):
+        core = core._replace(**{f: put(getattr(core, f), specs) for f in ("basis", "mu", "nu")})
+        placed = (state[0], (core, *others))
+        got = RENEW(put(base, specs_base), put(adapter, specs), placed, jax.random.key(0))
+    assert_trees_close(jax.device_get(got), jax.device_get(expected))
+    for name, entry in got.adapter.items():
+        split = entry["lora_a"].sharding.shard_shape(entry["lora_a"].shape)
+        assert split != entry["lora_a"].shape, name
+
+
+def test_ranks_may_differ_between_adapters():
+    base, adapter, state = model_tree()
+    ranks = (("q/.*", 4), ("stack/.*", 1))
+    change = jax.jit(functools.partial(change_rank, rank=ranks, pairs=PAIRS))
+    new = change(base, adapter, state, jax.random.key(0))
+    found = {name: entry["lora_a"].shape[-1] for name, entry in new.adapter.items()}
+    assert found == {"q": 4, "stack": 1, "heads": 2}
+    assert_trees_close(merge(*new[:2], PAIRS), merge(base, adapter, PAIRS))
+    tx = loft_adamw(0.1, second_moment="factored", pairs=PAIRS)
+    updates, after = tx.update(random_like(new.adapter, 5), new.state[1], new.adapter)
+    assert types(updates) == types(new.adapter)
+    assert types(after) == types(new.state[1])
+
+
+def test_an_nnx_model_is_renewed_in_place():
+    rule = LoraRule(path=".*", rank=2, alpha=4, init_b=jax.nn.initializers.normal(0.3))
+    layers = [nnx.Linear(6, 5, rngs=nnx.Rngs(0)), nnx.Linear(5, 4, rngs=nnx.Rngs(1))]
+    model = add_lora(nnx.Sequential(*layers), rule, rngs=nnx.Rngs(2))
+    pairs = rule.lora_pairs()
+    tx = loft_adamw(1e-2, pairs=pairs)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)
+    x = jnp.ones((3, 6))
+
+    def step():
+        loss = lambda model: jnp.sum(model(x) ** 2)
+        graph = nnx.DiffState(0, nnx.LoRAParam)
+        optimizer.update(model, nnx.grad(loss, argnums=graph)(model))
+
+    step()
+    before, kernel = model(x), model.layers[0].base.kernel[...]
+    for rank, expected in ((None, 2), (3, 3), (1, 1)):
+        renew_model(model, optimizer, jax.random.key(0), rank=rank, pairs=pairs)
+        np.testing.assert_allclose(model(x), before, atol=2e-5)
+        assert model.layers[0].lora_a.shape == (6, expected)
+        assert float(jnp.abs(model.layers[0].base.kernel[...] - kernel).max()) > 1e-3
+        step()
+        before = model(x)
+
+
+BAD = {
+    "no LoFT state": (
+        lambda base, adapter, state: renew(base, adapter, optax.adam(1.0).init(adapter), KEY),
+        "holds none of a LoFT optimizer",
+    ),
+    "a frozen pair": (
+        lambda base, adapter, state: renew(base, adapter, masked(adapter, NOTHING), KEY),
+        "q/lora_a: no LoFT optimizer",
+    ),
+    "a hidden subtree": (
+        lambda base, adapter, state: renew(base, adapter, masked(adapter, {"q": False}), KEY),
+        "put optax.MaskedNode",
+    ),
+    "an ablation": (
+        lambda base, adapter, state: renew(
+            base, adapter, loft_adamw(1.0, calibrate=False).init(adapter), KEY
+        ),
+        "calibrate=False",
+    ),
+    "keep": (
+        lambda base, adapter, state: renew(base, adapter, state, KEY, keep=3),
+        "q/lora_a: keep must be from 0 to 2",
+    ),
+    "rank": (
+        lambda base, adapter, state: change_rank(base, adapter, state, KEY, 9),
+        "q/lora_a: the new rank must be from 1 to 6",
+    ),
+    "directions": (
+        lambda base, adapter, state: renew(base, adapter, state, KEY, directions="gradient"),
+        "'random', 'momentum'",
+    ),
+    "no moments": (
+        lambda base, adapter, state: renew(base, adapter, loft_sgd(1.0).init(adapter), KEY),
+        "needs a first moment",
+    ),
+    "a quantized weight": (
+        lambda base, adapter, state: renew({"q": {"kernel": QUANTIZED}}, adapter, state, KEY),
+        "A quantized weight cannot be merged into",
+    ),
+}
+KEY = jax.random.key(0)
+NOTHING = {"q": {"lora_a": False, "lora_b": False}}
+
+
+def masked(adapter, mask):
+    """A state that is of no pair."""
+    return optax.masked(loft_adamw(1.0, pairs=LoraPairs(required=False)), mask).init(adapter)
+
+
+QUANTIZED = jnp.zeros((8, 6), jnp.int8)
+
+
+@pytest.mark.parametrize("mistake", BAD)
+def test_mistakes_are_named_with_their_remedy(mistake):
+    adapter = {"q": {"lora_a": jnp.ones((8, 2)), "lora_b": jnp.ones((2, 6))}}
+    base = {"q": {"kernel": jnp.zeros((8, 6))}}
+    call, message = BAD[mistake]
+    with pytest.raises(ValueError, match=message):
+        call(base, adapter, loft_adamw(1.0).init(adapter))
+
+
+def test_an_adapter_that_was_never_trained_keeps_its_zero_factor():
+    adapter = {"q": {"lora_a": jnp.ones((8, 2)), "lora_b": jnp.zeros((2, 6))}}
+    state = loft_adamw(1.0).init(adapter)
+    new = renew({"q": {"kernel": jnp.zeros((8, 6))}}, adapter, state, KEY)
+    assert not new.adapter["q"]["lora_b"].any()
+    lengths = jnp.linalg.norm(new.adapter["q"]["lora_a"], axis=0)
+    np.testing.assert_allclose(lengths, 8**0.5, rtol=1e-5)

@@ -51,7 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     train, test = python_sources()
     pretrained = _pretrained(options)
-    print(f"test loss before fine-tuning: {_test_loss(pretrained, None, test, options):.4f}")
+    print(
+        f"test loss before fine-tuning: {_test_loss(pretrained, None, test, options):.4f}",
+        flush=True,
+    )
     done = records.read(options.results) if options.results.exists() else []
     for seed in options.seed:
         for name in options.method:
@@ -61,7 +64,9 @@ def run(options: argparse.Namespace) -> None:
                 if any(all(row[k] == settings[k] for k in KEYS) for row in done):
                     continue
                 row = settings | fine_tune(pretrained, train, test, settings, options)
-                print({k: row[k] for k in ("method", "rate", "seed", "loss", "seconds")}, flush=True)
+                print(
+                    {k: row[k] for k in ("method", "rate", "seed", "loss", "seconds")}, flush=True
+                )
                 records.append(options.results, [row])
 
 
@@ -171,9 +176,8 @@ def _pretrained(options: argparse.Namespace) -> Any:
         if [x.shape for x in found] != [x.shape for x in leaves]:
             raise UserError(f"{options.cache} holds another model. Give another --cache.")
         return treedef.unflatten(found)
-    opener = gzip.open if options.text.suffix == ".gz" else open
-    with opener(options.text, "rb") as file:
-        text = np.frombuffer(file.read(), np.uint8)
+    data = options.text.read_bytes()
+    text = np.frombuffer(gzip.decompress(data) if options.text.suffix == ".gz" else data, np.uint8)
     tx = optax.adamw(warmup_cosine(3e-3, options.pretraining_steps), weight_decay=0.0)
     chunk = jax.jit(functools.partial(_train, tx, lambda p, _, batch: model.loss(p, None, batch)))
     state, rng = tx.init(params), np.random.default_rng(1)

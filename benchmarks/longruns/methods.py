@@ -39,6 +39,7 @@ class Method:
 PAIRS = LoraPairs(axes=(("layers/.*", LoraAxes(batch=(0,))),))
 _adamw = functools.partial(optax.adamw, weight_decay=0.0)
 _loft = functools.partial(loft_adamw, weight_decay=0.0, second_moment="factored", pairs=PAIRS)
+_lora_rite = functools.partial(baselines.lora_rite, pairs=PAIRS)
 
 
 def _renewed(interval: int, **renewal: Any) -> Method:
@@ -53,7 +54,9 @@ METHODS = {
     "lora-drawn-anew": Method(
         label="LoRA, drawn anew every 250, without its moments", optimizer=_adamw, interval=250
     ),
-    "lora-rite": Method(label="LoRA-RITE", optimizer=functools.partial(baselines.lora_rite, pairs=PAIRS)),
+    "lora-rite": Method(
+        label="LoRA-RITE", optimizer=functools.partial(baselines.lora_rite, pairs=PAIRS)
+    ),
     "lora-muon": Method(label="LoRA, Muon on the factors", optimizer=optax.contrib.muon),
     "loft": Method(label="LoFT, factored", optimizer=_loft),
     "loft-drawn-anew": Method(
@@ -64,8 +67,10 @@ METHODS = {
     "kept-250": _renewed(250, directions="momentum", keep=2),
     "random-25": _renewed(25, directions="random"),
     "momentum-25": _renewed(25, directions="momentum"),
+    "stiff-25": _renewed(25, directions="momentum", size=1.0),
     "kept-25": _renewed(25, directions="momentum", keep=2),
     "momentum-5": _renewed(5, directions="momentum"),
+    "stiff-5": _renewed(5, directions="momentum", size=1.0),
 }
 
 
@@ -98,7 +103,8 @@ def warmup_cosine(rate: jax.typing.ArrayLike, steps: int) -> optax.Schedule:
     warmup = max(steps // 20, 1)
 
     def schedule(count: jax.typing.ArrayLike) -> jax.Array:
+        count = jnp.asarray(count)
         cosine = (1 + jnp.cos(jnp.pi * (count - warmup) / (steps - warmup))) / 2
-        return rate * jnp.where(count < warmup, (count + 1) / warmup, cosine)
+        return jnp.asarray(rate) * jnp.where(count < warmup, (count + 1) / warmup, cosine)
 
     return schedule

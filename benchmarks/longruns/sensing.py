@@ -85,10 +85,10 @@ def _fit(
         y = x @ target + NOISE * jax.random.normal(of_noise, (BATCH, SIZE))
         loss = lambda trained: jnp.sum((x @ weight(base, trained) - y) ** 2) / (2 * BATCH)
         updates, state = tx.update(jax.grad(loss)(trained), state, trained)
-        carry = base, optax.apply_updates(trained, updates), state
+        carry = (base, optax.apply_updates(trained, updates), state)
         if method.interval is not None:
             now = ((k + 1) % method.interval == 0) & (k + 1 < STEPS)
-            renewed = lambda: tuple(change(*carry, of_renewal))
+            renewed = lambda: tuple(change(base, carry[1], carry[2], of_renewal))
             carry = jax.lax.cond(now, renewed, lambda: carry)
         return carry, None
 

@@ -1,6 +1,6 @@
 """Prints the tables of the long runs from their results.
 
-    python -m benchmarks.longruns table
+python -m benchmarks.longruns table
 """
 
 import argparse

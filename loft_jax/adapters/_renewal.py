@@ -1,6 +1,7 @@
 """Renews adapters in the middle of training: other directions, the same model."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,6 +10,7 @@ from flax import nnx
 
 from loft_jax.adapters._trees import add_products
 from loft_jax.algorithm.renewal import Directions
+from loft_jax.execution.explicit_mesh import in_auto_axes
 from loft_jax.optimizers.renewal import renew_adapter
 from loft_jax.pairs.spec import PerPair
 
@@ -37,7 +39,7 @@ def renew(
     pairs: Any = None,
     keep: PerPair = 0,
     directions: str | Directions = "momentum",
-    size: float = 1.0,
+    size: float = 0.1,
     weights: Sequence[tuple[str, str]] = (),
     transpose: Sequence[tuple[str, Sequence[int]]] = (),
 ) -> Renewed:
@@ -90,17 +92,8 @@ def renew(
       >>> bool(jnp.allclose(new.base["q"]["kernel"] + after, before, atol=1e-6))
       True
     """
-    renewed = renew_adapter(
-        adapter,
-        state,
-        key,
-        pairs=pairs,
-        keep=keep,
-        rank=None,
-        directions=directions,
-        size=size,
-    )
-    return _with_base(base, adapter, renewed, pairs, weights, transpose)
+    plan = functools.partial(renew_adapter, keep=keep, rank=None, directions=directions, size=size)
+    return _renew(plan, base, adapter, state, key, pairs, weights, transpose)
 
 
 def change_rank(
@@ -112,7 +105,7 @@ def change_rank(
     *,
     pairs: Any = None,
     directions: str | Directions = "momentum",
-    size: float = 1.0,
+    size: float = 0.1,
     weights: Sequence[tuple[str, str]] = (),
     transpose: Sequence[tuple[str, Sequence[int]]] = (),
 ) -> Renewed:
@@ -148,30 +141,69 @@ def change_rank(
       >>> new.adapter["q"]["lora_a"].shape, new.state[0].mu["q"]["lora_b"].shape
       ((6, 3), (3, 5))
     """
-    renewed = renew_adapter(
-        adapter,
-        state,
+    plan = functools.partial(renew_adapter, keep=None, rank=rank, directions=directions, size=size)
+    return _renew(plan, base, adapter, state, key, pairs, weights, transpose)
+
+
+def renew_model(
+    model: nnx.Module,
+    optimizer: nnx.Optimizer,
+    key: jax.Array,
+    *,
+    rank: PerPair = None,
+    **options: Any,
+) -> None:
+    """Renews the adapters of an nnx model in place, or changes their rank.
+
+    Args:
+      model: with adapters of `add_lora` or of Flax, whose frozen weights are floating point.
+      optimizer: an `nnx.Optimizer` of these adapters, with a LoFT optimizer inside.
+      key: of the random numbers.
+      rank: a new rank, as in `change_rank`; None calls `renew`.
+      **options: those of `renew` or of `change_rank`.
+
+    Raises:
+      ValueError: as `renew` and `change_rank`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from loft_jax import loft_adamw
+      >>> from loft_jax.adapters import LoraRule, add_lora
+      >>> rule = LoraRule(path="", rank=2, alpha=4, init_b=jax.nn.initializers.normal())
+      >>> model = add_lora(nnx.Linear(6, 5, rngs=nnx.Rngs(0)), rule, rngs=nnx.Rngs(1))
+      >>> optimizer = nnx.Optimizer(model, loft_adamw(1e-3, pairs=rule), wrt=nnx.LoRAParam)
+      >>> before = model(jnp.ones((1, 6)))
+      >>> renew_model(model, optimizer, jax.random.key(0), pairs=rule)
+      >>> bool(jnp.allclose(model(jnp.ones((1, 6))), before, atol=1e-5))
+      True
+    """
+    adapters = optimizer.wrt
+    args = (
+        nnx.as_pure(nnx.state(model, nnx.Not(adapters))),
+        nnx.as_pure(nnx.state(model, adapters)),
+        nnx.as_pure(optimizer.opt_state),
         key,
-        pairs=pairs,
-        keep=None,
-        rank=rank,
-        directions=directions,
-        size=size,
     )
-    return _with_base(base, adapter, renewed, pairs, weights, transpose)
+    new = renew(*args, **options) if rank is None else change_rank(*args, rank, **options)
+    nnx.update(model, new.base)
+    nnx.update(model, new.adapter)
+    nnx.update(optimizer.opt_state, nnx.state(new.state))
 
 
-def _with_base(
+def _renew(
+    renew_adapter: Callable[..., tuple[Any, optax.OptState]],
     base: Any,
     adapter: Any,
-    renewed: tuple[Any, optax.OptState],
+    state: optax.OptState,
+    key: jax.Array,
     pairs: Any,
     weights: Sequence[tuple[str, str]],
     transpose: Sequence[tuple[str, Sequence[int]]],
 ) -> Renewed:
-    new, state = renewed
-    terms = [(1, adapter), (-1, new)]
-    return Renewed(add_products(base, terms, pairs, weights, transpose), new, state)
+    def on_arrays(base: Any, adapter: Any, state: Any, key: jax.Array) -> tuple[Any, Any, Any]:
+        new, new_state = renew_adapter(adapter, state, key, pairs=pairs)
+        terms = [(1, adapter), (-1, new)]
+        return add_products(base, terms, pairs, weights, transpose), new, new_state
 
-
-nnx  # noqa: B018
+    like = (base, adapter, state)
+    return Renewed(*in_auto_axes(on_arrays, base, adapter, state, key, out_like=like))

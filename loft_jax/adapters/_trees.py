@@ -184,13 +184,11 @@ def add_products(
         weight = leaves[k]
         order = next((to for regex, to in transpose if re.fullmatch(regex, path)), None)
         wide = jnp.promote_types(weight.dtype, jnp.float32)
-        factors = lambda of, pair=pair, wide=wide: (
-            of.leaves[k].astype(wide) for k in (pair.a, pair.b)
-        )
-        products = (
-            sign * _product(pair, *factors(of)) for sign, of in zip(signs, trees, strict=True)
-        )
-        product = _arrange(sum(products), pair, tuple(weight.shape), order, path)
+        product = jnp.zeros([], wide)
+        for sign, of in zip(signs, trees, strict=True):
+            a, b = (of.leaves[position].astype(wide) for position in (pair.a, pair.b))
+            product += sign * _product(pair, a, b)
+        product = _arrange(product, pair, tuple(weight.shape), order, path)
         leaves[k] = (weight + pair.scale * product).astype(weight.dtype)
     return jax.tree.unflatten(treedef, leaves)
 

@@ -120,12 +120,7 @@ def renew_factors(
         length = jnp.where(mean_square > 0, size**0.5 * mean_square**0.25, own_length)
         return jnp.concatenate([old, length * _outside(old, new)], axis=1)
 
-    return FactorPair(
-        *(
-            extend(*of)
-            for of in zip(given.factors, grams, kept, new, strict=True)
-        )
-    )
+    return FactorPair(*(extend(*of) for of in zip(given.factors, grams, kept, new, strict=True)))
 
 
 def carry_moments(

@@ -1,9 +1,10 @@
 """Baselines: the methods that LoFT is compared with, on the same `LoraPairs`.
 
 Optimizers: `lora_plus`, `scaled_adamw` and `scaled_sgd` (Riemannian preconditioning), `lora_fa`,
-`altlora`, `altlora_plus`, `lora_pro`, `lora_rite`, `adalora`. Adapters: `rslora_scale`, `pissa_init`,
-`lora_ga_init`, `dora_init`, `dora_weight`, `dora_output`, `orthogonality_penalty`. They follow
-their papers. Where the released code differs, the docstring states the difference and the choice.
+`altlora`, `altlora_plus`, `lora_pro`, `lora_rite`, `adalora`. Adapters: `rslora_scale`,
+`pissa_init`, `lora_ga_init`, `dora_init`, `dora_weight`, `dora_output`, `orthogonality_penalty`.
+They follow their papers. Where the released code differs, the docstring states the difference and
+the choice.
 """
 
 from loft_jax.baselines._adalora import AdaloraState as AdaloraState

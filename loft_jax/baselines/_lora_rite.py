@@ -174,9 +174,7 @@ def _lora_rite_core(
         fields = zero_state(tree, widths, (None, None))
         for k in tree.others:  # the optimizer of these keeps their moments
             fields[1][k] = fields[2][k] = optax.MaskedNode()
-        return ScaleByLoraRiteState(
-            jnp.zeros([], jnp.int32), *map(tree.treedef.unflatten, fields)
-        )
+        return ScaleByLoraRiteState(jnp.zeros([], jnp.int32), *map(tree.treedef.unflatten, fields))
 
     @jax.default_matmul_precision("highest")
     def step(
@@ -238,19 +236,17 @@ def _factor(
     mu = b1 * mu @ calibration + (1 - b1) * h @ inverse
     direction = to_factor(mu / one_minus_power(b1, k), basis)
     # The step is never 0: the choice shows the compiler that the new state is sharded as the old.
-    return direction, mu, jnp.where(k > 0, _pack(second, escaped, nu.shape), nu)
+    return direction, mu, jnp.where(k > 0, _pack(second, escaped, nu), nu)
 
 
 def _pack(
-    second: Float[Array, "r r"], escaped: Float[Array, ""], shape: tuple[int, int]
+    second: Float[Array, "r r"], escaped: Float[Array, ""], like: Float[Array, "m width"]
 ) -> Float[Array, "m width"]:
     entries = jnp.append(packed(second), escaped)
-    return jnp.pad(entries, (0, shape[0] * shape[1] - len(entries))).reshape(shape)
+    return jnp.pad(entries, (0, like.size - len(entries))).reshape(like.shape)
 
 
-def _unpack(
-    nu: Float[Array, "m width"], r: int
-) -> tuple[Float[Array, "r r"], Float[Array, ""]]:
+def _unpack(nu: Float[Array, "m width"], r: int) -> tuple[Float[Array, "r r"], Float[Array, ""]]:
     """Inverse of `_pack`."""
     entries = nu.ravel()[: packed_size(r) + 1]
     return entries[:-1][unpacking(r)], entries[-1]

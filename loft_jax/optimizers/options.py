@@ -91,4 +91,6 @@ def second_moment_name(options: Options) -> str:
       >>> second_moment_name(make_options("factored", Blocks()))
       'factored'
     """
-    return next(name for name, kind in _MOMENTS.items() if type(kind) is type(options.second_moment))
+    return next(
+        name for name, kind in _MOMENTS.items() if type(kind) is type(options.second_moment)
+    )

@@ -17,7 +17,6 @@ from loft_jax.algorithm.renewal import (
     renew_factors,
 )
 from loft_jax.algorithm.second_moment import SECOND_MOMENTS, SecondMoment
-from loft_jax.execution.arguments import leaves_like
 from loft_jax.execution.groups import Group, group_pairs
 from loft_jax.optimizers.adamw import ScaleByLoftAdamState
 from loft_jax.optimizers.muon import ScaleByLoftMuonState
@@ -37,21 +36,21 @@ class _Plan(NamedTuple):
 
 
 class _Leaves(NamedTuple):
-    """A LoFT state as flat lists, in the order of the parameters' leaves.
+    """A LoFT state as flat lists in the order of the parameters' leaves, empty where it has none.
 
     Attributes:
-      basis, mu, nu: its trees; None where it has none.
+      basis, mu, nu: its trees.
       second_moment: how ``nu`` is kept.
     """
 
-    basis: list[Any] | None
-    mu: list[Any] | None
-    nu: list[Any] | None
+    basis: list[Any]
+    mu: list[Any]
+    nu: list[Any]
     second_moment: SecondMoment | None
 
     def has(self, factor: int) -> bool:
         """Whether the state is of the factor at this position, and not masked there."""
-        return self.basis is not None and not isinstance(self.basis[factor], optax.MaskedNode)
+        return bool(self.basis) and not isinstance(self.basis[factor], optax.MaskedNode)
 
 
 def renew_adapter(
@@ -82,7 +81,7 @@ def renew_adapter(
     choose = _directions(directions, states)
 
     leaves = list(tree.leaves)
-    new_states = [s._replace(**{f: _copy(getattr(s, f)) for f in s._fields[:3]}) for s in states]
+    new_states = [x._replace(basis=[*x.basis], mu=[*x.mu], nu=[*x.nu]) for x in states]
     for number, (plan, members) in enumerate(_plans(tree, keep, rank).items()):
         _check_ablations(tree, members, plan, flat)
         part = PairedTree(tree.paths, tree.leaves, tree.treedef, tuple(members), tree.splits)
@@ -106,62 +105,53 @@ def _renew_group(
     old_states: Sequence[_Leaves],
     new_states: Sequence[_Leaves],
 ) -> None:
-    """Writes the renewed factors of a group to the lists, and its moments."""
-    kind, names = group.kind, ("a", "b")
-    matrices = lambda leaves: FactorPair(*(group.matrices(name, leaves) for name in names))
+    """Writes the renewed factors of a group to the new leaves, and its moments to the states."""
+    kind = group.kind
+    of_both = lambda leaves: FactorPair(group.matrices("a", leaves), group.matrices("b", leaves))
     of_group = [k for k, state in enumerate(old_states) if state.has(group.leaves.a[0])]
-    factors = matrices(old_leaves)
-    first = next((old_states[k].mu for k in of_group), None)
-    given = RenewalInput(factors, None if first is None else matrices(first))
+    moments = of_both(old_states[of_group[0]].mu) if of_group else None
+    given = RenewalInput(of_both(old_leaves), moments)
 
     def renew(key: jax.Array, given: RenewalInput) -> FactorPair[jax.Array]:
         return renew_factors(key, given, plan.keep, plan.new, directions, size)
 
     keys = jax.random.split(key, kind.batch) if kind.batch else key
-    new = kind.over_batch(renew)(keys, given)
-    for name, of_name in zip(names, new, strict=True):
-        group.put_matrices(name, of_name, new_leaves, old_leaves)
-
-    bases_of = kind.over_batch(
-        lambda pair: FactorPair(*(orthonormal_basis(x, kind.scale) for x in pair))
-    )
-    old_bases, new_bases = bases_of(factors), bases_of(new)
+    factors = kind.over_batch(renew)(keys, given)
+    group.put_matrices("a", factors.a, new_leaves, old_leaves)
+    group.put_matrices("b", factors.b, new_leaves, old_leaves)
     for k in of_group:
-        old, target = old_states[k], new_states[k]
-        assert old.basis is not None
+        old, new = old_states[k], new_states[k]
         carry = kind.over_batch(functools.partial(carry_moments, old.second_moment))
-        previous = matrices(old.basis)
-        for name, partner in (("a", "b"), ("b", "a")):
-            of_name = lambda leaves, name=name: (
-                None if leaves is None else group.matrices(name, leaves)
-            )
-            bases = [getattr(x, partner) for x in (old_bases, new_bases)]
-            moments = Moments(of_name(old.mu), of_name(old.nu))
-            carried = carry(moments, getattr(previous, partner), *bases)
-            for before, after, leaves in zip(
-                (old.mu, old.nu), (target.mu, target.nu), carried, strict=True
-            ):
-                if before is not None:
-                    group.put_matrices(name, leaves, after, before)
-            group.put_matrices(partner, bases[1].matrix, target.basis, old.basis)
+        for own, partner in ("ab", "ba"):
+            basis_of = kind.over_batch(functools.partial(orthonormal_basis, scale=kind.scale))
+            bases = basis_of(getattr(given.factors, partner)), basis_of(getattr(factors, partner))
+            before = [group.matrices(own, x) if x else None for x in (old.mu, old.nu)]
+            after = carry(Moments(*before), group.matrices(partner, old.basis), *bases)
+            group.put_matrices(partner, bases[1].matrix, new.basis, old.basis)
+            for x, target, like in zip(after, (new.mu, new.nu), (old.mu, old.nu), strict=True):
+                if x is not None:
+                    group.put_matrices(own, x, target, like)
 
 
 def _read(tree: PairedTree, state: Any) -> _Leaves:
-    flat = lambda field: None if field is None else leaves_like(tree, field, "states")
-    basis, mu, nu = flat(state.basis), flat(state.mu), flat(getattr(state, "nu", None))
-    second_moment = None
-    if nu is not None:
-        second_moment = SECOND_MOMENTS[second_moment_name(state.options)]
-    return _Leaves(basis, mu, nu, second_moment)
+    def flat(field: Any) -> list[Any]:
+        try:
+            return [] if field is None else tree.treedef.flatten_up_to(field)
+        except ValueError as error:
+            raise ValueError(
+                f"The state does not have the structure of the adapter: {error}. Pass the tree of "
+                "parameters that the optimizer was given. Where optax.masked or optax.partition "
+                "hides a subtree from it, put optax.MaskedNode() in its place"
+            ) from error
+
+    nu = flat(getattr(state, "nu", None))
+    second_moment = SECOND_MOMENTS[second_moment_name(state.options)] if nu else None
+    return _Leaves(flat(state.basis), flat(state.mu), nu, second_moment)
 
 
 def _write(tree: PairedTree, state: Any, leaves: _Leaves) -> Any:
-    fields = {f: x for f, x in leaves._asdict().items() if isinstance(x, list)}
-    return state._replace(**{f: tree.treedef.unflatten(x) for f, x in fields.items()})
-
-
-def _copy(leaves: list[Any] | None) -> list[Any] | None:
-    return None if leaves is None else list(leaves)
+    fields = {name: x for name, x in leaves._asdict().items() if isinstance(x, list) and x}
+    return state._replace(**{name: tree.treedef.unflatten(x) for name, x in fields.items()})
 
 
 def _plans(tree: PairedTree, keep: PerPair, rank: PerPair) -> dict[_Plan, list[Pair]]:
@@ -194,7 +184,7 @@ def _directions(directions: str | Directions, states: Sequence[_Leaves]) -> Dire
     if directions not in DIRECTIONS:
         names = ", ".join(map(repr, DIRECTIONS))
         raise ValueError(f"directions must be a function or one of {names}, got {directions!r}")
-    if directions == "momentum" and any(state.mu is None for state in states):
+    if directions == "momentum" and not all(state.mu for state in states):
         raise ValueError(
             "directions='momentum' needs a first moment, and loft_sgd without momentum has none: "
             "use 'random' or a function"
@@ -209,7 +199,7 @@ def _check_states(tree: PairedTree, states: Sequence[_Leaves]) -> None:
             "Pass the whole optimizer state of loft_adamw, loft_muon or loft_sgd. With another "
             "optimizer, merge the adapter, draw a new one, and make the state anew"
         )
-    if any(state.basis is None for state in states):
+    if not all(state.basis for state in states):
         return
     for pair in tree.pairs:
         if not any(state.has(pair.a) for state in states):
@@ -230,4 +220,3 @@ def _check_ablations(
                 f"{tree.paths[members[0].a]}: the state was made with {options}. A renewal carries "
                 "moments in orthonormal bases: it needs scale_gradient, calibrate and reconstruct"
             )
-

@@ -206,7 +206,9 @@ class LoraRite:
         self.second = b2 * carried + (1 - b2) * g.T @ g / len(g)
         values, vectors = np.linalg.eigh(self.second)
         root = np.sqrt(np.maximum(values, 0) + self.rho + self.eps_root) + self.eps
-        self.first = b1 * (self.first @ p if k > 1 else 0) + (1 - b1) * g @ vectors / root @ vectors.T
+        self.first = (
+            b1 * (self.first @ p if k > 1 else 0) + (1 - b1) * g @ vectors / root @ vectors.T
+        )
         return self.first @ np.linalg.pinv(partner).T / self.scale
 
 
