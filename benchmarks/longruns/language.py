@@ -29,6 +29,7 @@ from examples.common.errors import UserError
 
 RESULTS = Path(__file__).parent / "results" / "language.jsonl"
 LAYERS, WIDTH, LENGTH, BATCH = 2, 128, 64, 8
+TEST_BATCHES = 64
 KEYS = ("method", "rate", "rank", "seed", "steps", "layers", "width", "length", "batch")
 
 
@@ -156,8 +157,8 @@ def _batches(
 
 
 def _test_loss(params: Any, adapters: Any, text: np.ndarray, options: argparse.Namespace) -> float:
-    """The mean over 64 batches, the same in all runs."""
-    batches = _batches(text, np.random.default_rng(0), 64, options)
+    """The mean over some batches, the same in all runs."""
+    batches = _batches(text, np.random.default_rng(0), TEST_BATCHES, options)
     return float(_mean_loss(params, adapters, batches))
 
 

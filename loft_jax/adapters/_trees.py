@@ -179,7 +179,8 @@ def add_products(
             raise ValueError(
                 f"{path}: there is no floating-point weight at {' or '.join(candidates) or path}. "
                 "Specify it with weights=((regex of a, path),). A quantized weight cannot be "
-                "merged into; keep its adapter separate"
+                "merged into: keep its adapter separate, and to renew it or change its rank "
+                "dequantize the weight first"
             )
         weight = leaves[k]
         order = next((to for regex, to in transpose if re.fullmatch(regex, path)), None)
