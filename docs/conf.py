@@ -24,6 +24,8 @@ extensions = [
     "myst_nb",
     "public_names",  # in _ext
     "repository_files",  # in _ext
+    "short_types",  # in _ext
+    "functions_in_tables",  # in _ext
 ]
 exclude_patterns = ["_build", "_ext", "**.ipynb_checkpoints"]
 templates_path = ["_templates"]
@@ -40,8 +42,10 @@ python_maximum_signature_line_length = 88
 python_use_unqualified_type_names = True
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
+napoleon_use_param = False  # "b1, b2, eps: ..." stays one entry
 napoleon_use_rtype = False
 napoleon_use_ivar = True
+napoleon_attr_annotations = False
 napoleon_custom_sections = ["Source"]
 
 myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence", "deflist", "attrs_inline"]
