@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from tokenizers import Tokenizer
 
-from .. import downloads
+from .. import downloads, losses
 from ..batches import held_out_places
 from ..errors import UserError
 
@@ -78,8 +76,7 @@ def windows(tokenizer: Tokenizer, documents: Sequence[str], length: int, name: s
 
 def token_losses(model: Any, windows: jax.Array) -> jax.Array:
     """The loss of each predicted token in nats: ids `(n, length + 1)` to float32 `(n, length)`."""
-    logits = model(windows[:, :-1]).astype(jnp.float32)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:])
+    return losses.token_losses(model, windows[:, :-1], windows[:, 1:])
 
 
 def next_token_loss(model: Any, windows: jax.Array) -> jax.Array:

@@ -26,6 +26,7 @@ from flax import nnx
 
 from loft_jax.adapters import LoraRule
 
+from .attention import attend
 from .stacking import scan_layers, stack, stacked_rule
 
 TARGETS = {
@@ -124,13 +125,18 @@ def rope_frequencies(config: LlamaConfig) -> jax.Array:
     return frequencies * (keep + (1 - keep) / factor)
 
 
-def rotate(x: jax.Array, frequencies: jax.Array) -> jax.Array:
+def rotations(config: LlamaConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines of positions `(..., length)`, float32 `(..., length, head_dim / 2)`."""
+    angles = positions[..., None].astype(jnp.float32) * rope_frequencies(config)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotates heads by their position; `x` is `(batch, length, heads, head_dim)`.
 
     Coordinate i is paired with i + head_dim/2, as in Hugging Face's checkpoints.
     """
-    angles = jnp.arange(x.shape[1], dtype=jnp.float32)[:, None] * frequencies
-    cos, sin = jnp.cos(angles)[:, None, :], jnp.sin(angles)[:, None, :]
+    cos, sin = cos[..., None, :], sin[..., None, :]
     first, second = jnp.split(x, 2, axis=-1)
     rotated = (first * cos - second * sin, second * cos + first * sin)
     return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
@@ -149,14 +155,16 @@ class Attention(nnx.Module):
         self.v_proj = nnx.Linear(config.hidden_size, keys, use_bias=bias, rngs=rngs)
         self.o_proj = nnx.Linear(queries, config.hidden_size, use_bias=False, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, positions: jax.Array, segments: jax.Array | None = None
+    ) -> jax.Array:
         """`(batch, length, hidden)` to the same."""
         heads = (*x.shape[:2], -1, self.config.head_dim)
-        frequencies = rope_frequencies(self.config)
-        q = rotate(self.q_proj(x).reshape(heads), frequencies)
-        k = rotate(self.k_proj(x).reshape(heads), frequencies)
+        rotation = rotations(self.config, positions)
+        q = rotate(self.q_proj(x).reshape(heads), *rotation)
+        k = rotate(self.k_proj(x).reshape(heads), *rotation)
         v = self.v_proj(x).reshape(heads)
-        mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+        mixed = attend(q, k, v, scale=self.config.head_dim**-0.5, segments=segments)
         return self.o_proj(mixed.reshape(*x.shape[:2], -1))
 
 
@@ -184,9 +192,11 @@ class Layer(nnx.Module):
         self.post_attention_layernorm = nnx.RMSNorm(config.hidden_size, **norm)
         self.mlp = MLP(config, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, positions: jax.Array, segments: jax.Array | None = None
+    ) -> jax.Array:
         """`(batch, length, hidden)` to the same."""
-        x = x + self.self_attn(self.input_layernorm(x))
+        x = x + self.self_attn(self.input_layernorm(x), positions, segments)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -203,17 +213,39 @@ class Llama(nnx.Module):
                 config.hidden_size, config.vocab_size, use_bias=False, rngs=rngs
             )
 
-    def hidden(self, tokens: jax.Array) -> jax.Array:
-        """Ids `(batch, length)` to the last layer's normalized output `(batch, length, hidden)`."""
-        return self.norm(scan_layers(self.layers, self.embed_tokens(tokens)))
+    def hidden(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        segments: jax.Array | None = None,
+    ) -> jax.Array:
+        """The last layer's normalized output, `(batch, length, hidden)`.
+
+        Args:
+            tokens: ids, int `(batch, length)`.
+            positions: the position of each token in its sequence, int `(batch, length)`; None for
+                0, 1, 2, ... in each row.
+            segments: the sequence of each token, int `(batch, length)`, for rows that hold several
+                sequences: a token attends only to earlier tokens of its own segment. None if each
+                row is one sequence.
+        """
+        if positions is None:
+            positions = jnp.arange(tokens.shape[1])[None]
+        layer = lambda layer, x: layer(x, positions, segments)
+        return self.norm(scan_layers(self.layers, self.embed_tokens(tokens), layer))
 
     def head(self, x: jax.Array) -> jax.Array:
         """Hidden states `(..., hidden)` to logits `(..., vocabulary)`."""
         return self.embed_tokens.attend(x) if self.config.tie_word_embeddings else self.lm_head(x)
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Ids `(batch, length)`, int, to logits `(batch, length, vocabulary)`."""
-        return self.head(self.hidden(tokens))
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        segments: jax.Array | None = None,
+    ) -> jax.Array:
+        """Ids `(batch, length)` to logits `(batch, length, vocabulary)`; arguments as `hidden`."""
+        return self.head(self.hidden(tokens, positions, segments))
 
 
 def lora_rule(targets: Iterable[str], rank: int, alpha: float) -> LoraRule:

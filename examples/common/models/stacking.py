@@ -1,7 +1,7 @@
 """Identical layers stacked into one module, with a leading axis for `jax.lax.scan`."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 from flax import nnx
@@ -20,14 +20,27 @@ def stack(make: Callable[[nnx.Rngs], M], count: int, rngs: nnx.Rngs) -> M:
     return nnx.vmap(lambda key: make(nnx.Rngs(key)))(keys)
 
 
-def scan_layers(layers: nnx.Module, x: jax.Array) -> jax.Array:
-    """Applies the stacked layers to `x`, one after another."""
+def scan_layers(
+    layers: nnx.Module,
+    x: jax.Array,
+    apply: Callable[[Any, jax.Array], jax.Array] = lambda layer, x: layer(x),
+    *,
+    remat: bool = False,
+) -> jax.Array:
+    """Applies the stacked layers to `x`, one after another.
+
+    Args:
+        layers: made by `stack`.
+        x: the input of the first layer.
+        apply: applies one layer to its input.
+        remat: whether the backward pass recomputes each layer instead of keeping its activations.
+    """
     graphdef, weights = nnx.split(layers)
 
     def run(x: jax.Array, weights: nnx.State) -> tuple[jax.Array, None]:
-        return nnx.merge(graphdef, weights)(x), None
+        return apply(nnx.merge(graphdef, weights), x), None
 
-    return jax.lax.scan(run, x, weights)[0]
+    return jax.lax.scan(jax.checkpoint(run) if remat else run, x, weights)[0]
 
 
 def stacked_rule(
