@@ -27,6 +27,7 @@ from flax import nnx
 from loft_jax.adapters import LoraRule
 
 from .attention import attend
+from .cache import Attend, Cache, CachedAttention
 from .stacking import scan_layers, stack, stacked_rule
 
 TARGETS = {
@@ -156,9 +157,13 @@ class Attention(nnx.Module):
         self.o_proj = nnx.Linear(queries, config.hidden_size, use_bias=False, rngs=rngs)
 
     def __call__(
-        self, x: jax.Array, positions: jax.Array, segments: jax.Array | None = None
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        segments: jax.Array | None = None,
+        attend: Attend = attend,
     ) -> jax.Array:
-        """`(batch, length, hidden)` to the same."""
+        """`(batch, length, hidden)` to the same; `attend` mixes the values."""
         heads = (*x.shape[:2], -1, self.config.head_dim)
         rotation = rotations(self.config, positions)
         q = rotate(self.q_proj(x).reshape(heads), *rotation)
@@ -193,10 +198,14 @@ class Layer(nnx.Module):
         self.mlp = MLP(config, rngs=rngs)
 
     def __call__(
-        self, x: jax.Array, positions: jax.Array, segments: jax.Array | None = None
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        segments: jax.Array | None = None,
+        attend: Attend = attend,
     ) -> jax.Array:
-        """`(batch, length, hidden)` to the same."""
-        x = x + self.self_attn(self.input_layernorm(x), positions, segments)
+        """`(batch, length, hidden)` to the same; `attend` mixes the values."""
+        x = x + self.self_attn(self.input_layernorm(x), positions, segments, attend)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -233,6 +242,41 @@ class Llama(nnx.Module):
             positions = jnp.arange(tokens.shape[1])[None]
         layer = lambda layer, x: layer(x, positions, segments)
         return self.norm(scan_layers(self.layers, self.embed_tokens(tokens), layer))
+
+    def cache(self, first: jax.Array, slots: int) -> Cache:
+        """An empty cache for sequences that begin at the slots `first`, int `(batch,)`."""
+        return Cache.empty(
+            first,
+            slots,
+            layers=self.config.num_hidden_layers,
+            heads=self.config.num_key_value_heads,
+            head_dim=self.config.head_dim,
+            dtype=self.embed_tokens.embedding[...].dtype,
+        )
+
+    def extend(self, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """The normalized output for tokens that continue the sequences in a cache.
+
+        Args:
+            tokens: ids, int `(batch, new)`.
+            cache: holds the tokens before them.
+
+        Returns:
+            `(batch, new, hidden)`, and the cache with the new tokens.
+        """
+        positions = cache.positions(tokens.shape[1])
+        graphdef, weights = nnx.split(self.layers)
+
+        def run(carry: tuple[jax.Array, Cache], of_layer: Any) -> Any:
+            (x, cache), (layer, weights) = carry, of_layer
+            attend = CachedAttention(cache, layer)
+            x = nnx.merge(graphdef, weights)(x, positions, attend=attend)
+            return (x, attend.cache), None
+
+        layers = jnp.arange(self.config.num_hidden_layers)
+        carry = (self.embed_tokens(tokens), cache)
+        (x, cache), _ = jax.lax.scan(run, carry, (layers, weights))
+        return self.norm(x), cache._replace(filled=cache.filled + tokens.shape[1])
 
     def head(self, x: jax.Array) -> jax.Array:
         """Hidden states `(..., hidden)` to logits `(..., vocabulary)`."""
