@@ -80,15 +80,25 @@ def test_no_row_is_padded_by_more_than_a_tenth(capacity, lengths, seed):
     assert sorted(place for row in rows for place in row) == list(range(len(lengths)))
     filled = [sum(lengths[place] for place in row) for row in rows]
     assert max(filled) <= capacity
-    # What does not fill a last row is in no row.
-    assert sorted(filled)[0 if len(rows) > 10 else 1] >= 0.9 * capacity
-    assert packing.pack(lengths, capacity, seed) == rows
+    assert len(rows) <= 1 + 1.01 * sum(lengths) / capacity  # the least possible, or nearly
+    # What does not fill the last rows stays in them, or is filled up with sequences of others.
+    repeated = packing.pack(lengths, capacity, seed, repeat=True)
+    added = [row[len(alone) :] for row, alone in zip(repeated, rows, strict=True)]
+    assert [row[: len(alone)] for row, alone in zip(repeated, rows, strict=True)] == rows
+    assert not any(
+        more for more, tokens in zip(added, filled, strict=True) if tokens >= 0.9 * capacity
+    )
+    filled = [sum(lengths[place] for place in row) for row in repeated]
+    assert 0.9 * capacity <= min(filled) and max(filled) <= capacity
+    assert all(len(set(row)) == len(row) for row in repeated)
+    assert packing.pack(lengths, capacity, seed, repeat=True) == repeated
 
 
 def test_sequences_that_cannot_share_a_row_have_rows_of_their_own():
     rows = packing.pack([6, 6, 6, 10], capacity=10, seed=0)
     assert sorted(map(len, rows)) == [1, 1, 1, 1]
-    assert packing.pack([], capacity=10, seed=0) == []
+    assert packing.pack([6, 6, 6, 10], capacity=10, seed=0, repeat=True) == rows
+    assert packing.pack([], capacity=10, seed=0, repeat=True) == []
 
 
 def test_each_sequence_is_in_a_segment_of_its_own():
@@ -106,8 +116,8 @@ def test_every_step_has_the_rows_of_packed_batches():
     """Batches of packed rows depend on the seed and the step alone, so that a run can resume."""
     lengths = log_normal(300, 20, 0.6, 64, 3)
     some = sequences([n + 1 for n in lengths])
-    rows = packing.arrange(some, packing.pack(lengths, 64, 0), 64)
-    again = packing.arrange(some, packing.pack(lengths, 64, 0), 64)
+    rows = packing.arrange(some, packing.pack(lengths, 64, 0, repeat=True), 64)
+    again = packing.arrange(some, packing.pack(lengths, 64, 0, repeat=True), 64)
     for step in (0, 5, 40):
         batch = batches.batch_at(rows, 4, 0, step)
         assert packing.padding(batch) <= 0.1

@@ -116,9 +116,10 @@ def _compiled(template: str) -> Any:
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
 
-    def tojson(value: Any, **options: Any) -> str:
+    def tojson(value: Any, **given: Any) -> str:
         # Jinja's own filter escapes for HTML.
-        return json.dumps(value, **({"ensure_ascii": False} | options))
+        options: dict[str, Any] = {"ensure_ascii": False} | given
+        return json.dumps(value, **options)
 
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]

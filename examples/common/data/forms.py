@@ -90,6 +90,16 @@ def example(record: Record) -> Example:
     return _READERS[form](record)
 
 
+def examples(content: str | Sequence[Record]) -> list[Example]:
+    """The conversations in the records of a file or hub dataset."""
+    if isinstance(content, str):
+        raise UserError(
+            "--task instructions needs records with named fields, but the data are plain text. "
+            f"Known forms: {'; '.join(FORMS)}."
+        )
+    return [example(record) for record in content]
+
+
 def _form(record: Record) -> str:
     """The name of the record's form, from the fields that are present and not null."""
     has = lambda *names: any(record.fields.get(name) is not None for name in names)

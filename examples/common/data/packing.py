@@ -4,7 +4,8 @@ A token attends only to the tokens of its own sequence, and its position counts 
 of its sequence. The loss and its gradient are therefore those of the unpacked sequences.
 """
 
-from collections.abc import Sequence
+import bisect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,68 +16,89 @@ from ..losses import token_losses
 from .answers import Tokens
 
 FILLED = 0.9
-"""The filled part of a row below which `pack` looks for more sequences to move into it."""
+"""`pack` repeats sequences in rows that are filled to less than this part."""
 
 
-def pack(lengths: Sequence[int], capacity: int, seed: int) -> list[list[int]]:
-    """Distributes sequences over few rows: best fit in decreasing length.
+def pack(
+    lengths: Sequence[int], capacity: int, seed: int, *, repeat: bool = False
+) -> list[list[int]]:
+    """Distributes sequences over few rows.
 
-    The longest sequence is placed first, each into the row with the least room that is enough.
-    This leaves at most a few rows partly empty. Sequences from full rows are then moved into them,
-    so that, where lengths allow it, every row is filled to 90 %.
+    Each row begins with the longest sequence that is left, and is filled as far as the others
+    allow, with long ones if they suffice: short ones fill the rows to come.
 
     Args:
         lengths: of the sequences, each between 1 and `capacity`.
         capacity: of a row.
         seed: orders sequences of equal length.
+        repeat: whether rows that are filled to less than 90 %, often only the last, are filled
+            with sequences of other rows. An epoch of training then has a few sequences twice.
 
     Returns:
-        The places of the sequences in each row. Each sequence is in one row.
+        The places of the sequences in each row. Each sequence is in one row, apart from those
+        that are repeated.
 
     Example:
         >>> pack([3, 5, 4, 2], capacity=8, seed=0)
         [[1, 0], [2, 3]]
     """
-    shuffled = np.random.default_rng(seed).permutation(len(lengths))
-    rows: list[list[int]] = []
-    with_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # rows by the room they have
-    rooms = 0  # bit k is set if a row has room k
-    for place in sorted(shuffled.tolist(), key=lambda place: -lengths[place]):
-        length = lengths[place]
-        enough = rooms >> length
-        if enough:
-            room = length + (enough & -enough).bit_length() - 1
-            row = with_room[room].pop()
-            rooms ^= 0 if with_room[room] else 1 << room
-        else:
-            room, row = capacity, len(rows)
-            rows.append([])
-        rows[row].append(place)
-        with_room[room - length].append(row)
-        rooms |= 1 << (room - length)
-    _level(rows, lengths, capacity)
+    left: dict[int, list[int]] = {}
+    for place in np.random.default_rng(seed).permutation(len(lengths)).tolist():
+        left.setdefault(lengths[place], []).append(place)
+    rising = sorted(left)
+    rows = []
+    while rising:
+        longest = rising[-1]
+        chosen = [longest, *_fill(capacity - longest, longest, rising, left)]
+        rows.append([left[length].pop() for length in chosen])
+        rising = [length for length in rising if left[length]]
+    if repeat:
+        _repeat(rows, lengths, capacity)
     return rows
 
 
-def _level(rows: list[list[int]], lengths: Sequence[int], capacity: int) -> None:
-    """Moves sequences from full rows into rows that are filled to less than 90 %, in place."""
-    filled = [sum(lengths[place] for place in row) for row in rows]
-    least = FILLED * capacity
-    givers = [row for row in range(len(rows)) if filled[row] > least]
-    for poor in range(len(rows)):
-        for rich in givers:
-            if filled[poor] >= least:
+def _fill(
+    room: int, used: int, rising: Sequence[int], left: Mapping[int, Sequence[int]]
+) -> list[int]:
+    """The lengths whose sum is the largest that is at most `room`.
+
+    Bit k of `sums` is set if some of the lengths so far add up to k, as in the usual solution of
+    the subset-sum problem.
+
+    Args:
+        room: tokens.
+        used: a length of which one sequence is not available.
+        rising: the lengths, sorted.
+        left: the sequences of each length.
+    """
+    within = (1 << (room + 1)) - 1
+    sums, steps = 1, []
+    for length in reversed(rising):
+        for _ in range(min(len(left[length]) - (length == used), room // length)):
+            if sums >> room:  # the row can be full
                 break
-            for place in reversed(rows[rich]):  # the shortest first
-                length = lengths[place]
-                if filled[rich] - length < least or filled[poor] + length > capacity:
-                    break
-                rows[rich].remove(place)
-                rows[poor].append(place)
-                filled[rich] -= length
-                filled[poor] += length
-                if filled[poor] >= least:
-                    break
+            steps.append((length, sums))
+            sums |= (sums << length) & within
+    total, chosen = sums.bit_length() - 1, []
+    for length, before in reversed(steps):
+        if not before >> total & 1:  # no sum without it
+            chosen.append(length)
+            total -= length
+    return chosen
+
+
+def _repeat(rows: list[list[int]], lengths: Sequence[int], capacity: int) -> None:
+    """Adds sequences of other rows to rows that are filled to less than 90 %, in place."""
+    places = sorted(range(len(lengths)), key=lambda place: lengths[place])
+    rising = [lengths[place] for place in places]
+    for row in rows:
+        room = capacity - sum(lengths[place] for place in row)
+        at = bisect.bisect_right(rising, room) - 1  # the longest that fits
+        while room > (1 - FILLED) * capacity and at >= 0:
+            if places[at] not in row:
+                row.append(places[at])
+                room -= rising[at]
+            at = min(at - 1, bisect.bisect_right(rising, room) - 1)
 
 
 def arrange(
@@ -95,8 +117,8 @@ def arrange(
         1, 0 for padding; `positions`, int32, from 0 in each sequence.
     """
     shape = (len(rows), length)
-    arrays = {name: np.zeros(shape, np.int32) for name in ("tokens", "targets", "segments")}
-    arrays["positions"] = np.zeros(shape, np.int32)
+    names = ("tokens", "targets", "segments", "positions")
+    arrays: dict[str, np.ndarray] = {name: np.zeros(shape, np.int32) for name in names}
     arrays["weights"] = np.zeros(shape, np.float32)
     for row, places in enumerate(rows):
         begin = 0

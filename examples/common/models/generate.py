@@ -72,7 +72,14 @@ def complete(
         key = jax.random.fold_in(jax.random.key(seed), begin)
         stops = np.array(stop, np.int32)
         made = _complete(
-            model, tokens, first, stops, key, length=length, temperature=temperature, top_p=top_p
+            model,
+            jnp.asarray(tokens),
+            jnp.asarray(first),
+            jnp.asarray(stops),
+            key,
+            length=length,
+            temperature=temperature,
+            top_p=top_p,
         )
         for place, row in zip(places, np.asarray(made), strict=False):
             ends = np.flatnonzero(np.isin(row, stops))

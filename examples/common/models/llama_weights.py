@@ -177,7 +177,11 @@ def _gguf_tokenizer(field: Callable[[str], Any]) -> Tokenizer:
 
 def _gguf_tokenizer_config(reader: Any) -> TokenizerConfig:
     """The chat template and the special tokens in the file, where it has them."""
-    optional = lambda key: None if (found := reader.get_field(key)) is None else found.contents()
+
+    def optional(key: str) -> Any:
+        found = reader.get_field(key)
+        return None if found is None else found.contents()
+
     tokens = optional("tokenizer.ggml.tokens")
     ids = {name: optional(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
     special = {f"{name}_token": tokens[index] for name, index in ids.items() if index is not None}
