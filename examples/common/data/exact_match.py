@@ -20,9 +20,10 @@ def final_answer(text: str) -> str:
     """
     if MARK in text:
         text = (text.rsplit(MARK, 1)[1].strip().splitlines() or [""])[0]
+        if number := _NUMBER.match(text.lstrip("$ ")):
+            return _normal(number[0])  # without its unit
     text = " ".join(text.lower().split()).rstrip(".")
-    bare = text.strip("$% ")
-    return _normal(bare) if _NUMBER.fullmatch(bare) else text
+    return _normal(text) if _NUMBER.fullmatch(text) else text
 
 
 def last_number(text: str) -> str | None:
