@@ -20,8 +20,12 @@ that of the answers, and the script reports accuracy. `--help` lists all flags.
 Ctrl-C saves the state and stops; `--resume --output runs/loft-1` continues the run.
 """
 
+import dataclasses
 import functools
+import json
+import math
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,13 +34,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from common import loop
+from common import batches, loop
+from common.data import exact_match
 from common.errors import UserError, exit_status
 from common.llm_settings import LlmSettings, parse_arguments
 from common.meshes import batch_sharding, place_model
 from common.methods import METHODS, adapt, adapter_rule, make_optimizer, title, trainable
 from common.models import llama_weights
-from common.models.generate import generate
+from common.models.generate import complete, generate
 from common.models.llama import Llama, lora_rule
 from common.models.stacking import STACKED
 from common.runs import Run, open_run
@@ -94,6 +99,39 @@ def sample(
         run.log({"step": step, "sample": generated})
 
 
+def answer(
+    run: Run,
+    settings: LlmSettings,
+    model: Llama,
+    pretrained: llama_weights.Pretrained,
+    task: Task,
+    step: int,
+) -> None:
+    """Answers the held-out prompts, if any, and logs how many answers are right."""
+    if task.prompts is None or jax.process_count() > 1:
+        return
+    if any("exact_match" in record and record["step"] == step for record in run.records()):
+        return
+    tokenizer, references = pretrained.tokenizer, task.prompts.references
+    stop = [
+        index
+        for token in pretrained.tokenizer_config.stop
+        if (index := tokenizer.token_to_id(token)) is not None
+    ]
+    began = time.perf_counter()
+    ids = complete(model, task.prompts.ids, length=settings.max_new_tokens, stop=stop)
+    seconds = time.perf_counter() - began
+    texts = [tokenizer.decode(one) for one in ids]
+    with (run.folder / f"answers-{step}.jsonl").open("w") as file:
+        for prompt, text, reference in zip(task.prompts.ids, texts, references, strict=True):
+            told = {"prompt": tokenizer.decode(prompt), "answer": text, "reference": reference}
+            file.write(json.dumps(told, ensure_ascii=False) + "\n")
+    found = exact_match.score(texts, references)
+    run.log({"step": step} | found)
+    named = ", ".join(f"{name.replace('_', ' ')} {100 * x:.1f} %" for name, x in found.items())
+    loop.say(f"step {step}: {len(texts)} generated answers, {named} ({seconds:.0f} s)")
+
+
 def finetune(
     settings: LlmSettings, output: Path | None, resume: bool, mesh: Mesh | None = None
 ) -> None:
@@ -105,7 +143,10 @@ def finetune(
             f"--seq-len {settings.seq_len} is longer than the context of {pretrained.name}: use at "
             f"most {context}."
         )
-    task = language_task(settings, pretrained.tokenizer)
+    task = language_task(settings, pretrained.tokenizer, pretrained.tokenizer_config)
+    if settings.epochs is not None:
+        steps = math.ceil(settings.epochs * batches.count(task.train) / settings.batch_size)
+        settings = dataclasses.replace(settings, steps=steps)
     rule = lora_rule(settings.targets, settings.rank, settings.alpha or settings.rank)
     rule = adapter_rule(settings.method, rule)
     model, pairs = build_model(settings, pretrained, rule), lora_pairs(rule)
@@ -127,10 +168,12 @@ def finetune(
     with open_run(settings, output, resume, examples=task.train, base=base) as run:
         if task.kind == "text":
             sample(run, settings, model, pretrained, step=0)
+        answer(run, settings, model, pretrained, task, step=0)
         state = loop.fit(settings, run, trainer, state, task, resume=resume)
         adapter = trainer.whole(state.params)
         if task.kind == "text":
             sample(run, settings, trainer.model(adapter), pretrained, step=settings.steps)
+        answer(run, settings, trainer.model(adapter), pretrained, task, step=settings.steps)
         run.save_adapter(adapter)
         if jax.process_index() > 0:
             return

@@ -8,7 +8,7 @@ from typing import Literal
 from .errors import UserError
 from .methods import METHODS
 from .models.llama import TARGETS
-from .settings import Settings, add_number, make_parser, parse, positive_int
+from .settings import Settings, add_number, make_parser, parse, positive_float, positive_int
 
 _SECOND_MOMENTS = {"calibrated": "loft", "factored": "factored", "diagonal": "simple"}
 
@@ -17,7 +17,13 @@ _SECOND_MOMENTS = {"calibrated": "loft", "factored": "factored", "diagonal": "si
 class LlmSettings(Settings):
     """The settings of a run; they are saved in its folder and never change."""
 
-    task: Literal["text", "multiple-choice"] | None = None
+    task: Literal["text", "instructions", "multiple-choice"] | None = None
+    train_on: Literal["answers", "all"] = "answers"
+    packing: bool = True
+    chat_template: str | None = None
+    generate: int = 0
+    max_new_tokens: int = 128
+    epochs: float | None = None
     answers: Literal["labels", "words"] = "labels"
     second_moment: Literal["calibrated", "factored", "diagonal"] = "calibrated"
     targets: tuple[str, ...] = ("q", "k", "v", "up", "down")
@@ -49,9 +55,28 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[LlmSettings, Path | Non
     add("--model", help="folder of LLaMA-family safetensors, or hub id; default SmolLM2-135M")
     add(
         "--task",
-        choices=("text", "multiple-choice"),
-        help="default multiple-choice if --data is a .json file, else text",
+        choices=("text", "instructions", "multiple-choice"),
+        help="default from the fields of --data",
     )
+    add(
+        "--train-on",
+        choices=("answers", "all"),
+        help=f"tokens of --task instructions to train on; default {defaults.train_on}",
+    )
+    add(
+        "--no-packing",
+        dest="packing",
+        action="store_false",
+        help="one example in each row, padded; default several, with segment masks",
+    )
+    add("--chat-template", help="Jinja file of the chat template; default the model's own")
+    add("--epochs", type=positive_float, help="passes over the data; default from --steps")
+    add(
+        "--generate",
+        type=positive_int,
+        help="held-out prompts to answer before and after training; default none",
+    )
+    add_number(parser, defaults, "max_new_tokens", "tokens of a generated answer")
     add(
         "--answers",
         choices=("labels", "words"),
@@ -59,8 +84,8 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[LlmSettings, Path | Non
     )
     add(
         "--data",
-        help="text file (.gz too), hub dataset id, or .json file of questions; default Wikipedia "
-        "articles",
+        help="file of text, JSON, JSON Lines or Parquet (.gz too), or hub dataset as "
+        "owner/name:configuration:split; default Wikipedia articles",
     )
     add("--eval-data", help="held-out data in the same format; default one tenth of --data")
     add(
@@ -71,7 +96,7 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[LlmSettings, Path | Non
     add("--tile-size", type=positive_int, help="quantized weights per scale; default 64")
     add_number(parser, defaults, "seq_len", "tokens per example")
     add_number(parser, defaults, "eval_windows", "windows of text to evaluate on")
-    add_number(parser, defaults, "eval_questions", "questions to evaluate on")
+    add_number(parser, defaults, "eval_questions", "questions or instructions to evaluate on")
     add("--prompt", help=f"prompt of the generated samples; default {defaults.prompt!r}")
     settings, output, resume = parse(parser, LlmSettings, argv)
     if settings.quantize is not None and METHODS[settings.method].trains == "all":

@@ -4,6 +4,7 @@ Attributes have the names of Hugging Face checkpoints. The layers `h` are stacke
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from flax import nnx
 from loft_jax.adapters import LoraRule
 
 from .attention import attend
+from .cache import Cache, CachedAttention, extend_layers
 from .stacking import scan_layers, stack, stacked_rule
 
 TARGETS = {
@@ -37,6 +39,11 @@ class GPT2Config:
     max_position_embeddings: int = 1024
     layer_norm_epsilon: float = 1e-5
     tie_word_embeddings: bool = True
+
+    @property
+    def head_dim(self) -> int:
+        """The width of a head."""
+        return self.hidden_size // self.num_attention_heads
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "GPT2Config":
@@ -75,19 +82,22 @@ class Attention(nnx.Module):
         self.c_attn = nnx.Linear(width, 3 * width, rngs=rngs)
         self.c_proj = nnx.Linear(width, width, rngs=rngs)
 
-    def __call__(self, x: jax.Array, segments: jax.Array | None = None) -> jax.Array:
-        """`(batch, length, hidden)` to the same."""
-        heads = self.config.num_attention_heads
-        size = self.config.hidden_size // heads
-
-        # The backward pass keeps the output of the projection alone.
-        @jax.checkpoint
-        def mix(qkv: jax.Array) -> jax.Array:
-            parts = (*x.shape[:2], 3, heads, size)
-            q, k, v = jnp.moveaxis(qkv.reshape(parts), 2, 0)
-            return attend(q, k, v, scale=size**-0.5, segments=segments)
-
-        return self.c_proj(mix(self.c_attn(x)).reshape(x.shape))
+    def __call__(
+        self,
+        x: jax.Array,
+        segments: jax.Array | None = None,
+        cached: CachedAttention | None = None,
+    ) -> jax.Array:
+        """`(batch, length, hidden)` to the same; `cached` mixes the values, if it is given."""
+        scale = self.config.head_dim**-0.5
+        parts = (*x.shape[:2], 3, self.config.num_attention_heads, self.config.head_dim)
+        q, k, v = jnp.moveaxis(self.c_attn(x).reshape(parts), 2, 0)
+        if cached is None:
+            mix = functools.partial(attend, scale=scale, segments=segments)
+            mixed = jax.checkpoint(mix)(q, k, v)  # the backward pass keeps q, k and v alone
+        else:
+            mixed = cached(q, k, v, scale=scale)
+        return self.c_proj(mixed.reshape(x.shape))
 
 
 class MLP(nnx.Module):
@@ -112,10 +122,17 @@ class Layer(nnx.Module):
         self.ln_2 = nnx.LayerNorm(config.hidden_size, **norm)
         self.mlp = MLP(config, rngs=rngs)
 
-    def __call__(self, x: jax.Array, segments: jax.Array | None = None) -> jax.Array:
-        """`(batch, length, hidden)` to the same."""
-        x = x + self.attn(jax.checkpoint(lambda x: self.ln_1(x))(x), segments)
-        return x + self.mlp(jax.checkpoint(lambda x: self.ln_2(x))(x))
+    def __call__(
+        self,
+        x: jax.Array,
+        segments: jax.Array | None = None,
+        cached: CachedAttention | None = None,
+    ) -> jax.Array:
+        """`(batch, length, hidden)` to the same; arguments as `Attention`."""
+        # The backward pass keeps the inputs of the norms, not their steps.
+        first, second = (jax.checkpoint(lambda x, n=n: n(x)) for n in (self.ln_1, self.ln_2))
+        x = x + self.attn(first(x), segments, cached)
+        return x + self.mlp(second(x))
 
 
 class GPT2(nnx.Module):
@@ -142,9 +159,33 @@ class GPT2(nnx.Module):
         """The last layer's normalized output, `(batch, length, hidden)`; arguments as `Llama`'s."""
         if positions is None:
             positions = jnp.arange(tokens.shape[1])[None]
-        x = self.wte.embedding[...][tokens] + self.wpe.embedding[...][positions]
         run = lambda layer, x: layer(x, segments)
+        x = self._embed(tokens, positions)
         return self.ln_f(scan_layers(self.h, x, run, remat=self.remat))
+
+    def cache(self, first: jax.Array, slots: int) -> Cache:
+        """An empty cache for sequences that begin at the slots `first`, int `(batch,)`."""
+        return Cache.empty(
+            first,
+            slots,
+            layers=self.config.num_hidden_layers,
+            heads=self.config.num_attention_heads,
+            head_dim=self.config.head_dim,
+            dtype=self.wte.embedding[...].dtype,
+        )
+
+    def extend(self, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """The normalized output for tokens that continue the sequences in a cache.
+
+        Arguments and result as `Llama.extend`.
+        """
+        x = self._embed(tokens, cache.positions(tokens.shape[1]))
+        run = lambda layer, x, cached: layer(x, None, cached)
+        x, cache = extend_layers(self.h, x, cache, run)
+        return self.ln_f(x), cache
+
+    def _embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+        return self.wte.embedding[...][tokens] + self.wpe.embedding[...][positions]
 
     def head(self, x: jax.Array) -> jax.Array:
         """Hidden states `(..., hidden)` to logits `(..., vocabulary)`."""

@@ -24,6 +24,7 @@ from flax import nnx
 from loft_jax.adapters import LoraRule
 
 from .attention import attend
+from .cache import Cache, CachedAttention, extend_layers
 from .llama_config import LlamaConfig as LlamaConfig
 from .stacking import scan_layers, stack, stacked_rule
 
@@ -98,37 +99,41 @@ class Attention(nnx.Module):
         positions: jax.Array,
         segments: jax.Array | None = None,
         kind: jax.Array | int = 0,
+        cached: CachedAttention | None = None,
     ) -> jax.Array:
-        """`(batch, length, hidden)` to the same; `kind` is an index of `config.distinct_kinds`."""
+        """`(batch, length, hidden)` to the same.
+
+        Args:
+            x, positions, segments: as in `Llama.hidden`.
+            kind: an index of `config.distinct_kinds`.
+            cached: mixes the values, instead of `attention.attend`.
+        """
         heads = (*x.shape[:2], -1, self.config.head_dim)
         q, k, v = (
             projection(x).reshape(heads) for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        # The backward pass keeps q, k and v alone.
-        mixed = jax.checkpoint(self._mix)(q, k, v, positions, segments, kind)
-        return self.o_proj(mixed.reshape(*x.shape[:2], -1))
+        scale = self.config.attention_scale or self.config.head_dim**-0.5
+        angles = positions[..., None] * self.config.frequencies[kind]
+        windows = [kind.window for kind in self.config.distinct_kinds]
 
-    def _mix(
-        self,
-        q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
-        positions: jax.Array,
-        segments: jax.Array | None,
-        kind: jax.Array | int,
-    ) -> jax.Array:
-        """Rotates queries and keys, and attends."""
-        config = self.config
-        angles = positions[..., None] * config.frequencies[kind]
-        q, k = rotate(q, angles), rotate(k, angles)
-        scale = config.attention_scale or config.head_dim**-0.5
-        run = lambda window: (
-            lambda *qkv: attend(*qkv, scale=scale, window=window, segments=segments)
-        )
-        kinds = [run(kind.window) for kind in config.distinct_kinds]
-        return jax.lax.switch(kind, kinds, q, k, v)
+        # The backward pass keeps q, k and v alone.
+        @jax.checkpoint
+        def mix(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            run = lambda window: (
+                lambda *qkv: attend(*qkv, scale=scale, window=window, segments=segments)
+            )
+            rotated = rotate(q, angles), rotate(k, angles)
+            return jax.lax.switch(kind, [run(window) for window in windows], *rotated, v)
+
+        if cached is None:
+            mixed = mix(q, k, v)
+        else:
+            everything = jnp.iinfo(jnp.int32).max
+            window = jnp.array([window or everything for window in windows])[kind]
+            mixed = cached(rotate(q, angles), rotate(k, angles), v, scale=scale, window=window)
+        return self.o_proj(mixed.reshape(*x.shape[:2], -1))
 
 
 class MLP(nnx.Module):
@@ -169,9 +174,10 @@ class Layer(nnx.Module):
         positions: jax.Array,
         segments: jax.Array | None = None,
         kind: jax.Array | int = 0,
+        cached: CachedAttention | None = None,
     ) -> jax.Array:
         """`(batch, length, hidden)` to the same; arguments as `Attention`."""
-        attended = self.self_attn(self.input_layernorm(x), positions, segments, kind)
+        attended = self.self_attn(self.input_layernorm(x), positions, segments, kind, cached)
         if not self.config.sandwich_norm:
             x = x + attended
             return x + self.mlp(self.post_attention_layernorm(x))
@@ -219,12 +225,42 @@ class Llama(nnx.Module):
         """
         if positions is None:
             positions = jnp.arange(tokens.shape[1])[None]
-        # Not `embed_tokens(tokens)`, whose dtype is that of the initial weights.
-        x = self.embed_tokens.embedding[...][tokens]
-        x = x * jnp.asarray(self.config.embedding_scale, x.dtype)
         run = lambda layer, x, kind: layer(x, positions, segments, kind)
         kinds = jnp.array(self.config.kind_of_layer)
+        x = self._embed(tokens)
         return self.norm(scan_layers(self.layers, x, run, kinds, remat=self.remat))
+
+    def cache(self, first: jax.Array, slots: int) -> Cache:
+        """An empty cache for sequences that begin at the slots `first`, int `(batch,)`."""
+        return Cache.empty(
+            first,
+            slots,
+            layers=self.config.num_hidden_layers,
+            heads=self.config.num_key_value_heads,
+            head_dim=self.config.head_dim,
+            dtype=self.embed_tokens.embedding[...].dtype,
+        )
+
+    def extend(self, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """The normalized output for tokens that continue the sequences in a cache.
+
+        Args:
+            tokens: ids, int `(batch, new)`.
+            cache: holds the tokens before them.
+
+        Returns:
+            `(batch, new, hidden)`, and the cache with the new tokens.
+        """
+        positions = cache.positions(tokens.shape[1])
+        run = lambda layer, x, cached, kind: layer(x, positions, None, kind, cached)
+        kinds = jnp.array(self.config.kind_of_layer)
+        x, cache = extend_layers(self.layers, self._embed(tokens), cache, run, kinds)
+        return self.norm(x), cache
+
+    def _embed(self, tokens: jax.Array) -> jax.Array:
+        # Not `embed_tokens(tokens)`, whose dtype is that of the initial weights.
+        x = self.embed_tokens.embedding[...][tokens]
+        return x * jnp.asarray(self.config.embedding_scale, x.dtype)
 
     def head(self, x: jax.Array) -> jax.Array:
         """Hidden states `(..., hidden)` to logits `(..., vocabulary)`."""

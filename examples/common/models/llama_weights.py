@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from loft_jax.adapters import FAMILIES
 
 from .. import downloads
+from ..data.chat import TokenizerConfig, read_tokenizer_config
 from ..errors import UserError
 from .gpt2 import GPT2, GPT2Config
 from .llama import Llama, LlamaConfig
@@ -36,6 +37,8 @@ class Pretrained:
     tensors: Mapping[str, np.ndarray]
     """By Hugging Face's names; matrices are `(out, in)`, any float dtype."""
     tokenizer: Tokenizer
+    tokenizer_config: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
+    """The chat template and the special tokens."""
 
     def build(self) -> Llama:
         """A model with these weights in float32."""
@@ -88,7 +91,8 @@ def read_folder(folder: Path) -> Pretrained:
         read = Tokenizer.from_file(str(tokenizer))
     except Exception as error:  # tokenizers raises bare Exception
         raise UserError(f"Cannot read {tokenizer}: {error}.") from error
-    return Pretrained(folder.resolve().name, config, read_safetensors(folder), read)
+    of_tokens = read_tokenizer_config(folder, read)
+    return Pretrained(folder.resolve().name, config, read_safetensors(folder), read, of_tokens)
 
 
 # ------------------------------------------------------------------------------- GGUF
@@ -146,7 +150,8 @@ def read_gguf(path: Path) -> Pretrained:
         # A copy, because the file may be temporary.
         tensors[_hf_name(tensor.name)] = np.array(values, np.float32)
     tokenizer = _gguf_tokenizer(field)
-    return Pretrained(field("general.name"), config, tensors, tokenizer)
+    of_tokens = _gguf_tokenizer_config(reader)
+    return Pretrained(field("general.name"), config, tensors, tokenizer, of_tokens)
 
 
 def _hf_name(name: str) -> str:
@@ -186,3 +191,17 @@ def _gguf_tokenizer(field: Callable[[str], Any]) -> Tokenizer:
     special = [token for token, kind in zip(tokens, kinds, strict=True) if kind == control]
     tokenizer.add_special_tokens(special)
     return tokenizer
+
+
+def _gguf_tokenizer_config(reader: Any) -> TokenizerConfig:
+    """The chat template and the special tokens in the file, where it has them."""
+
+    def optional(key: str) -> Any:
+        found = reader.get_field(key)
+        return None if found is None else found.contents()
+
+    tokens = optional("tokenizer.ggml.tokens")
+    ids = {name: optional(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
+    special = {f"{name}_token": tokens[index] for name, index in ids.items() if index is not None}
+    stop = (special["eos_token"],) if "eos_token" in special else ()
+    return TokenizerConfig(optional("tokenizer.chat_template"), special, stop)

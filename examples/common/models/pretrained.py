@@ -107,7 +107,7 @@ def _from_hub(name: str) -> Path:
             "folder."
         ) from error
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.jinja", "*.safetensors"]))
     except Exception as error:  # no network, no repository, gated: one message for all
         raise UserError(
             f"Cannot fetch {name} from the Hugging Face hub ({type(error).__name__}: "
