@@ -20,24 +20,29 @@ that of the answers, and the script reports accuracy. `--help` lists all flags.
 Ctrl-C saves the state and stops; `--resume --output runs/loft-1` continues the run.
 """
 
+import dataclasses
 import functools
+import json
+import math
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from common import loop
+from common import batches, loop
+from common.data import exact_match
 from common.errors import UserError, exit_status
 from common.llm_settings import LlmSettings, parse_arguments
-from common.meshes import batch_sharding, place_model
+from common.meshes import batch_sharding, place_model, weight_sharding
 from common.methods import METHODS, adapt, adapter_rule, make_optimizer, title, trainable
 from common.models import llama_weights
-from common.models.generate import generate
-from common.models.llama import Llama, lora_rule
+from common.models.generate import complete, generate
 from common.models.stacking import STACKED
 from common.runs import Run, open_run
 from common.tasks import Task, language_task
@@ -51,10 +56,14 @@ HEAD = "lm_head"
 
 
 def build_model(
-    settings: LlmSettings, pretrained: llama_weights.Pretrained, rule: LoraRule
-) -> Llama:
+    settings: LlmSettings,
+    pretrained: llama_weights.Pretrained,
+    rule: LoraRule,
+    mesh: Mesh | None = None,
+) -> Any:
     """The pretrained model, quantized if requested, with new adapters if the method trains them."""
-    model = pretrained.build()
+    placement = None if mesh is None else functools.partial(weight_sharding, mesh=mesh)
+    model = pretrained.build(settings.dtype, remat=settings.remat, placement=placement)
     if METHODS[settings.method].trains == "head" and not hasattr(model, HEAD):
         raise UserError(
             f"--method head: {pretrained.name} has no separate head, it uses its embedding. Choose "
@@ -63,28 +72,28 @@ def build_model(
     if settings.quantize is not None:
         kinds = {"qtype": settings.quantize, "tile_size": settings.tile_size}
         try:
-            model = quantize(model, "layers/.*", batch=STACKED, **kinds)
+            model = quantize(model, "(layers|h)/.*", batch=STACKED, **kinds)
         except (ValueError, ImportError) as error:
             raise UserError(f"Cannot quantize the weights: {error}.") from error
     return adapt(model, settings.method, rule, nnx.Rngs(settings.seed))
 
 
-def build_trainer(settings: LlmSettings, model: Llama, task: Task, pairs: LoraPairs) -> Trainer:
+def build_trainer(settings: LlmSettings, model: Any, task: Task, pairs: LoraPairs) -> Trainer:
     """The compiled training step; it works for all learning rates and seeds."""
     optimizer = functools.partial(make_optimizer, settings.optimizer, pairs=pairs)
     wrt = trainable(settings.method, HEAD if settings.method == "head" else None)
-    return Trainer(model, task.loss, optimizer, wrt, task.outputs)
+    return Trainer(model, task.loss, optimizer, wrt, task.outputs, settings.accumulate)
 
 
-def megabytes(model: Llama) -> float:
-    """Memory of the model's weights without its adapters; 4-bit numbers take half a byte."""
+def size_of(model: Any) -> tuple[int, float]:
+    """The numbers in a model without its adapters, and their megabytes (4 bits are half a byte)."""
     base = jax.tree.leaves(nnx.state(model, nnx.Not(nnx.LoRAParam)))
     bits = lambda dtype: 4 if dtype in (jnp.int4, jnp.uint4) else 8 * dtype.itemsize
-    return sum(leaf.size * bits(leaf.dtype) for leaf in base) / 8e6
+    return sum(leaf.size for leaf in base), sum(leaf.size * bits(leaf.dtype) for leaf in base) / 8e6
 
 
 def sample(
-    run: Run, settings: LlmSettings, model: Llama, pretrained: llama_weights.Pretrained, step: int
+    run: Run, settings: LlmSettings, model: Any, pretrained: llama_weights.Pretrained, step: int
 ) -> None:
     """Generates text from the prompt and logs it, unless the log has a sample of this step."""
     if jax.process_count() > 1:  # generation needs the whole model in one process
@@ -92,6 +101,39 @@ def sample(
     if not any("sample" in record and record["step"] == step for record in run.records()):
         generated = generate(model, pretrained.tokenizer, settings.prompt, seed=settings.seed)
         run.log({"step": step, "sample": generated})
+
+
+def answer(
+    run: Run,
+    settings: LlmSettings,
+    model: Any,
+    pretrained: llama_weights.Pretrained,
+    task: Task,
+    step: int,
+) -> None:
+    """Answers the held-out prompts, if any, and logs how many answers are right."""
+    if task.prompts is None or jax.process_count() > 1:
+        return
+    if any("exact_match" in record and record["step"] == step for record in run.records()):
+        return
+    tokenizer, references = pretrained.tokenizer, task.prompts.references
+    stop = [
+        index
+        for token in pretrained.tokenizer_config.stop
+        if (index := tokenizer.token_to_id(token)) is not None
+    ]
+    began = time.perf_counter()
+    ids = complete(model, task.prompts.ids, length=settings.max_new_tokens, stop=stop)
+    seconds = time.perf_counter() - began
+    texts = [tokenizer.decode(one) for one in ids]
+    with (run.folder / f"answers-{step}.jsonl").open("w") as file:
+        for prompt, text, reference in zip(task.prompts.ids, texts, references, strict=True):
+            told = {"prompt": tokenizer.decode(prompt), "answer": text, "reference": reference}
+            file.write(json.dumps(told, ensure_ascii=False) + "\n")
+    found = exact_match.score(texts, references)
+    run.log({"step": step} | found)
+    named = ", ".join(f"{name.replace('_', ' ')} {100 * x:.1f} %" for name, x in found.items())
+    loop.say(f"step {step}: {len(texts)} generated answers, {named} ({seconds:.0f} s)")
 
 
 def finetune(
@@ -105,21 +147,29 @@ def finetune(
             f"--seq-len {settings.seq_len} is longer than the context of {pretrained.name}: use at "
             f"most {context}."
         )
-    task = language_task(settings, pretrained.tokenizer)
-    rule = lora_rule(settings.targets, settings.rank, settings.alpha or settings.rank)
+    task = language_task(settings, pretrained.tokenizer, pretrained.tokenizer_config)
+    if settings.epochs is not None:
+        steps = math.ceil(settings.epochs * batches.count(task.train) / settings.batch_size)
+        settings = dataclasses.replace(settings, steps=steps)
+    try:
+        alpha = settings.alpha or settings.rank
+        rule = pretrained.lora_rule(settings.targets, settings.rank, alpha)
+    except ValueError as error:
+        raise UserError(f"--targets: {error}, for {pretrained.name}.") from error
     rule = adapter_rule(settings.method, rule)
-    model, pairs = build_model(settings, pretrained, rule), lora_pairs(rule)
     if mesh is not None:
         if settings.quantize is not None:
             raise UserError("--quantize works on one device only: remove it, or --mesh.")
-        batch_sharding(mesh, settings.batch_size)  # raises an error early
+        batch_sharding(mesh, settings.batch_size // settings.accumulate)  # raises an error early
+    model, pairs = build_model(settings, pretrained, rule, mesh), lora_pairs(rule)
+    if mesh is not None:
         place_model(model, mesh, pairs)
     trainer = build_trainer(settings, model, task, pairs)
     state = trainer.start(model)
     trained = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    total = sum(tensor.size for tensor in pretrained.tensors.values())
+    parameters, megabytes = size_of(model)
     loop.say(
-        f"{pretrained.name}, {total / 1e6:.1f} M parameters in {megabytes(model):.0f} MB; "
+        f"{pretrained.name}, {parameters / 1e6:.1f} M parameters in {megabytes:.0f} MB; "
         f"{settings.method} trains {trained / 1e6:.2f} M; {task.description}"
     )
     source = settings.model or llama_weights.SMOLLM2_HUB_ID
@@ -127,10 +177,12 @@ def finetune(
     with open_run(settings, output, resume, examples=task.train, base=base) as run:
         if task.kind == "text":
             sample(run, settings, model, pretrained, step=0)
+        answer(run, settings, model, pretrained, task, step=0)
         state = loop.fit(settings, run, trainer, state, task, resume=resume)
         adapter = trainer.whole(state.params)
         if task.kind == "text":
             sample(run, settings, trainer.model(adapter), pretrained, step=settings.steps)
+        answer(run, settings, trainer.model(adapter), pretrained, task, step=settings.steps)
         run.save_adapter(adapter)
         if jax.process_index() > 0:
             return
@@ -138,7 +190,7 @@ def finetune(
             save_peft(
                 run.folder / "peft",
                 adapter,
-                family="llama",
+                family=pretrained.family,
                 pairs=pairs,
                 base_model=source,
                 task_type="CAUSAL_LM",

@@ -31,7 +31,7 @@ def draw_perplexity(records: Sequence[Mapping[str, Any]], path: Path, title: str
     held_out = np.array([(r["step"], r["eval_loss"]) for r in records if "eval_loss" in r])
     figure, axes = plt.subplots(figsize=(7.2, 4.05), dpi=160, layout="constrained")
     means = _draw_training_loss(axes, records)
-    axes.plot(*held_out.T, label="held-out text", **_LINE)
+    axes.plot(*held_out.T, label="held out", **_LINE)
     halo = [patheffects.withStroke(linewidth=4, foreground="white")]
     for index, (step, loss) in enumerate(held_out):
         axes.annotate(

@@ -63,9 +63,7 @@ def test_words_are_what_the_instruction_says_after_each_label(write):
     "unfit", [row("answer1"), worded("answer3", "x", "y"), worded("answer1", "x", " ")]
 )
 def test_questions_without_words_are_named(write, unfit):
-    with pytest.raises(
-        UserError, match="question 0: its instruction does not spell out the answers"
-    ):
+    with pytest.raises(UserError, match="line 1: its instruction does not spell out the answers"):
         choices.load_questions(write([unfit]), answers="words")
 
 
@@ -127,11 +125,11 @@ def test_the_script_learns_multiple_choice(write, model_folder, tmp_path, capsys
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([], "contains no list of questions"),
-        ({}, "contains no list of questions"),
+        ([], "contains no records"),
+        ({}, "line 1: expected an object with the strings"),
         (
             [row("answer1"), {"output": 3}],
-            "question 1: expected an object with the strings instruction",
+            "line 1: expected an object with the strings instruction",
         ),
         ([row("answer1") | {"instruction": "Choose!"}], 'does not end with "Answer format'),
         ([row("answer1") | {"output": "yes"}], "does not contain its answer 'answer1'"),
