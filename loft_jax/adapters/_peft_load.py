@@ -1,14 +1,14 @@
 """Reads adapters that Hugging Face PEFT has saved, without PyTorch, PEFT or unpickling."""
 
-import dataclasses
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from loft_jax.adapters._loaded import LoadedAdapter, LoraFactors, sorted_by_layer
 from loft_jax.adapters._peft_config import is_saved_in_full, rank_of, read_config, scale_of
 from loft_jax.adapters._safetensors import read_tensors
 
@@ -17,8 +17,9 @@ WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 PREFIX = "base_model.model."
 
+_FACTOR = re.compile(r"(.+)\.lora_(?:([AB])\.weight|embedding_([AB]))")
+
 _UNSUPPORTED_KEYS = (
-    ("lora_embedding_", "adapters on an embedding are not supported"),
     ("lora_magnitude_vector", "DoRA is not supported; merge it in PEFT instead"),
     ("lora_B.bias", "a bias in the adapter (lora_bias) is not supported"),
     (
@@ -29,72 +30,14 @@ _UNSUPPORTED_KEYS = (
 )
 
 
-class PeftFactors(NamedTuple):
-    """One adapter, which adds ``scale * a @ b`` to a kernel (in, out).
-
-    Attributes:
-      a: (in, r), or (height, width, in, r) for a two-dimensional convolution.
-      b: (r, out).
-      scale: ``lora_alpha / r`` in PEFT, or ``lora_alpha / sqrt(r)`` with rsLoRA.
-    """
-
-    a: np.ndarray
-    b: np.ndarray
-    scale: float
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class PeftAdapter:
-    """The adapter in a folder of PEFT.
-
-    Attributes:
-      path: the folder.
-      config: adapter_config.json, with PEFT's defaults for missing fields.
-      factors: `PeftFactors` by the name of the module in transformers, in the file's dtype.
-      saved: the tensors of PEFT's modules_to_save, by name and in the layout of transformers.
-    """
-
-    path: Path
-    config: Mapping[str, Any]
-    factors: Mapping[str, PeftFactors]
-    saved: Mapping[str, np.ndarray]
-
-    def scale_of(self, module: str) -> float:
-        """Returns the scale of a module's adapter.
-
-        Args:
-          module: the name of the module in transformers, or the end of it such as ``q_proj``.
-
-        Returns:
-          The factor that multiplies ``a @ b``.
-
-        Raises:
-          KeyError: there is no such module, or there are several with different scales.
-
-        Example:
-          >>> factors = PeftFactors(np.ones((6, 3)), np.ones((3, 4)), scale=2.0)
-          >>> adapter = PeftAdapter(Path("out"), {}, {"model.layers.0.q_proj": factors}, {})
-          >>> adapter.scale_of("q_proj")
-          2.0
-        """
-        ends = [f for name, f in self.factors.items() if f".{name}".endswith(f".{module}")]
-        scales = {factors.scale for factors in ends}
-        if len(scales) != 1:
-            found = f"different scales {sorted(scales)}" if scales else "no adapter"
-            raise KeyError(
-                f"{self.path}: {found} for {module!r}. The modules are {few(self.factors)}"
-            )
-        return scales.pop()
-
-
-def load_peft(path: str | os.PathLike[str]) -> PeftAdapter:
+def load_peft(path: str | os.PathLike[str]) -> LoadedAdapter:
     """Reads an adapter written by PEFT or by `save_peft`. Nothing is unpickled.
 
     Args:
       path: the folder with adapter_config.json and adapter_model.safetensors.
 
     Returns:
-      A `PeftAdapter`. Use `fill` to put it into a tree.
+      A `LoadedAdapter`. Use `load_into` to put it into a tree.
 
     Raises:
       FileNotFoundError: one of the files is missing.
@@ -133,8 +76,8 @@ def load_peft(path: str | os.PathLike[str]) -> PeftAdapter:
         if not key.startswith(PREFIX):
             raise ValueError(f"{weights}: {key}: a key of PEFT must start with {PREFIX}")
         name = key.removeprefix(PREFIX)
-        if match := re.fullmatch(r"(.+)\.lora_([AB])\.weight", name):
-            tensors.setdefault(match[1], {})[match[2]] = tensor
+        if match := _FACTOR.fullmatch(name):
+            tensors.setdefault(match[1], {})[match[2] or match[3]] = tensor
         elif is_saved_in_full(name, config["modules_to_save"] or ()):
             saved[name] = tensor
         else:
@@ -143,14 +86,14 @@ def load_peft(path: str | os.PathLike[str]) -> PeftAdapter:
         raise ValueError(f"{weights}: the file contains no lora_A and lora_B")
     factors = {
         module: _read_factors(module, tensors[module], config, weights)
-        for module in sorted(tensors, key=_natural)
+        for module in sorted_by_layer(tensors)
     }
-    return PeftAdapter(folder, config, factors, saved)
+    return LoadedAdapter(folder, config, factors, saved)
 
 
 def _read_factors(
     module: str, tensors: Mapping[str, np.ndarray], config: Mapping[str, Any], path: Path
-) -> PeftFactors:
+) -> LoraFactors:
     """Returns the factors of one module in Flax's layout, checked against the configuration."""
     key = f"{PREFIX}{module}.lora_"
     if missing := {"A", "B"} - tensors.keys():
@@ -175,20 +118,9 @@ def _read_factors(
             f"{path}: {key}A.weight: {shapes}, but r and rank_pattern in {CONFIG} give this module "
             f"rank {rank}. The two files do not belong together"
         )
-    return PeftFactors(a, b, scale_of(config, module))
+    return LoraFactors(a, b, scale_of(config, module))
 
 
 def _why_unknown(key: str) -> str:
     why = (reason for part, reason in _UNSUPPORTED_KEYS if part in key)
     return next(why, f"neither lora_A nor lora_B, nor part of modules_to_save in {CONFIG}")
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    """A sort key that puts layer 10 after layer 9."""
-    return [(int(key), "") if key.isdecimal() else (-1, key) for key in name.split(".")]
-
-
-def few(names: Iterable[str]) -> str:
-    """Returns the first names of many, for a message."""
-    names = list(names)
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
