@@ -4,6 +4,7 @@ import os
 import shutil
 import tempfile
 from importlib.metadata import version
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # The tests compile far more than they compute: these make machine code cheaply. What a program
@@ -105,6 +106,18 @@ def assert_close(request: pytest.FixtureRequest):
 def report(request: pytest.FixtureRequest):
     """Adds a line to the tables printed after the tests."""
     return request.config.stash[TABLES].append
+
+
+@pytest.fixture
+def close(report):
+    """Asserts closeness, and reports the largest difference after the tests."""
+
+    def check(what: str, got: Any, expected: Any, tolerance: float) -> None:
+        largest = float(np.abs(np.asarray(got) - np.asarray(expected)).max())
+        report(f"{what}: largest difference {largest:.1e} (at most {tolerance:.0e})")
+        assert largest <= tolerance
+
+    return check
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

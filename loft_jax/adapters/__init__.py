@@ -1,16 +1,20 @@
-"""Adds low-rank adapters to Flax models, merges them, and exchanges them with Hugging Face PEFT.
+"""Adds low-rank adapters to Flax models, merges them, and exchanges them with other programs.
 
 The optimizers do not need this package: they find the adapters of any library by their names.
 """
 
 from loft_jax.adapters._families import FAMILIES as FAMILIES
 from loft_jax.adapters._family import Family as Family
+from loft_jax.adapters._gguf import load_gguf as load_gguf
+from loft_jax.adapters._gguf import save_gguf as save_gguf
 from loft_jax.adapters._linen import LoraModel as LoraModel
 from loft_jax.adapters._linen import adapt as adapt
 from loft_jax.adapters._load_into import load_into as load_into
 from loft_jax.adapters._loaded import LoadedAdapter as LoadedAdapter
 from loft_jax.adapters._loaded import LoraFactors as LoraFactors
 from loft_jax.adapters._merged import save_merged as save_merged
+from loft_jax.adapters._mlx import load_mlx as load_mlx
+from loft_jax.adapters._mlx import save_mlx as save_mlx
 from loft_jax.adapters._nnx import LoraLayer as LoraLayer
 from loft_jax.adapters._nnx import add_lora as add_lora
 from loft_jax.adapters._nnx import remove_lora as remove_lora

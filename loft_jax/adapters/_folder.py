@@ -45,3 +45,15 @@ def _replace_files(new: Path, folder: Path) -> None:
         for file in old.iterdir():
             file.rename(folder / file.name)
         raise
+
+
+@contextlib.contextmanager
+def replacing_file(path: Path) -> Iterator[Path]:
+    """A temporary file that replaces `path` by one rename, if there was no exception."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".saving-{uuid.uuid4().hex}"  # on the same file system
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -176,18 +176,6 @@ def our_llama(model: Any) -> Any:
     return build_model(config, tensors)
 
 
-@pytest.fixture
-def close(report):
-    """Asserts closeness, and reports the largest difference after the tests."""
-
-    def check(what: str, got: Any, expected: Any, tolerance: float) -> None:
-        largest = float(np.abs(np.asarray(got) - np.asarray(expected)).max())
-        report(f"{what}: largest difference {largest:.1e} (at most {tolerance:.0e})")
-        assert largest <= tolerance
-
-    return check
-
-
 @others_warn
 def test_peft_with_our_adapter_equals_our_llama(hf, close, tmp_path):
     torch_base = torch_model(hf, "llama")
