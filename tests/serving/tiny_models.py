@@ -35,7 +35,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         {
             "vocab_size": VOCABULARY,
             "n_embd": 32,
-            "n_inner": 64,
+            "n_inner": 128,
             "n_layer": 2,
             "n_head": 4,
             "n_positions": 64,
@@ -118,7 +118,7 @@ def save_gguf_model(model: TinyModel, path: Path) -> None:
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(64)
+    writer.add_feed_forward_length(128 if model.name == "gpt2" else config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     if model.name == "gpt2":
         writer.add_layer_norm_eps(config.layer_norm_epsilon)
@@ -131,8 +131,8 @@ def save_gguf_model(model: TinyModel, path: Path) -> None:
         writer.add_value_length(config.head_dim)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
-    writer.add_token_list([f"t{number}" for number in range(VOCABULARY)])
-    writer.add_token_types([gguf.TokenType.NORMAL] * VOCABULARY)
+    writer.add_token_list([f"t{number}" for number in range(config.vocab_size)])
+    writer.add_token_types([gguf.TokenType.NORMAL] * config.vocab_size)
     writer.add_token_merges(["t 0"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
