@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+import types
 from importlib.metadata import version
 from typing import Any
 
@@ -118,6 +119,19 @@ def close(report):
         assert largest <= tolerance
 
     return check
+
+
+@pytest.fixture(scope="module")
+def hf():
+    """The real libraries."""
+    why = "not installed: that PEFT and transformers take our files is shown by no test here"
+    modules = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        for name in ("torch", "transformers", "peft"):
+            modules[name] = pytest.importorskip(name, reason=f"{name} is {why}")
+        modules["torch"].set_num_threads(1)
+        yield types.SimpleNamespace(**modules)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -12,6 +12,9 @@ from loft_jax.pairs.axes import FactorLayout
 from loft_jax.pairs.find import Pair, PairedTree, find_pairs
 from loft_jax.pairs.spec import as_pairs
 
+MAGNITUDE = "lora_magnitude"
+"""The name of DoRA's magnitude, beside ``lora_a``."""
+
 
 def collect(
     adapter: Any, family: Family, pairs: Any = None
@@ -19,7 +22,8 @@ def collect(
     """Returns the factors and the parameters saved in full, by their names in transformers.
 
     Args:
-      adapter: a pytree of the factors and of parameters that are saved in full.
+      adapter: a pytree of the factors, of DoRA's magnitudes (``lora_magnitude`` beside ``lora_a``)
+        and of parameters that are saved in full.
       family: the names of the modules.
       pairs: names, axes and scale of the factors, as in the optimizers.
 
@@ -40,9 +44,15 @@ def collect(
     """
     tree = find_named_pairs(adapter, pairs)
     factors: dict[str, LoraFactors] = {}
+    magnitudes = magnitude_positions(tree)
     for pair in tree.pairs:
         modules = modules_of(tree, pair, family)
-        for module, one in zip(modules, _factors(tree, pair, family, modules[0]), strict=True):
+        found = _factors(tree, pair, family, modules[0])
+        if (position := magnitudes.get(pair.a)) is not None:
+            values = np.asarray(tree.leaves[position]).reshape(len(found), -1)
+            check_magnitude(tree, pair, position)
+            found = [one._replace(magnitude=m) for one, m in zip(found, values, strict=True)]
+        for module, one in zip(modules, found, strict=True):
             if module in factors:
                 raise ValueError(
                     f"{tree.paths[pair.a]}: another adapter is also written as {module}"
@@ -50,6 +60,8 @@ def collect(
             factors[module] = one
     saved: dict[str, np.ndarray] = {}
     for position in tree.others:
+        if position in magnitudes.values():
+            continue
         values = family.to_hf(tree.paths[position], np.asarray(tree.leaves[position]))
         for name, value in values.items():
             if name in saved:
@@ -71,6 +83,28 @@ def modules_of(tree: PairedTree, pair: Pair, family: Family) -> tuple[str, ...]:
     keys = zip(tree.paths[pair.a].split("/"), tree.paths[pair.b].split("/"), strict=False)
     path = "/".join(a for a, _ in itertools.takewhile(lambda both: both[0] == both[1], keys))
     return each_layer(family.hf_module(path), pair.batch, tree.paths[pair.a])
+
+
+def magnitude_positions(tree: PairedTree) -> dict[int, int]:
+    """Returns the positions of DoRA's magnitudes, by those of the factors ``a`` beside them."""
+    position = {path: k for k, path in enumerate(tree.paths)}
+    beside = lambda pair: tree.paths[pair.a].rpartition("/")[0] + "/" + MAGNITUDE
+    found = {pair.a: position.get(beside(pair).lstrip("/")) for pair in tree.pairs}
+    return {a: k for a, k in found.items() if k is not None}
+
+
+def check_magnitude(tree: PairedTree, pair: Pair, position: int) -> None:
+    """Refuses a magnitude that is not one number for each output.
+
+    Raises:
+      ValueError: it has another shape. The message names the path.
+    """
+    shape, required = np.shape(tree.leaves[position]), (*pair.batch, pair.n)
+    if shape != required:
+        raise ValueError(
+            f"{tree.paths[position]}: the magnitude has the shape {shape}, and must be {required}, "
+            "the stacked axes and the outputs"
+        )
 
 
 def _factors(tree: PairedTree, pair: Pair, family: Family, module: str) -> list[LoraFactors]:

@@ -92,6 +92,11 @@ def save_gguf(
             f"llama.cpp cannot load parameters saved in full ({few(saved)}). Merge the adapter and "
             "use save_merged, or omit them"
         )
+    if dora := [module for module, one in factors.items() if one.magnitude is not None]:
+        raise ValueError(
+            f"{dora[0]}: llama.cpp has no DoRA (lora_magnitude). Write the weights of "
+            "loft_jax.baselines.dora_weight with save_merged"
+        )
     model = read_base(base)
     names = {module: _tensor_name(module, model, family) for module in factors}
     # alpha 0 would mean a scale of 1. The most common value leaves most factors as they are.

@@ -1,8 +1,8 @@
 """Puts a loaded adapter into the tree of a model."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,12 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from loft_jax.adapters._collect import find_named_pairs, modules_of
-from loft_jax.adapters._families import as_family
+from loft_jax.adapters._collect import (
+    check_magnitude,
+    find_named_pairs,
+    magnitude_positions,
+    modules_of,
+)
+from loft_jax.adapters._families import FAMILIES, as_family
 from loft_jax.adapters._family import Family
 from loft_jax.adapters._loaded import LoadedAdapter, LoraFactors, few
 from loft_jax.pairs.axes import FactorLayout
-from loft_jax.pairs.find import Pair
+from loft_jax.pairs.find import Pair, PairedTree
 
 
 def load_into(
@@ -57,22 +62,34 @@ def load_into(
     family = as_family(family)
     tree = find_named_pairs(template, pairs)
     named = [(pair, modules_of(tree, pair, family)) for pair in tree.pairs]
-    required = [module for _, modules in named for module in modules]
-    for position in tree.others:
-        required += family.hf_tensors(tree.paths[position], jnp.shape(tree.leaves[position]))
-    _compare_names(required, (*loaded.factors, *loaded.saved), loaded.path)
+    _compare_names(tree, family, loaded)
+    magnitudes = magnitude_positions(tree)
     leaves = list(tree.leaves)
     problems: list[str] = []
     for pair, modules in named:
         factors = [loaded.factors[module] for module in modules]
         wrong = _misfits(pair, modules, factors, compare_scale=pairs is not None)
+        position = magnitudes.get(pair.a)
+        wrong += _without_partner(modules, factors, in_template=position is not None)
+        if loaded.config.get("target_parameters") and family.kind(modules[0]) == "conv1d":
+            wrong.append(
+                f"{modules[0]}: target_parameters of a layer that stores (in, out) are not "
+                "supported. Adapt it by target_modules, or merge it in PEFT (merge_and_unload)"
+            )
         problems += wrong
+        if position is not None and not wrong:
+            check_magnitude(tree, pair, position)
+            values = np.stack([np.asarray(one.magnitude) for one in factors])
+            shape = jnp.shape(leaves[position])
+            leaves[position] = _like(leaves[position], values.reshape(shape))
         if not wrong:
             a = np.stack([one.a.reshape(pair.m, pair.r) for one in factors])
             b = np.stack([one.b.T for one in factors])
             leaves[pair.a] = _like(leaves[pair.a], a, pair.layout_a, pair.batch)
             leaves[pair.b] = _like(leaves[pair.b], b, pair.layout_b, pair.batch)
     for position in tree.others:
+        if position in magnitudes.values():
+            continue
         leaf = leaves[position]
         try:
             value = family.from_hf(tree.paths[position], jnp.shape(leaf), loaded.saved)
@@ -85,7 +102,10 @@ def load_into(
     return jax.tree.unflatten(tree.treedef, leaves)
 
 
-def _compare_names(required: Sequence[str], found: Sequence[str], path: Path) -> None:
+def _compare_names(tree: PairedTree, family: Family, loaded: LoadedAdapter) -> None:
+    """Refuses a template with other modules than the file."""
+    found = (*loaded.factors, *loaded.saved)
+    required = _required(tree, family)
     parts = [
         f"only the {one} has {few(names)}"
         for one, names in (
@@ -94,12 +114,52 @@ def _compare_names(required: Sequence[str], found: Sequence[str], path: Path) ->
         )
         if names
     ]
-    if parts:
-        raise ValueError(
-            f"{path} and the template differ: {'; '.join(parts)}. The template must be the adapter "
-            "of the same modules without the base, from nnx.state(model, nnx.LoRAParam) or "
-            "loft_jax.adapters.split"
-        )
+    if not parts:
+        return
+    remedy = (
+        "The template must be the adapter of the same modules without the base, from "
+        "nnx.state(model, nnx.LoRAParam) or loft_jax.adapters.split"
+    )
+    # The names of another version of transformers, or of a model without its head.
+    for other in FAMILIES.values():
+        for prefix in (other.prefix, ""):
+            if _fits(tree, dataclasses.replace(other, prefix=prefix), found):
+                remedy = f"The names in the file are those of family={other.name!r}"
+                if not prefix:
+                    remedy = (
+                        f"The names in the file are those of a model without its head: "
+                        f'family=dataclasses.replace(FAMILIES[{other.name!r}], prefix="")'
+                    )
+                raise ValueError(f"{loaded.path} and the template differ: {remedy}")
+    raise ValueError(f"{loaded.path} and the template differ: {'; '.join(parts)}. {remedy}")
+
+
+def _required(tree: PairedTree, family: Family) -> list[str]:
+    """Returns the modules and parameters of a template by their names in transformers."""
+    required = [module for pair in tree.pairs for module in modules_of(tree, pair, family)]
+    magnitudes = magnitude_positions(tree).values()
+    for position in tree.others:
+        if position not in magnitudes:
+            required += family.hf_tensors(tree.paths[position], jnp.shape(tree.leaves[position]))
+    return required
+
+
+def _fits(tree: PairedTree, family: Family, found: Sequence[str]) -> bool:
+    try:
+        return sorted(_required(tree, family)) == sorted(found)
+    except ValueError:  # the family has no such module
+        return False
+
+
+def _without_partner(
+    modules: Sequence[str], factors: Sequence[LoraFactors], *, in_template: bool
+) -> list[str]:
+    """Returns the modules that have a magnitude (DoRA) either in the file or in the template."""
+    return [
+        f"{module}: only the {'template' if in_template else 'file'} has a magnitude (DoRA)"
+        for module, one in zip(modules, factors, strict=True)
+        if (one.magnitude is not None) != in_template
+    ]
 
 
 def _misfits(

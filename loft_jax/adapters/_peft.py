@@ -6,7 +6,7 @@ PEFT stores an adapter as a folder with two files. ``adapter_model.safetensors``
 
 import itertools
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ def save_peft(
     pairs: Any = None,
     base_model: str | None = None,
     task_type: str | None = None,
+    model_class: str | None = None,
     use_rslora: bool = False,
     fold_scales: bool = False,
 ) -> Path:
@@ -50,7 +51,8 @@ def save_peft(
         and then renamed, so a failed write leaves the old ones intact.
       adapter: a pytree of the factors, of any layout and float dtype. Other leaves, such as a
         classification head, are saved in full as PEFT's modules_to_save. PEFT requires all
-        parameters of such a module.
+        parameters of such a module. A bias beside its factors is saved as ``bias="lora_only"``, and
+        a ``lora_magnitude`` beside ``lora_a`` as DoRA.
       family: the names of the model's modules in transformers: ``llama``, ``gpt2``, ``bert``,
         ``vit``, ``dinov2``, or a `Family`.
       pairs: names, axes and scale of the factors, as in the optimizers: a `LoraPairs`, or the
@@ -58,6 +60,8 @@ def save_peft(
       base_model: the hub id or folder of the base model, for AutoPeftModel of PEFT.
       task_type: PEFT's task type, such as ``CAUSAL_LM`` or ``SEQ_CLS``, which selects its model
         class.
+      model_class: the model's class in transformers, such as ``ViTForImageClassification``, for
+        PEFT's AutoPeftModel, which needs it where there is no task_type.
       use_rslora: whether to write the scale as ``lora_alpha / sqrt(r)`` instead of
         ``lora_alpha / r``.
       fold_scales: whether to multiply the scales into ``lora_B`` and pad all adapters with zeros to
@@ -100,8 +104,12 @@ def save_peft(
     tensors: dict[str, np.ndarray] = {}
     for module, one in factors.items():
         tensors |= _tensors(module, one, family.kind(module))
-    tensors |= {PREFIX + name: value for name, value in saved.items()}
-    heads = {name.rpartition(".")[0] for name in saved}
+    biases = {f"{module}.bias" for module in factors} & saved.keys()
+    for name, value in saved.items():
+        inside = ".base_layer" if name in biases else ""
+        module, _, parameter = name.rpartition(".")
+        tensors[f"{PREFIX}{module}{inside}.{parameter}"] = value
+    heads = {name.rpartition(".")[0] for name in saved if name not in biases}
     _check_saved(heads, factors, task_type)
     config = make_config(
         {module: one.rank for module, one in factors.items()},
@@ -109,8 +117,12 @@ def save_peft(
         use_rslora=use_rslora,
         modules_to_save=sorted(_outermost(heads)) or None,
         fan_in_fan_out=any(family.kind(module) == "conv1d" for module in factors),
+        bias="lora_only" if biases else "none",
+        use_dora=_has_magnitudes(factors),
         base_model_name_or_path=base_model,
         task_type=task_type,
+        auto_mapping=model_class
+        and {"base_model_class": model_class, "parent_library": "transformers"},
     )
     with replacing(Path(path)) as temporary:
         write_tensors(temporary / WEIGHTS, tensors)
@@ -121,12 +133,27 @@ def save_peft(
 def _tensors(module: str, one: LoraFactors, kind: str) -> dict[str, np.ndarray]:
     """Returns the tensors of one adapter in PEFT's layout."""
     key = PREFIX + module
+    dora = {}
+    if one.magnitude is not None:
+        magnitude = one.magnitude[None, :, None, None] if kind == "conv2d" else one.magnitude
+        dora = {f"{key}.lora_magnitude_vector": magnitude}
     if kind == "embedding":  # lora_A (r, vocabulary), lora_B (out, r)
-        return {f"{key}.lora_embedding_A": one.a.T, f"{key}.lora_embedding_B": one.b.T}
+        return {f"{key}.lora_embedding_A": one.a.T, f"{key}.lora_embedding_B": one.b.T} | dora
     a, b = one.a.T, one.b.T
     if kind == "conv2d":  # (r, in, height, width), (out, r, 1, 1)
         a, b = one.a.transpose(3, 2, 0, 1), b[..., None, None]
-    return {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b}
+    return {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b} | dora
+
+
+def _has_magnitudes(factors: Mapping[str, LoraFactors]) -> bool:
+    """Returns whether the adapters are DoRA, which PEFT has for all modules or for none."""
+    without = [module for module, one in factors.items() if one.magnitude is None]
+    if 0 < len(without) < len(factors):
+        raise ValueError(
+            f"{without[0]} has no lora_magnitude (DoRA) and others have one, while PEFT has one "
+            "kind for all. Write two adapters, or train all with DoRA"
+        )
+    return not without
 
 
 def _outermost(modules: Iterable[str]) -> set[str]:

@@ -27,7 +27,7 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
       ValueError: the file is truncated or damaged, or a tensor is not of one of `DTYPES`.
       ImportError: safetensors is not installed.
     """
-    safetensors = _import_safetensors()
+    safetensors = import_safetensors()
     try:
         entries = safetensors.deserialize(path.read_bytes())
     except safetensors.SafetensorError as error:
@@ -55,7 +55,7 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
       ValueError: a value is NaN or infinite, or a tensor is not of one of `DTYPES`.
       ImportError: safetensors is not installed.
     """
-    _import_safetensors()
+    import_safetensors()
     from safetensors.numpy import save_file
 
     if odd := [name for name, value in tensors.items() if value.dtype not in DTYPES.values()]:
@@ -83,7 +83,29 @@ def check_finite(tensors: Mapping[str, np.ndarray], where: str) -> None:
             raise ValueError(f"{where}: {name} contains a NaN or an infinity; training diverged")
 
 
-def _import_safetensors() -> ModuleType:
+def read_tensor(path: Path, name: str) -> np.ndarray:
+    """Returns one tensor of a file, without reading the others; bfloat16 is that of ml_dtypes.
+
+    Raises:
+      ValueError: the file is damaged, or the tensor is not of one of `DTYPES`.
+    """
+    safetensors = import_safetensors()
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            kind = file.get_slice(name).get_dtype()
+            if kind not in DTYPES:
+                raise ValueError(f"{path}: {name} has dtype {kind}. Use one of {', '.join(DTYPES)}")
+            return np.asarray(file.get_tensor(name)).view(DTYPES[kind])
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path}: not a complete safetensors file ({error})") from error
+
+
+def import_safetensors() -> ModuleType:
+    """Returns the module `safetensors`.
+
+    Raises:
+      ImportError: it is not installed. The message names the extra.
+    """
     try:
         import safetensors
     except ImportError as error:

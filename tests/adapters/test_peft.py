@@ -7,7 +7,6 @@ import copy
 import dataclasses
 import json
 import re
-import types
 from pathlib import Path
 from typing import Any
 
@@ -118,19 +117,6 @@ TARGETS = {
     "dinov2": ("q_proj", "k_proj", "o_proj", "fc1"),
 }
 FAMILY_NAMES = list(MODELS)
-
-
-@pytest.fixture(scope="module")
-def hf():
-    """The real libraries."""
-    why = "not installed: that PEFT and transformers take our files is shown by no test here"
-    modules = {}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        for name in ("torch", "transformers", "peft"):
-            modules[name] = pytest.importorskip(name, reason=f"{name} is {why}")
-        modules["torch"].set_num_threads(1)
-        yield types.SimpleNamespace(**modules)
 
 
 def torch_model(hf: Any, name: str, seed: int = 0) -> Any:
