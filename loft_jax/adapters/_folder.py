@@ -4,13 +4,16 @@ import contextlib
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 
 @contextlib.contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
+def replacing(folder: Path, stale: Sequence[str] = ()) -> Iterator[Path]:
     """A temporary folder whose files appear in `folder` together, if there was no exception.
+
+    Files of the patterns `stale` disappear with the replaced ones: those of a former save that has
+    more files.
 
     A new folder appears by one rename. In an existing folder the old files of the same names move
     out before the new ones move in, and move back if that fails. So at no time is an old file next
@@ -24,21 +27,22 @@ def replacing(folder: Path) -> Iterator[Path]:
     try:
         yield temporary
         if exists:
-            _replace_files(temporary, folder)
+            _replace_files(temporary, folder, stale)
         else:
             os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _replace_files(new: Path, folder: Path) -> None:
+def _replace_files(new: Path, folder: Path, stale: Sequence[str]) -> None:
     names = sorted(file.name for file in new.iterdir())
+    leaving = {file.name for pattern in stale for file in folder.glob(pattern)}
+    leaving |= {name for name in names if (folder / name).exists()}
     old = new / "old"
     old.mkdir()
     try:
-        for name in names:
-            if (folder / name).exists():
-                os.replace(folder / name, old / name)
+        for name in sorted(leaving):
+            os.replace(folder / name, old / name)
         for name in names:
             os.replace(new / name, folder / name)
     except BaseException:
