@@ -26,6 +26,8 @@ from loft_jax.adapters._quantize import quantize as quantize
 from loft_jax.adapters._qwix import qwix_provider as qwix_provider
 from loft_jax.adapters._rule import LoraRule as LoraRule
 from loft_jax.adapters._rule import lora_pairs as lora_pairs
+from loft_jax.adapters._servable import ServingProblem as ServingProblem
+from loft_jax.adapters._servable import check_servable as check_servable
 from loft_jax.adapters._trees import join as join
 from loft_jax.adapters._trees import merge as merge
 from loft_jax.adapters._trees import split as split

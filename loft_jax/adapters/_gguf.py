@@ -33,7 +33,7 @@ from loft_jax.adapters._safetensors import check_finite
 from loft_jax.adapters._scales import fold_scales, most_common
 
 _TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
-_FACTOR = re.compile(r"(.+)\.weight\.lora_([ab])")
+FACTOR = re.compile(r"(.+)\.weight\.lora_([ab])")
 
 
 def save_gguf(
@@ -246,7 +246,7 @@ def _read_tensors(reader: Any, path: Path) -> dict[str, dict[str, np.ndarray]]:
     """Returns the factors by the names of llama.cpp."""
     gguf, tensors = import_gguf(), {}
     for tensor in reader.tensors:
-        if not (match := _FACTOR.fullmatch(tensor.name)):
+        if not (match := FACTOR.fullmatch(tensor.name)):
             raise ValueError(f"{path}: {tensor.name}: neither lora_a nor lora_b of a weight")
         value = tensor.data
         if value.dtype not in (np.float32, np.float16):

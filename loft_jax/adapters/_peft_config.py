@@ -196,10 +196,20 @@ def read_config(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path}: peft_type is {config.get('peft_type')!r}; only LORA is supported"
         )
-    config = _DEFAULTS | config
+    config = with_defaults(config)
     _refuse_unsupported(config, path)
     _check_types(config, path)
     return config
+
+
+def with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a configuration with PEFT's defaults for missing fields.
+
+    Example:
+      >>> with_defaults({"r": 4})["lora_alpha"]
+      8
+    """
+    return {**_DEFAULTS, **config}
 
 
 def _refuse_unsupported(config: Mapping[str, Any], path: Path) -> None:

@@ -100,6 +100,20 @@ def read_tensor(path: Path, name: str) -> np.ndarray:
         raise ValueError(f"{path}: not a complete safetensors file ({error})") from error
 
 
+def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of the tensors of a file, by name, without reading them.
+
+    Raises:
+      ValueError: the file is damaged.
+    """
+    safetensors = import_safetensors()
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path}: not a complete safetensors file ({error})") from error
+
+
 def import_safetensors() -> ModuleType:
     """Returns the module `safetensors`.
 
