@@ -3,19 +3,21 @@
 https://huggingface.co/docs/safetensors
 """
 
-import stat
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+# In the order of their tensors in a file.
 DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F16": np.dtype(np.float16),
 }
 
 
@@ -48,28 +50,48 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
     return tensors
 
 
-def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+def write_tensors(
+    path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
+) -> None:
     """Writes tensors in the form that PyTorch's libraries read, with the modes of the umask.
+
+    Only one tensor at a time is copied into the layout of the file, while the functions of the
+    package safetensors need all of them, contiguous, in memory. The bytes are the same.
+
+    Args:
+      path: the file.
+      tensors: by name, with any strides.
+      metadata: further entries of the file's metadata.
 
     Raises:
       ValueError: a value is NaN or infinite, or a tensor is not of one of `DTYPES`.
-      ImportError: safetensors is not installed.
+      ImportError: safetensors is not installed, which reads the file.
     """
     import_safetensors()
-    from safetensors.numpy import save_file
-
-    if odd := [name for name, value in tensors.items() if value.dtype not in DTYPES.values()]:
+    names_of = {dtype: name for name, dtype in DTYPES.items()}
+    if odd := [name for name, value in tensors.items() if value.dtype not in names_of]:
         raise ValueError(
             f"{odd[0]} has dtype {tensors[odd[0]].dtype}. Cast it to one of "
-            f"{', '.join(map(str, DTYPES.values()))}"
+            f"{', '.join(map(str, names_of))}"
         )
-    check_finite(tensors, "the tensors to save")
-    # safetensors writes the memory of an array and ignores its strides.
-    contiguous = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
-    path.touch()
-    mode = stat.S_IMODE(path.stat().st_mode)
-    save_file(contiguous, path, metadata={"format": "pt"})  # transformers requires this entry
-    path.chmod(mode)  # safetensors gives its files mode 600
+    # In the order of the package: wide dtypes first, so that every tensor is aligned.
+    order = sorted(tensors, key=lambda name: (list(names_of).index(tensors[name].dtype), name))
+    # transformers 4 requires the format.
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    end = 0
+    for name in order:
+        value, start = tensors[name], end
+        end += value.nbytes
+        entry = {"dtype": names_of[value.dtype], "shape": list(value.shape)}
+        header[name] = entry | {"data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            value = np.ascontiguousarray(tensors[name])
+            check_finite({name: value}, "the tensors to save")
+            file.write(memoryview(value.reshape(-1).view(np.uint8)))
 
 
 def check_finite(tensors: Mapping[str, np.ndarray], where: str) -> None:
