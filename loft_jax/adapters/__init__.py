@@ -7,6 +7,8 @@ from loft_jax.adapters._families import FAMILIES as FAMILIES
 from loft_jax.adapters._family import Family as Family
 from loft_jax.adapters._gguf import load_gguf as load_gguf
 from loft_jax.adapters._gguf import save_gguf as save_gguf
+from loft_jax.adapters._hub import push_to_hub as push_to_hub
+from loft_jax.adapters._hub import write_model_card as write_model_card
 from loft_jax.adapters._linen import LoraModel as LoraModel
 from loft_jax.adapters._linen import adapt as adapt
 from loft_jax.adapters._load_into import load_into as load_into

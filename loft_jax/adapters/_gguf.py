@@ -128,7 +128,11 @@ def save_gguf(
             kind = gguf.GGMLQuantizationType[_TYPES[dtype]]
             if dtype == "q8_0" and wide.shape[-1] % 32:
                 kind = gguf.GGMLQuantizationType.F16
-            writer.add_tensor(name, gguf.quantize(wide, kind), raw_dtype=kind)
+            with np.errstate(over="ignore"):
+                stored = gguf.quantize(wide, kind)
+            if stored.dtype == np.float16 and not np.isfinite(stored).all():
+                raise ValueError(f"{name}: a number is too large for float16. Use bfloat16")
+            writer.add_tensor(name, stored, raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()

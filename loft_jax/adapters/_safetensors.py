@@ -91,7 +91,7 @@ def write_tensors(
         for name in order:
             value = np.ascontiguousarray(tensors[name])
             check_finite({name: value}, "the tensors to save")
-            file.write(memoryview(value.reshape(-1).view(np.uint8)))
+            file.write(value.reshape(-1).view(np.uint8).data)
 
 
 def check_finite(tensors: Mapping[str, np.ndarray], where: str) -> None:

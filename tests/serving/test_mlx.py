@@ -1,10 +1,12 @@
 """Adapters for mlx-lm: compared with the real program, round trips, and refusals."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -14,6 +16,7 @@ from serving.programs import mlx_log_probs, require
 
 from loft_jax import LoraPairs
 from loft_jax.adapters import load_into, load_mlx, save_merged, save_mlx
+from loft_jax.baselines import dora_weight
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
 IDS = np.array([3, 9, 27, 5, 40, 11])
@@ -70,6 +73,30 @@ def test_layers_without_an_adapter_and_the_head(model, close, tmp_path):
     expected = log_probs(merged(base, adapter, pairs), IDS)
     got = mlx_log_probs(folder, IDS, tmp_path)
     close("mlx-lm with an adapter of some modules", got, expected, 1e-4)
+
+
+@others_warn
+def test_mlx_computes_our_dora(model, close, tmp_path):
+    base, folder = model("llama")
+    adapter, pairs = random_adapter(base, same=True)
+    after, draw = copy.deepcopy(base.torch), np.random.default_rng(4)
+    for module, (_, fan_out) in base.targets.items():
+        place = adapter
+        for key in module.split("."):
+            place = place[key]
+        place["lora_magnitude"] = draw.uniform(1, 2, fan_out).astype(np.float32)
+        weight = after.get_submodule(module).weight
+        factors = (place["lora_magnitude"], place["lora_a"], place["lora_b"])
+        kernel = dora_weight(*map(jnp.asarray, (weight.detach().numpy().T, *factors)), scale=0.75)
+        weight.data.copy_(type(weight.data)(np.asarray(kernel.T)))
+    save_mlx(tmp_path, adapter, family="llama", pairs=pairs)
+    expected = log_probs(tiny_models.TinyModel("llama", after), IDS)
+    assert np.abs(expected - log_probs(base, IDS)).max() > 0.3
+    close("mlx-lm with our DoRA", mlx_log_probs(folder, IDS, tmp_path), expected, 1e-4)
+    loaded = load_mlx(tmp_path, family="llama")
+    again = load_into(adapter, loaded, family="llama", pairs=pairs)
+    for one, other in zip(jax.tree.leaves(again), jax.tree.leaves(adapter), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 @others_warn
