@@ -258,12 +258,12 @@ def _check_types(config: Mapping[str, Any], path: Path) -> None:
     check("lora_alpha", _is_alpha(config["lora_alpha"]), "a finite number other than zero")
     check("use_rslora", isinstance(config["use_rslora"], bool), "true or false")
     for field, is_valid in (("rank_pattern", _is_rank), ("alpha_pattern", _is_alpha)):
-        pattern = config[field] or {}
+        pattern = {} if config[field] is None else config[field]
         check(field, isinstance(pattern, dict), "an object")
         check(field, all(map(is_regex, pattern)), "an object whose keys are regular expressions")
         check(field, all(map(is_valid, pattern.values())), "an object of valid numbers")
     for field in ("modules_to_save", "target_parameters"):
-        value = config[field] or []
+        value = [] if config[field] is None else config[field]
         names = isinstance(value, list) and all(isinstance(name, str) for name in value)
         check(field, names, "a list of names, or null")
 

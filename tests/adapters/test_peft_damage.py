@@ -219,6 +219,64 @@ def test_random_bytes_as_configuration_are_refused(damaged, garbage):
         shutil.copy(RECORDED / CONFIG, damaged)
 
 
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner),
+    max_leaves=6,
+)
+FIELDS = st.sampled_from(sorted(json.loads((RECORDED / CONFIG).read_text())))
+
+
+@often
+@given(fields=st.dictionaries(FIELDS, ANYTHING, min_size=1, max_size=3))
+def test_any_value_in_the_configuration_is_refused_or_read(damaged, fields):
+    (damaged / WEIGHTS).write_bytes(WHOLE)
+    shutil.copy(RECORDED / CONFIG, damaged)
+    edit_config(damaged, **fields)
+    try:
+        peft = load_peft(damaged)
+    except ValueError as error:
+        assert str(damaged) in str(error)
+    else:
+        assert peft.factors.keys() == load_peft(RECORDED).factors.keys()
+    finally:
+        shutil.copy(RECORDED / CONFIG, damaged)
+
+
+@often
+@given(
+    pattern=st.dictionaries(st.text("q_projv.*+?()[]{}|\\\\d^$1", max_size=16), st.integers(1, 9))
+)
+def test_any_pattern_is_refused_or_read(damaged, pattern):
+    (damaged / WEIGHTS).write_bytes(WHOLE)
+    shutil.copy(RECORDED / CONFIG, damaged)
+    edit_config(damaged, alpha_pattern=pattern)
+    try:
+        peft = load_peft(damaged)
+    except ValueError as error:
+        assert CONFIG in str(error)
+    else:
+        assert all(one.scale > 0 for one in peft.factors.values())
+    finally:
+        shutil.copy(RECORDED / CONFIG, damaged)
+
+
+def test_a_large_configuration_is_read_without_much_work_or_refused(tmp_path):
+    """A megabyte of names, as keys and as modules to save."""
+    shutil.copytree(RECORDED, tmp_path, dirs_exist_ok=True)
+    names = [f"model.layers.{number}.self_attn.q_proj" for number in range(25_000)]
+    edit_config(tmp_path, modules_to_save=names, target_modules=names)
+    assert load_peft(tmp_path).factors.keys() == load_peft(RECORDED).factors.keys()
+    edit_config(tmp_path, rank_pattern=dict.fromkeys(names, 4))
+    assert (tmp_path / CONFIG).stat().st_size > 2**20
+    with pytest.raises(ValueError, match=r"q_proj.lora_A|rank 4"):  # v_proj has rank 2
+        load_peft(tmp_path)
+    key = ".*" * 30 + "q_proj"
+    edit_config(tmp_path, rank_pattern={}, alpha_pattern={key: 4})
+    with pytest.raises(ValueError, match="could take too long"):
+        load_peft(tmp_path)
+
+
 def test_loaded_arrays_do_not_depend_on_the_file(tmp_path):
     """The arrays are not views of a file that may change."""
     shutil.copytree(RECORDED, tmp_path, dirs_exist_ok=True)
