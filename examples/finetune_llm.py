@@ -24,15 +24,18 @@ import dataclasses
 import functools
 import json
 import math
+import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
+from tokenizers import Tokenizer
 
 from common import batches, loop
 from common.data import exact_match
@@ -45,7 +48,7 @@ from common.models.generate import complete, generate
 from common.models.llama import Llama, lora_rule
 from common.models.stacking import STACKED
 from common.runs import Run, open_run
-from common.tasks import Task, language_task
+from common.tasks import Prompts, Task, language_task
 from common.training import Trainer
 from loft_jax import LoraPairs
 from loft_jax.adapters import LoraRule, lora_pairs, quantize, save_peft
@@ -107,29 +110,45 @@ def answer(
     task: Task,
     step: int,
 ) -> None:
-    """Answers the held-out prompts, if any, and logs how many answers are right."""
-    if task.prompts is None or jax.process_count() > 1:
+    """Answers the prompts of each set, if any, and logs how many answers are right."""
+    if jax.process_count() > 1:  # generation needs the whole model in one process
         return
-    if any("exact_match" in record and record["step"] == step for record in run.records()):
-        return
-    tokenizer, references = pretrained.tokenizer, task.prompts.references
-    stop = [
-        index
-        for token in pretrained.tokenizer_config.stop
-        if (index := tokenizer.token_to_id(token)) is not None
-    ]
-    began = time.perf_counter()
-    ids = complete(model, task.prompts.ids, length=settings.max_new_tokens, stop=stop)
-    seconds = time.perf_counter() - began
-    texts = [tokenizer.decode(one) for one in ids]
-    with (run.folder / f"answers-{step}.jsonl").open("w") as file:
-        for prompt, text, reference in zip(task.prompts.ids, texts, references, strict=True):
-            told = {"prompt": tokenizer.decode(prompt), "answer": text, "reference": reference}
+    tokenizer, records = pretrained.tokenizer, run.records()
+    stop = [tokenizer.token_to_id(token) for token in pretrained.tokenizer_config.stop]
+    stop = [index for index in stop if index is not None]
+    answered = {r["answered"] for r in records if "answered" in r and r["step"] == step}
+    for name, prompts in task.prompts.items():
+        if name in answered:  # before the run was resumed
+            continue
+        began = time.perf_counter()
+        ids = complete(model, prompts.ids, length=settings.max_new_tokens, stop=stop)
+        seconds = time.perf_counter() - began
+        texts = [tokenizer.decode(one) for one in ids]
+        file = re.sub(r"[^\w.-]", "-", f"answers-{step}-{name}.jsonl")
+        save_answers(run.folder / file, tokenizer, prompts, texts)
+        found = exact_match.score(texts, prompts.references)
+        run.log({"step": step, "answered": name} | found)
+        loop.say(
+            f"step {step}: {len(texts)} answers ({name}), {percent(found)} ({seconds:.0f} s, "
+            f"{sum(map(len, ids)) / seconds:.0f} tokens/s)"
+        )
+    if answered < task.prompts.keys() and len(task.prompts) > 1:
+        sets = [r for r in run.records() if "answered" in r and r["step"] == step]
+        mean = float(np.mean([record["exact_match"] for record in sets]))
+        loop.say(f"step {step}: mean of {len(sets)} sets, {percent({'exact_match': mean})}")
+
+
+def save_answers(path: Path, tokenizer: Tokenizer, prompts: Prompts, texts: list[str]) -> None:
+    """Writes a line of JSON for each prompt, with its answer and the reference."""
+    with path.open("w") as file:
+        for prompt, text, right in zip(prompts.ids, texts, prompts.references, strict=True):
+            told = {"prompt": tokenizer.decode(prompt), "answer": text, "reference": right}
             file.write(json.dumps(told, ensure_ascii=False) + "\n")
-    found = exact_match.score(texts, references)
-    run.log({"step": step} | found)
-    named = ", ".join(f"{name.replace('_', ' ')} {100 * x:.1f} %" for name, x in found.items())
-    loop.say(f"step {step}: {len(texts)} generated answers, {named} ({seconds:.0f} s)")
+
+
+def percent(metrics: Mapping[str, float]) -> str:
+    """'exact match 12.5 %, last number match 20.0 %'."""
+    return ", ".join(f"{name.replace('_', ' ')} {100 * x:.1f} %" for name, x in metrics.items())
 
 
 def finetune(

@@ -22,6 +22,7 @@ class LlmSettings(Settings):
     packing: bool = True
     chat_template: str | None = None
     generate: int = 0
+    test_data: tuple[str, ...] = ()
     max_new_tokens: int = 128
     epochs: float | None = None
     answers: Literal["labels", "words"] = "labels"
@@ -74,7 +75,14 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[LlmSettings, Path | Non
     add(
         "--generate",
         type=positive_int,
-        help="held-out prompts to answer before and after training; default none",
+        help="held-out prompts to answer before and after training, and prompts of each "
+        "--test-data; default none, and all",
+    )
+    add(
+        "--test-data",
+        type=lambda value: tuple(value.split(",")),
+        help="files or hub datasets, separated by commas, whose prompts to answer before and "
+        "after training",
     )
     add_number(parser, defaults, "max_new_tokens", "tokens of a generated answer")
     add(

@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prompts:
-    """Held-out prompts to answer by generation."""
+    """Prompts to answer by generation."""
 
     ids: list[list[int]]
     references: list[str]
@@ -51,7 +51,8 @@ class Task:
     """Describes the metrics."""
     draw: Callable[..., None] = draw_accuracy
     """Draws the learning curve; arguments as for `draw_accuracy`."""
-    prompts: Prompts | None = None
+    prompts: Mapping[str, Prompts] = dataclasses.field(default_factory=dict)
+    """Prompts to answer before and after training, by the name of their set."""
 
 
 Content = str | Sequence[Record]
@@ -163,17 +164,31 @@ def _prompts(
     settings: LlmSettings,
     tokenizer: Tokenizer,
     config: TokenizerConfig,
-    examples: Sequence[forms.Example],
-) -> Prompts | None:
-    """The prompts for `--generate`, evenly spaced over the held-out examples."""
-    if not settings.generate:
-        return None
-    places = batches.spread(np.arange(len(examples)), settings.generate)
-    texts, references = zip(
-        *(answers.write_prompt(examples[place], config) for place in places), strict=True
-    )
-    ids = [one.ids.tolist() for one in answers.encode(tokenizer, texts, "all")]
-    return Prompts(ids=ids, references=list(references))
+    held_out: Sequence[forms.Example],
+) -> dict[str, Prompts]:
+    """The prompts of the held-out examples for `--generate`, and those of `--test-data`."""
+    sets = {"held out": held_out} if settings.generate else {}
+    for source in settings.test_data:
+        if (name := _name(source)) in sets:
+            raise UserError(f"--test-data has two sets of the name {name}: rename a file.")
+        sets[name] = forms.examples(sources.read(source, "--test-data"))
+    found = {}
+    for name, examples in sets.items():
+        places = batches.spread(np.arange(len(examples)), settings.generate or len(examples))
+        pairs = [answers.write_prompt(examples[place], config) for place in places]
+        encoded = answers.encode(tokenizer, [text for text, _ in pairs], "all")
+        references = [reference for _, reference in pairs]
+        found[name] = Prompts(ids=[one.ids.tolist() for one in encoded], references=references)
+    return found
+
+
+def _name(source: str) -> str:
+    """'boolq' for data/boolq/test.json, 'gsm8k' for gsm8k.jsonl, and the id of a hub dataset."""
+    path = Path(source)
+    if not path.is_file():
+        return source
+    stem = path.name.split(".")[0]
+    return path.resolve().parent.name if stem in ("test", "validation", "dev") else stem
 
 
 def multiple_choice(settings: LlmSettings, tokenizer: Tokenizer, content: Content) -> Task:
