@@ -10,6 +10,7 @@ COMMANDS = (
     "floor",
     "growth",
     "peak-memory",
+    "beside-peft",
     "compile-time",
     "precision",
     "low-precision",

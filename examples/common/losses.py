@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-CHUNK = 512
+CHUNK = 256
 """Tokens whose logits are held at a time."""
 
 

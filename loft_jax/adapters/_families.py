@@ -63,7 +63,9 @@ _LLAMA = _rows(
     "embed_tokens",
     "layers.{layer}.input_layernorm",
     *(f"layers.{LAYER}.self_attn.{part}_proj" for part in "qkvo"),
+    *(f"layers.{LAYER}.self_attn.{part}_norm" for part in "qk"),  # Qwen3, Gemma 3
     "layers.{layer}.post_attention_layernorm",
+    *(f"layers.{LAYER}.{when}_feedforward_layernorm" for when in ("pre", "post")),  # Gemma 3
     *(f"layers.{LAYER}.mlp.{part}_proj" for part in ("gate", "up", "down")),
     "norm",
 )

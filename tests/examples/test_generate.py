@@ -3,9 +3,13 @@
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from optimizers import hasty_compiler as hasty_compiler
 
 from common.models import generate, llama_weights
+from common.models.gpt2 import GPT2, GPT2Config
+from common.models.llama import Llama
+from common.models.llama_config import LayerKind, LlamaConfig, Rope
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +37,27 @@ def test_greedy_generation_is_that_of_the_whole_model(model):
     stop = expected[0][3]
     found = generate.complete(model, PROMPTS, length=8, stop=[stop, 999])
     assert found == [ids[: ids.index(stop)] if stop in ids else ids for ids in expected]
+
+
+SMALL = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4}
+GEMMA = LlamaConfig(
+    **SMALL,
+    num_hidden_layers=2,
+    num_key_value_heads=2,
+    head_dim=4,
+    layer_kinds=(LayerKind(Rope(1e4), window=3), LayerKind(None)),
+    sandwich_norm=True,
+    qk_norm=True,
+)
+GPT = GPT2Config(**SMALL, num_hidden_layers=2, max_position_embeddings=64)
+
+
+@pytest.mark.parametrize(("kind", "config"), [(Llama, GEMMA), (GPT2, GPT)], ids=["gemma", "gpt2"])
+def test_other_families_generate_what_the_whole_model_predicts(kind, config):
+    model = kind(config, rngs=nnx.Rngs(0))
+    prompts = [[5, 6, 7], [9, 8, 7, 6, 5, 4, 3]]
+    expected = [greedy(model, prompt, 8) for prompt in prompts]
+    assert generate.complete(model, prompts, length=8, batch_size=2) == expected
 
 
 def test_drawn_tokens_have_the_models_probabilities(model):

@@ -1,4 +1,4 @@
-"""The LLaMA equals Hugging Face's; new adapters do not change it."""
+"""The language models equal Hugging Face's; new adapters do not change them."""
 
 import json
 from typing import Any
@@ -11,14 +11,14 @@ from flax import nnx
 from optimizers import hasty_compiler as hasty_compiler
 
 from common.models.llama import TARGETS, LlamaConfig, lora_rule
-from common.models.llama_weights import build_model
+from common.models.llama_weights import build_model, read_config
 from loft_jax.adapters import add_lora, remove_lora
 from tests.examples import record_llama_logits as hugging_face
 
 
 def assert_same_logits(recorded: dict[str, Any]) -> None:
     """Ours equal the recorded ones up to float32 rounding through two layers."""
-    model = build_model(LlamaConfig.from_hf(recorded["config"]), recorded["tensors"])
+    model = build_model(read_config(recorded["config"]), recorded["tensors"])
     logits = model(jnp.asarray(recorded["ids"]))
     scale = np.abs(recorded["logits"]).max()
     np.testing.assert_allclose(logits, recorded["logits"], rtol=0, atol=1e-5 * scale)
@@ -107,15 +107,16 @@ def test_unfit_adapters_are_refused_by_name(model, targets, rank, message):
 @pytest.mark.parametrize(
     "change",
     [
-        {"model_type": "gpt2"},
+        {"model_type": "gemma2"},
         {"hidden_act": "gelu"},
-        {"mlp_bias": True},
-        {"attention_bias": True},
         {"rope_parameters": {"rope_type": "yarn"}},
-        {"model_type": "mistral", "sliding_window": 4096},
+        {"model_type": "gemma3_text", "attn_logit_softcapping": 50.0},
+        {"model_type": "gemma3_text", "use_bidirectional_attention": True},
+        {"model_type": "gpt2", "activation_function": "relu"},
+        {"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True},
     ],
 )
 def test_configs_that_would_be_computed_wrongly_are_refused(change):
     config = read_recorded("tied")["config"]
     with pytest.raises(ValueError, match="not supported"):
-        LlamaConfig.from_hf(config | change)
+        read_config(config | change)

@@ -110,8 +110,15 @@ def test_a_truncated_file_is_named(folder, name):
 
 
 def test_an_unsupported_model_is_refused_with_what_is_supported(folder):
-    (folder / "config.json").write_text(json.dumps(CONFIG | {"model_type": "gpt2"}))
-    with pytest.raises(UserError, match="'gpt2' is not supported: use llama, mistral or qwen2"):
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"model_type": "bert"}))
+    with pytest.raises(UserError, match="'bert' is not supported: use one of llama, mistral, "):
+        weights.load(str(folder))
+
+
+def test_a_config_that_lacks_an_entry_is_refused_by_its_name(folder):
+    config = {name: value for name, value in CONFIG.items() if name != "vocab_size"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="config.json: it has no vocab_size"):
         weights.load(str(folder))
 
 

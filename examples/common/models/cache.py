@@ -4,13 +4,11 @@ The sequences of a batch end at the same slot of the cache. Shorter ones have pa
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-
-Attend = Callable[..., jax.Array]
-"""Mixes values as `attention.attend` does, with the same arguments."""
+from flax import nnx
 
 
 class Cache(NamedTuple):
@@ -55,7 +53,7 @@ class CachedAttention:
         v: jax.Array,
         *,
         scale: float,
-        window: int | None = None,
+        window: jax.Array | int | None = None,
         segments: jax.Array | None = None,
     ) -> jax.Array:
         """Arguments as `attention.attend`; the rows must not hold several sequences."""
@@ -75,3 +73,35 @@ class CachedAttention:
             seen &= queries - slots < window
         keys, values = keys.astype(q.dtype), values.astype(q.dtype)
         return jax.nn.dot_product_attention(q, keys, values, mask=seen[:, None], scale=scale)
+
+
+def extend_layers(
+    layers: nnx.Module,
+    x: jax.Array,
+    cache: Cache,
+    apply: Callable[..., jax.Array],
+    *each: jax.Array,
+) -> tuple[jax.Array, Cache]:
+    """Applies stacked layers to new tokens, which attend to those in a cache too.
+
+    Args:
+        layers: made by `stacking.stack`.
+        x: the input of the first layer, `(batch, new, hidden)`.
+        cache: holds the tokens before them.
+        apply: applies one layer: (layer, its input, its `CachedAttention`, rows of `each`).
+        *each: arrays whose rows belong to the layers.
+
+    Returns:
+        The output of the last layer, and the cache with the new tokens.
+    """
+    graphdef, weights = nnx.split(layers)
+
+    def run(carry: tuple[jax.Array, Cache], of_layer: Any) -> Any:
+        (x, cache), (index, weights, *each) = carry, of_layer
+        attend = CachedAttention(cache, index)
+        x = apply(nnx.merge(graphdef, weights), x, attend, *each)
+        return (x, attend.cache), None
+
+    indices = jnp.arange(len(cache.keys))
+    (x, cache), _ = jax.lax.scan(run, (x, cache), (indices, weights, *each))
+    return x, cache._replace(filled=cache.filled + x.shape[1])

@@ -19,7 +19,9 @@ from loft_jax.adapters import FAMILIES
 from .. import downloads
 from ..data.chat import TokenizerConfig, read_tokenizer_config
 from ..errors import UserError
+from .gpt2 import GPT2, GPT2Config
 from .llama import Llama, LlamaConfig
+from .llama_config import LayerKind, Rope
 from .pretrained import fill, find_folder, read_json, read_safetensors
 
 SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -31,7 +33,7 @@ class Pretrained:
     """A pretrained model as host arrays; several models can be built from it."""
 
     name: str
-    config: LlamaConfig
+    config: LlamaConfig | GPT2Config
     tensors: Mapping[str, np.ndarray]
     """By Hugging Face's names; matrices are `(out, in)`, any float dtype."""
     tokenizer: Tokenizer
@@ -54,19 +56,35 @@ def load(source: str | None) -> Pretrained:
 
 
 def build_model(
-    config: LlamaConfig, tensors: Mapping[str, np.ndarray], name: str = "the model"
-) -> Llama:
+    config: LlamaConfig | GPT2Config,
+    tensors: Mapping[str, np.ndarray],
+    name: str = "the model",
+) -> Any:
     """A model with float32 parameters from tensors in Hugging Face's format."""
+    if isinstance(config, GPT2Config):
+        return fill(lambda: GPT2(config, rngs=nnx.Rngs(0)), FAMILIES["gpt2"], tensors, name)
     return fill(lambda: Llama(config, rngs=nnx.Rngs(0)), FAMILIES["llama"], tensors, name)
+
+
+def read_config(config: Mapping[str, Any]) -> LlamaConfig | GPT2Config:
+    """Reads Hugging Face's config.json.
+
+    Raises:
+        ValueError: the model is not supported.
+    """
+    kind = GPT2Config if config.get("model_type") == "gpt2" else LlamaConfig
+    return kind.from_hf(config)
 
 
 def read_folder(folder: Path) -> Pretrained:
     """A folder in Hugging Face's format: config.json, tokenizer.json, *.safetensors."""
     path, tokenizer = folder / "config.json", folder / "tokenizer.json"
     try:
-        config = LlamaConfig.from_hf(read_json(path))
-    except (ValueError, KeyError) as error:
+        config = read_config(read_json(path))
+    except ValueError as error:
         raise UserError(f"Cannot use {path}: {error}.") from error
+    except KeyError as error:
+        raise UserError(f"Cannot use {path}: it has no {error.args[0]}.") from error
     if not tokenizer.is_file():
         raise UserError(f"{folder} has no tokenizer.json: pass a folder from save_pretrained.")
     try:
@@ -120,7 +138,7 @@ def read_gguf(path: Path) -> Pretrained:
         num_key_value_heads=field("llama.attention.head_count_kv"),
         head_dim=field("llama.rope.dimension_count"),
         rms_norm_eps=field("llama.attention.layer_norm_rms_epsilon"),
-        rope_theta=field("llama.rope.freq_base"),
+        layer_kinds=(LayerKind(Rope(field("llama.rope.freq_base"))),),
         max_position_embeddings=field("llama.context_length"),
         tie_word_embeddings="output.weight" not in names,
     )
