@@ -73,15 +73,15 @@ def place_model(model: nnx.Module, mesh: Mesh, pairs: LoraPairs) -> None:
     nnx.update(model, *placed)
 
 
-def batch_sharding(mesh: Mesh, rows: int) -> NamedSharding:
-    """The sharding of a batch with `rows` rows: sharded over `data` and `fsdp`."""
+def batch_sharding(mesh: Mesh, rows: int, axis: int = 0) -> NamedSharding:
+    """The sharding of a batch with `rows` rows along `axis`: over `data` and `fsdp`."""
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     if rows % parts:
         raise UserError(
-            f"--batch-size {rows} cannot be split over data x fsdp = {parts} devices: use a "
-            "multiple."
+            f"{rows} examples cannot be split over data x fsdp = {parts} devices: make "
+            "--batch-size, divided by --accumulate, a multiple."
         )
-    return NamedSharding(mesh, P(("data", "fsdp")))
+    return NamedSharding(mesh, P(*[None] * axis, ("data", "fsdp")))
 
 
 def mesh_of(tree: Any) -> Mesh | None:

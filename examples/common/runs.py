@@ -78,6 +78,10 @@ class Run:
         state = restored.opt_state
         return TrainState(state["step"], restored.adapter, state["optimizer"])
 
+    def has_checkpoint(self) -> bool:
+        """Whether there is a checkpoint to resume from; does not wait for other processes."""
+        return any(path.name.isdigit() for path in (self.folder / "checkpoints").glob("*"))
+
     def save_adapter(self, params: Any) -> None:
         """Saves the trained parameters, replacing an earlier version."""
         with ocp.StandardCheckpointer() as checkpointer:

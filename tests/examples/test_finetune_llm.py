@@ -169,7 +169,7 @@ def test_ctrl_c_saves_the_step_and_the_run_resumes_bit_exactly(
         np.testing.assert_array_equal(mine, other)
 
 
-def test_a_second_ctrl_c_stops_at_once(arguments, tmp_path, monkeypatch):
+def test_a_second_ctrl_c_stops_at_once(arguments, tmp_path, monkeypatch, capsys):
     def interrupted_twice(*_):
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
@@ -177,6 +177,8 @@ def test_a_second_ctrl_c_stops_at_once(arguments, tmp_path, monkeypatch):
     monkeypatch.setattr(training.Trainer, "step", interrupted_twice)
     assert run(*arguments, "--output", tmp_path / "out") == 130
     assert [r["step"] for r in read_metrics(tmp_path / "out") if "loss" in r] == []
+    message = capsys.readouterr().err
+    assert "there is no checkpoint yet" in message and "--resume" not in message
 
 
 def test_resuming_a_finished_run_changes_nothing(copied):
@@ -234,6 +236,7 @@ def test_without_an_output_folder_the_next_free_one_is_taken(tmp_path, monkeypat
         (["--model", "missing"], "--model missing: there is no such folder"),
         (["--data", "missing.txt"], "--data missing.txt: there is no such file"),
         (["--eval-data", "missing.txt"], "--eval-data missing.txt: there is no such file"),
+        (["--accumulate", "3"], "--accumulate 3 does not divide --batch-size 2"),
         (["--seq-len", "4096"], "fewer than one window of 4096 + 1"),
         (["--seq-len", "4097"], "--seq-len 4097 is longer than the context of tiny-llama"),
         (["--method", "full", "--quantize", "nf4"], "--method full trains all weights"),

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ..losses import token_losses
@@ -162,10 +161,10 @@ def weighted_nats(model: Any, batch: Any) -> dict[str, jax.Array]:
     }
 
 
-def weighted_loss(model: Any, batch: Any) -> jax.Array:
-    """Losses `(rows,)` whose mean is the mean loss of the batch's trained tokens.
+def weighted_loss(model: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
+    """The summed loss of each row and the number of its trained tokens, for `training.Trainer`.
 
-    Each trained token of a batch has the same weight, whichever row it is in.
+    Each trained token of a batch then has the same weight, whichever row it is in.
     """
     outputs = weighted_nats(model, batch)
-    return outputs["nats"] * (len(outputs["nats"]) / jnp.maximum(outputs["weight"].sum(), 1))
+    return outputs["nats"], outputs["weight"]
