@@ -34,16 +34,10 @@ LLAMA = {
 COMMONSENSE_RATES = {"llama-7b": 2e-4, "llama2-7b": 3e-4, "llama3-8b": 1e-4, "llama3-70b": 5e-3}
 """Learning rates by model: Table 4 and appendix F.3."""
 
-_SETS = [
-    "boolq",
-    "piqa",
-    "social_i_qa",
-    "hellaswag",
-    "winogrande",
-    "ARC-Challenge",
-    "ARC-Easy",
-    "openbookqa",
-]
+_SETS = (
+    *("boolq", "piqa", "social_i_qa", "hellaswag"),
+    *("winogrande", "ARC-Challenge", "ARC-Easy", "openbookqa"),
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -108,6 +108,7 @@ def instructions(
     train, held_out = _split(forms.examples, settings, content)
     places = batches.spread(np.arange(len(held_out)), settings.eval_questions)
     rows, told = _rows(settings, tokenizer, config, train, "training")
+    worst = packing.worst_padding(rows, settings.batch_size, settings.seed)
     evaluated = [held_out[place] for place in places]
     of_evaluated, _ = _rows(settings, tokenizer, config, evaluated, "held-out")
 
@@ -116,7 +117,7 @@ def instructions(
 
     return Task(
         kind="instructions",
-        description=f"{told}, {len(evaluated)} held out",
+        description=f"{told}, {100 * worst:.1f} % in the worst step; {len(evaluated)} held out",
         train=rows,
         held_out=of_evaluated,
         units=settings.seq_len,

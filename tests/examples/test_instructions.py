@@ -107,7 +107,7 @@ def test_rows_are_packed_unless_refused(write):
     assert len(padded.train["tokens"]) == 180 > 5 * len(packed.train["tokens"])
     assert packed.train["weights"].sum() >= padded.train["weights"].sum()
     assert (packed.train["segments"] > 0).mean() > 0.9
-    assert "padding, 20 held out" in packed.description
+    assert "in the worst step; 20 held out" in packed.description
 
 
 def test_what_is_too_long_is_counted(write):

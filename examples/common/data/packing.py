@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from .. import batches
 from ..losses import token_losses
 from .answers import Tokens
 
@@ -136,6 +137,14 @@ def arrange(
 def padding(batch: dict[str, np.ndarray]) -> float:
     """The part of a batch that is padding."""
     return float((batch["segments"] == 0).mean())
+
+
+def worst_padding(rows: dict[str, np.ndarray], batch_size: int, seed: int) -> float:
+    """The largest part of a batch of the first epoch that is padding."""
+    of_rows = (rows["segments"] == 0).mean(axis=1)
+    steps = max(1, len(of_rows) // batch_size)
+    epoch = batches.batch_at(of_rows, steps * batch_size, seed, 0)
+    return float(epoch.reshape(steps, batch_size).mean(axis=1).max())
 
 
 def weighted_nats(model: Any, batch: Any) -> dict[str, jax.Array]:
