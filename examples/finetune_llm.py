@@ -40,6 +40,7 @@ from tokenizers import Tokenizer
 from common import batches, loop
 from common.data import exact_match
 from common.errors import UserError, exit_status
+from common.figures import draw_comparison
 from common.llm_settings import LlmSettings, parse_arguments
 from common.meshes import batch_sharding, place_model
 from common.methods import METHODS, adapt, adapter_rule, make_optimizer, title, trainable
@@ -47,7 +48,7 @@ from common.models import llama_weights
 from common.models.generate import complete, generate
 from common.models.llama import Llama, lora_rule
 from common.models.stacking import STACKED
-from common.runs import Run, open_run
+from common.runs import Run, open_run, read_records
 from common.tasks import Prompts, Task, language_task
 from common.training import Trainer
 from loft_jax import LoraPairs
@@ -153,8 +154,8 @@ def percent(metrics: Mapping[str, float]) -> str:
 
 def finetune(
     settings: LlmSettings, output: Path | None, resume: bool, mesh: Mesh | None = None
-) -> None:
-    """Runs the whole example, on one device or on a mesh."""
+) -> Path:
+    """Runs the whole example, on one device or on a mesh; returns the folder of the run."""
     pretrained, method = llama_weights.load(settings.model), METHODS[settings.method]
     context = pretrained.config.max_position_embeddings
     if context is not None and settings.seq_len > context:
@@ -195,7 +196,7 @@ def finetune(
         answer(run, settings, trainer.model(adapter), pretrained, task, step=settings.steps)
         run.save_adapter(adapter)
         if jax.process_index() > 0:
-            return
+            return run.folder
         if method.exchangeable:
             save_peft(
                 run.folder / "peft",
@@ -211,11 +212,37 @@ def finetune(
             print(f"\n--- sample {when} ---\n{generated}")
         heading = f"{pretrained.name}, {title(settings.optimizer, settings.rank)}"
         loop.report(settings, run, task, heading)
+    return run.folder
+
+
+def compare(
+    settings: LlmSettings, output: Path | None, resume: bool, mesh: Mesh | None = None
+) -> None:
+    """Runs the example, then the methods of `--compare` at the same learning rate.
+
+    Their runs are in folders of their own inside the first one. Each of them is resumed if it has
+    begun, so that `--resume` continues a comparison wherever it stopped.
+    """
+    folder = finetune(settings, output, resume, mesh)
+    for method in settings.compare:
+        alike = {"learning_rate": settings.peak, "save_every": settings.steps, "compare": ()}
+        other = dataclasses.replace(settings, method=method, **alike)
+        begun = (folder / method / "settings.json").exists()
+        finetune(other, folder / method, begun, mesh)
+    if settings.compare and jax.process_index() == 0:
+        folders = {settings.optimizer: folder} | {m: folder / m for m in settings.compare}
+        curves = {
+            title(method, settings.rank): read_records(of_method)
+            for method, of_method in folders.items()
+        }
+        heading = f"The same learning rate, {settings.peak:g}, for each method"
+        draw_comparison(curves, folder / "comparison.png", heading)
+        print(f"\ncomparison in {folder / 'comparison.png'}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, 1 after an error message, 75 if preempted, 130 if interrupted."""
-    return exit_status(lambda: finetune(*parse_arguments(argv)))
+    return exit_status(lambda: compare(*parse_arguments(argv)))
 
 
 if __name__ == "__main__":

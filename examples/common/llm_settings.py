@@ -21,6 +21,7 @@ class LlmSettings(Settings):
     train_on: Literal["answers", "all"] = "answers"
     packing: bool = True
     chat_template: str | None = None
+    compare: tuple[str, ...] = ()
     generate: int = 0
     test_data: tuple[str, ...] = ()
     max_new_tokens: int = 128
@@ -70,6 +71,11 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[LlmSettings, Path | Non
         action="store_false",
         help="one example in each row, padded; default several, with segment masks",
     )
+    add(
+        "--compare",
+        type=lambda value: tuple(value.split(",")),
+        help="methods to train too, at the same learning rate, separated by commas",
+    )
     add("--chat-template", help="Jinja file of the chat template; default the model's own")
     add("--epochs", type=positive_float, help="passes over the data; default from --steps")
     add(
@@ -107,8 +113,17 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[LlmSettings, Path | Non
     add_number(parser, defaults, "eval_questions", "questions or instructions to evaluate on")
     add("--prompt", help=f"prompt of the generated samples; default {defaults.prompt!r}")
     settings, output, resume = parse(parser, LlmSettings, argv)
-    if settings.quantize is not None and METHODS[settings.method].trains == "all":
-        raise UserError("--quantize needs frozen weights, but --method full trains all weights.")
-    if settings.quantize is not None and METHODS[settings.method].dora:
-        raise UserError("--quantize does not support --method dora, which needs unquantized norms.")
+    if unknown := [name for name in settings.compare if name not in METHODS]:
+        raise UserError(f"--compare {unknown[0]}: choose from {', '.join(METHODS)}.")
+    for method in (settings.method, *settings.compare):
+        _check_quantization(settings, method)
     return settings, output, resume
+
+
+def _check_quantization(settings: LlmSettings, method: str) -> None:
+    if settings.quantize is not None and METHODS[method].trains == "all":
+        raise UserError(
+            f"--quantize needs frozen weights, but --method {method} trains all weights."
+        )
+    if settings.quantize is not None and METHODS[method].dora:
+        raise UserError("--quantize does not support --method dora, which needs unquantized norms.")
