@@ -143,8 +143,8 @@ def save_answers(path: Path, tokenizer: Tokenizer, prompts: Prompts, texts: list
     """Writes a line of JSON for each prompt, with its answer and the reference."""
     with path.open("w") as file:
         for prompt, text, right in zip(prompts.ids, texts, prompts.references, strict=True):
-            told = {"prompt": tokenizer.decode(prompt), "answer": text, "reference": right}
-            file.write(json.dumps(told, ensure_ascii=False) + "\n")
+            line = {"prompt": tokenizer.decode(prompt), "answer": text, "reference": right}
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 def percent(metrics: Mapping[str, float]) -> str:

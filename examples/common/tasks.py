@@ -107,8 +107,8 @@ def instructions(
         config = dataclasses.replace(config, template=template)
     train, held_out = _split(forms.examples, settings, content)
     places = batches.spread(np.arange(len(held_out)), settings.eval_questions)
-    rows, told = _rows(settings, tokenizer, config, train, "training")
-    worst = packing.worst_padding(rows, settings.batch_size, settings.seed)
+    rows, description = _rows(settings, tokenizer, config, train, "training")
+    worst = 100 * packing.worst_padding(rows, settings.batch_size, settings.seed)
     evaluated = [held_out[place] for place in places]
     of_evaluated, _ = _rows(settings, tokenizer, config, evaluated, "held-out")
 
@@ -117,7 +117,7 @@ def instructions(
 
     return Task(
         kind="instructions",
-        description=f"{told}, {100 * worst:.1f} % in the worst step; {len(evaluated)} held out",
+        description=f"{description}, {worst:.1f} % in the worst step; {len(evaluated)} held out",
         train=rows,
         held_out=of_evaluated,
         units=settings.seq_len,
@@ -152,13 +152,13 @@ def _rows(
     else:
         places = [[place] for place in range(len(kept))]
     rows = packing.arrange(kept, places, length)
-    told = (
+    description = (
         f"{len(kept)} {name} examples in {len(places)} rows of {length} tokens, "
         f"{100 * packing.padding(rows):.1f} % padding"
     )
     if longer := sum(len(one.ids) > length + 1 for one in whole):
-        told += f" ({longer} longer than --seq-len: cut, {len(whole) - len(kept)} left out)"
-    return rows, told
+        description += f" ({longer} longer than --seq-len: cut, {len(whole) - len(kept)} left out)"
+    return rows, description
 
 
 def _prompts(
