@@ -29,6 +29,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,11 +43,10 @@ from common.data import exact_match
 from common.errors import UserError, exit_status
 from common.figures import draw_comparison
 from common.llm_settings import LlmSettings, parse_arguments
-from common.meshes import batch_sharding, place_model
+from common.meshes import batch_sharding, place_model, weight_sharding
 from common.methods import METHODS, adapt, adapter_rule, make_optimizer, title, trainable
 from common.models import llama_weights
 from common.models.generate import complete, generate
-from common.models.llama import Llama, lora_rule
 from common.models.stacking import STACKED
 from common.runs import Run, open_run, read_records
 from common.tasks import Prompts, Task, language_task
@@ -60,10 +60,14 @@ HEAD = "lm_head"
 
 
 def build_model(
-    settings: LlmSettings, pretrained: llama_weights.Pretrained, rule: LoraRule
-) -> Llama:
+    settings: LlmSettings,
+    pretrained: llama_weights.Pretrained,
+    rule: LoraRule,
+    mesh: Mesh | None = None,
+) -> Any:
     """The pretrained model, quantized if requested, with new adapters if the method trains them."""
-    model = pretrained.build()
+    placement = None if mesh is None else functools.partial(weight_sharding, mesh=mesh)
+    model = pretrained.build(settings.dtype, remat=settings.remat, placement=placement)
     if METHODS[settings.method].trains == "head" and not hasattr(model, HEAD):
         raise UserError(
             f"--method head: {pretrained.name} has no separate head, it uses its embedding. Choose "
@@ -72,28 +76,28 @@ def build_model(
     if settings.quantize is not None:
         kinds = {"qtype": settings.quantize, "tile_size": settings.tile_size}
         try:
-            model = quantize(model, "layers/.*", batch=STACKED, **kinds)
+            model = quantize(model, "(layers|h)/.*", batch=STACKED, **kinds)
         except (ValueError, ImportError) as error:
             raise UserError(f"Cannot quantize the weights: {error}.") from error
     return adapt(model, settings.method, rule, nnx.Rngs(settings.seed))
 
 
-def build_trainer(settings: LlmSettings, model: Llama, task: Task, pairs: LoraPairs) -> Trainer:
+def build_trainer(settings: LlmSettings, model: Any, task: Task, pairs: LoraPairs) -> Trainer:
     """The compiled training step; it works for all learning rates and seeds."""
     optimizer = functools.partial(make_optimizer, settings.optimizer, pairs=pairs)
     wrt = trainable(settings.method, HEAD if settings.method == "head" else None)
-    return Trainer(model, task.loss, optimizer, wrt, task.outputs)
+    return Trainer(model, task.loss, optimizer, wrt, task.outputs, settings.accumulate)
 
 
-def megabytes(model: Llama) -> float:
-    """Memory of the model's weights without its adapters; 4-bit numbers take half a byte."""
+def size_of(model: Any) -> tuple[int, float]:
+    """The numbers in a model without its adapters, and their megabytes (4 bits are half a byte)."""
     base = jax.tree.leaves(nnx.state(model, nnx.Not(nnx.LoRAParam)))
     bits = lambda dtype: 4 if dtype in (jnp.int4, jnp.uint4) else 8 * dtype.itemsize
-    return sum(leaf.size * bits(leaf.dtype) for leaf in base) / 8e6
+    return sum(leaf.size for leaf in base), sum(leaf.size * bits(leaf.dtype) for leaf in base) / 8e6
 
 
 def sample(
-    run: Run, settings: LlmSettings, model: Llama, pretrained: llama_weights.Pretrained, step: int
+    run: Run, settings: LlmSettings, model: Any, pretrained: llama_weights.Pretrained, step: int
 ) -> None:
     """Generates text from the prompt and logs it, unless the log has a sample of this step."""
     if jax.process_count() > 1:  # generation needs the whole model in one process
@@ -106,7 +110,7 @@ def sample(
 def answer(
     run: Run,
     settings: LlmSettings,
-    model: Llama,
+    model: Any,
     pretrained: llama_weights.Pretrained,
     task: Task,
     step: int,
@@ -167,20 +171,25 @@ def finetune(
     if settings.epochs is not None:
         steps = math.ceil(settings.epochs * batches.count(task.train) / settings.batch_size)
         settings = dataclasses.replace(settings, steps=steps)
-    rule = lora_rule(settings.targets, settings.rank, settings.alpha or settings.rank)
+    try:
+        alpha = settings.alpha or settings.rank
+        rule = pretrained.lora_rule(settings.targets, settings.rank, alpha)
+    except ValueError as error:
+        raise UserError(f"--targets: {error}, for {pretrained.name}.") from error
     rule = adapter_rule(settings.method, rule)
-    model, pairs = build_model(settings, pretrained, rule), lora_pairs(rule)
     if mesh is not None:
         if settings.quantize is not None:
             raise UserError("--quantize works on one device only: remove it, or --mesh.")
-        batch_sharding(mesh, settings.batch_size)  # raises an error early
+        batch_sharding(mesh, settings.batch_size // settings.accumulate)  # raises an error early
+    model, pairs = build_model(settings, pretrained, rule, mesh), lora_pairs(rule)
+    if mesh is not None:
         place_model(model, mesh, pairs)
     trainer = build_trainer(settings, model, task, pairs)
     state = trainer.start(model)
     trained = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    total = sum(tensor.size for tensor in pretrained.tensors.values())
+    parameters, megabytes = size_of(model)
     loop.say(
-        f"{pretrained.name}, {total / 1e6:.1f} M parameters in {megabytes(model):.0f} MB; "
+        f"{pretrained.name}, {parameters / 1e6:.1f} M parameters in {megabytes:.0f} MB; "
         f"{settings.method} trains {trained / 1e6:.2f} M; {task.description}"
     )
     source = settings.model or llama_weights.SMOLLM2_HUB_ID
@@ -201,7 +210,7 @@ def finetune(
             save_peft(
                 run.folder / "peft",
                 adapter,
-                family="llama",
+                family=pretrained.family,
                 pairs=pairs,
                 base_model=source,
                 task_type="CAUSAL_LM",

@@ -31,6 +31,8 @@ class LlmSettings(Settings):
     targets: tuple[str, ...] = ("q", "k", "v", "up", "down")
     quantize: Literal["nf4", "int4", "int8"] | None = None
     tile_size: int = 64
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: bool = False
     seq_len: int = 128
     eval_windows: int = 48
     eval_questions: int = 32
@@ -45,16 +47,18 @@ class LlmSettings(Settings):
 def parse_arguments(argv: Sequence[str] | None) -> tuple[LlmSettings, Path | None, bool]:
     """The settings, the output folder if one is given, and whether to resume the run in it."""
     defaults = LlmSettings()
-    parser = make_parser(
-        "Fine-tune a LLaMA-family model with LoFT or a baseline.", defaults, TARGETS
-    )
+    parser = make_parser("Fine-tune a language model with LoFT or a baseline.", defaults, TARGETS)
     add = parser.add_argument
     add(
         "--second-moment",
         choices=_SECOND_MOMENTS,
         help=f"second moment of --method loft; default {defaults.second_moment}",
     )
-    add("--model", help="folder of LLaMA-family safetensors, or hub id; default SmolLM2-135M")
+    add(
+        "--model",
+        help="folder with config.json, tokenizer.json and safetensors, or hub id; default "
+        "SmolLM2-135M",
+    )
     add(
         "--task",
         choices=("text", "instructions", "multiple-choice"),
@@ -108,6 +112,17 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[LlmSettings, Path | Non
         help="quantize the frozen weights; default no quantization",
     )
     add("--tile-size", type=positive_int, help="quantized weights per scale; default 64")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="of the frozen weights and the activations; adapters and their optimizer's state are "
+        f"float32; default {defaults.dtype}",
+    )
+    add(
+        "--remat",
+        action="store_true",
+        help="recompute each layer in the backward pass: less memory, about a third more time",
+    )
     add_number(parser, defaults, "seq_len", "tokens per example")
     add_number(parser, defaults, "eval_windows", "windows of text to evaluate on")
     add_number(parser, defaults, "eval_questions", "questions or instructions to evaluate on")
@@ -116,14 +131,20 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[LlmSettings, Path | Non
     if unknown := [name for name in settings.compare if name not in METHODS]:
         raise UserError(f"--compare {unknown[0]}: choose from {', '.join(METHODS)}.")
     for method in (settings.method, *settings.compare):
-        _check_quantization(settings, method)
+        _check_storage(settings, method)
     return settings, output, resume
 
 
-def _check_quantization(settings: LlmSettings, method: str) -> None:
+def _check_storage(settings: LlmSettings, method: str) -> None:
+    """Raises an error if a method cannot train with the weights in this format."""
     if settings.quantize is not None and METHODS[method].trains == "all":
         raise UserError(
             f"--quantize needs frozen weights, but --method {method} trains all weights."
+        )
+    if settings.dtype != "float32" and METHODS[method].trains != "adapters":
+        raise UserError(
+            f"--dtype {settings.dtype} is for frozen weights, but --method {method} "
+            "trains weights, and their updates would be rounded away: remove the flag."
         )
     if settings.quantize is not None and METHODS[method].dora:
         raise UserError("--quantize does not support --method dora, which needs unquantized norms.")

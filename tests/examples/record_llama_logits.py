@@ -90,23 +90,46 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def record(case: str) -> dict[str, Any]:
-    """A case's config (as transformers writes it), weights, ids `(1, 24)` and float32 logits."""
+def make_model(case: str) -> Any:
+    """The model of transformers with a case's random weights."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     options = (_SHAPE if CASES[case]["model_type"] != "gpt2" else {}) | CASES[case]
-    config = AutoConfig.for_model(**options)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**options)).eval()
     with torch.no_grad():
         for parameter in model.parameters():  # the initial values would hide differences
             parameter.add_(0.3 * torch.randn_like(parameter))
             parameter.copy_(parameter.half())  # so that the file can hold them in 16 bits
+    return model
+
+
+def record(case: str) -> dict[str, Any]:
+    """A case's config (as transformers writes it), weights, ids `(1, 24)` and float32 logits."""
+    import torch
+
+    model = make_model(case)
+    config = model.config
+    with torch.no_grad():
         ids = torch.randint(0, config.vocab_size, (1, 24))
         logits = model(ids).logits.numpy()
     tensors = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     return {"config": config.to_dict(), "tensors": tensors, "ids": ids.numpy(), "logits": logits}
+
+
+def read_recorded(case: str) -> dict[str, Any]:
+    """A case of the recorded file, as `record` returns it."""
+    with np.load(PATH) as file:
+        prefix = f"{case}/tensors/"
+        return {
+            "config": json.loads(str(file[f"{case}/config"])),
+            "tensors": {
+                n.removeprefix(prefix): file[n] for n in file.files if n.startswith(prefix)
+            },
+            "ids": file[f"{case}/ids"],
+            "logits": file[f"{case}/logits"],
+        }
 
 
 def main() -> None:

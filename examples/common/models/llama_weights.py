@@ -6,23 +6,25 @@ All sources are converted to the tensor names and layouts of Hugging Face transf
 
 import dataclasses
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from loft_jax.adapters import FAMILIES
+from loft_jax.adapters import FAMILIES, Family, LoraRule
 
 from .. import downloads
 from ..data.chat import TokenizerConfig, read_tokenizer_config
 from ..errors import UserError
+from . import gpt2, llama
 from .gpt2 import GPT2, GPT2Config
 from .llama import Llama, LlamaConfig
 from .llama_config import LayerKind, Rope
-from .pretrained import fill, find_folder, read_json, read_safetensors
+from .pretrained import Placement, Safetensors, fill, find_folder, read_json
 
 SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """The hub id of the model in `downloads.SMOLLM2`."""
@@ -30,7 +32,7 @@ SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-    """A pretrained model as host arrays; several models can be built from it."""
+    """A pretrained model, whose weights are read when a model is built."""
 
     name: str
     config: LlamaConfig | GPT2Config
@@ -40,9 +42,26 @@ class Pretrained:
     tokenizer_config: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
     """The chat template and the special tokens."""
 
-    def build(self) -> Llama:
-        """A model with these weights in float32."""
-        return build_model(self.config, self.tensors, self.name)
+    def build(
+        self, dtype: Any = jnp.float32, *, remat: bool = False, placement: Placement | None = None
+    ) -> Any:
+        """A model with these weights; arguments as `build_model`."""
+        options = {"remat": remat, "placement": placement}
+        return build_model(self.config, self.tensors, self.name, dtype, **options)
+
+    @property
+    def family(self) -> Family:
+        """Its names in Hugging Face transformers."""
+        return family_of(self.config)
+
+    def lora_rule(self, targets: Iterable[str], rank: int, alpha: float) -> LoraRule:
+        """Adapters on the projections `targets` of every layer.
+
+        Raises:
+            ValueError: the model has no such projection.
+        """
+        module = gpt2 if isinstance(self.config, GPT2Config) else llama
+        return module.lora_rule(targets, rank, alpha)
 
 
 def load(source: str | None) -> Pretrained:
@@ -59,11 +78,36 @@ def build_model(
     config: LlamaConfig | GPT2Config,
     tensors: Mapping[str, np.ndarray],
     name: str = "the model",
+    dtype: Any = jnp.float32,
+    *,
+    remat: bool = False,
+    placement: Placement | None = None,
 ) -> Any:
-    """A model with float32 parameters from tensors in Hugging Face's format."""
-    if isinstance(config, GPT2Config):
-        return fill(lambda: GPT2(config, rngs=nnx.Rngs(0)), FAMILIES["gpt2"], tensors, name)
-    return fill(lambda: Llama(config, rngs=nnx.Rngs(0)), FAMILIES["llama"], tensors, name)
+    """A model with parameters from tensors in Hugging Face's format.
+
+    Args:
+        config: the shape.
+        tensors: by Hugging Face's names; matrices are `(out, in)`, any float dtype.
+        name: the model's name, for error messages.
+        dtype: of the parameters and of the activations.
+        remat: whether the backward pass recomputes each layer.
+        placement: the shardings on a mesh; None for the default device.
+    """
+    family = family_of(config)
+    if not any(tensor.startswith(f"{family.prefix}.") for tensor in tensors):
+        family = dataclasses.replace(family, prefix="")  # saved without the head, as GPT-2 was
+
+    def make() -> Any:
+        if isinstance(config, GPT2Config):
+            return GPT2(config, rngs=nnx.Rngs(0), remat=remat)
+        return Llama(config, rngs=nnx.Rngs(0), remat=remat)
+
+    return fill(make, family, tensors, name, dtype, placement)
+
+
+def family_of(config: LlamaConfig | GPT2Config) -> Family:
+    """The names in Hugging Face transformers of a model's parameters."""
+    return FAMILIES["gpt2" if isinstance(config, GPT2Config) else "llama"]
 
 
 def read_config(config: Mapping[str, Any]) -> LlamaConfig | GPT2Config:
@@ -92,7 +136,7 @@ def read_folder(folder: Path) -> Pretrained:
     except Exception as error:  # tokenizers raises bare Exception
         raise UserError(f"Cannot read {tokenizer}: {error}.") from error
     of_tokens = read_tokenizer_config(folder, read)
-    return Pretrained(folder.resolve().name, config, read_safetensors(folder), read, of_tokens)
+    return Pretrained(folder.resolve().name, config, Safetensors(folder), read, of_tokens)
 
 
 # ------------------------------------------------------------------------------- GGUF
