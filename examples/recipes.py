@@ -106,7 +106,8 @@ _NO_DROPOUT = "No dropout"
 
 _COMMONSENSE: dict[str, Any] = {
     # A row for each example, so that a step has 16 of them, as in the paper.
-    "flags": "--task instructions --no-packing --batch-size 16 --epochs 3 --seq-len 256 "
+    "flags": "--dtype bfloat16 --remat --task instructions --no-packing --batch-size 16 "
+    "--epochs 3 --seq-len 256 "
     "--targets q,k,v,up,down --max-new-tokens 32 --data commonsense_170k.json --test-data "
     + ",".join(f"dataset/{name}/test.json" for name in _SETS),
     "data": "LLM-Adapters (github.com/AGI-Edgerunners/LLM-Adapters): ft-training_set/"
@@ -134,7 +135,8 @@ _WIKITEXT: dict[str, Any] = {
     "stand_in": "--eval-windows 2",
 }
 _CODE: dict[str, Any] = {
-    "flags": "--batch-size 16 --epochs 3 --no-packing --learning-rate 1e-4 "
+    "flags": "--dtype bfloat16 --remat --batch-size 16 --epochs 3 --no-packing "
+    "--learning-rate 1e-4 "
     "--targets q,k,v,up,down --data m-a-p/CodeFeedback-Filtered-Instruction",
     "data": "CodeFeedback from the hub (pip install datasets), or a file of records with query and "
     "answer.",
@@ -184,15 +186,16 @@ RECIPES = {
         ),
         **_COMMONSENSE,
     ),
+    # Needs several accelerators: give the flags to `multi_device.py` with a --mesh.
     "table-17": Recipe(
-        title="commonsense reasoning, LLaMA-3-70B",
+        title="commonsense reasoning, LLaMA-3-70B (with multi_device.py --mesh)",
         runs=_adapters(("llama3-70b",), {"loft": (16, 4, 2, 1)}, COMMONSENSE_RATES),
         **_COMMONSENSE,
     ),
     "figure-9": Recipe(
         title="Orca-Math with base weights in 4 bits",
         runs=_adapters(("llama2-7b", "llama3-8b"), {"lora": (16,), "loft": (16, 8, 4, 1)}),
-        flags="--quantize nf4 --no-packing --batch-size 32 --epochs 3 --seq-len 256 "
+        flags="--quantize nf4 --remat --no-packing --batch-size 32 --epochs 3 --seq-len 256 "
         "--generate 500 --max-new-tokens 256 --data microsoft/orca-math-word-problems-200k",
         data="Orca-Math from the hub (pip install datasets), or a file of records with question "
         "and answer.",
