@@ -12,10 +12,12 @@ Hardware: 2 CPU cores and 4 GB of memory; no accelerator.
 Time: 4 min 40 s with the downloads (about 3 s per step), after a minute of installation.
 Score: perplexity on held-out articles falls from 34.40 to 26.30 (one seed).
 
-`--method lora`, `--method full` and others select a baseline; `--quantize nf4` keeps the frozen
-weights in 4 bits (this needs qwix); `--model` and `--data` select other weights and data. With a
-JSON file of multiple-choice questions as `--data` (format: `common/data/choices.py`), the loss is
-that of the answers, and the script reports accuracy. `--help` lists all flags.
+`--method lora`, `--method full` and others select a baseline, and `--compare lora,full` draws them
+beside LoFT; `--quantize nf4` keeps the frozen weights in 4 bits (this needs qwix); `--model` and
+`--data` select other weights and data. With chats, instructions or questions as `--data`, the loss
+is that of the answers, and `--generate 50` counts how many generated answers are right
+(docs/finetuning.md). With multiple-choice questions (`common/data/choices.py`), the script reports
+accuracy. `--help` lists all flags.
 
 Ctrl-C saves the state and stops; `--resume --output runs/loft-1` continues the run.
 """
@@ -168,6 +170,13 @@ def finetune(
             f"most {context}."
         )
     task = language_task(settings, pretrained.tokenizer, pretrained.tokenizer_config)
+    longest = max((len(ids) for p in task.prompts.values() for ids in p.ids), default=0)
+    if context is not None and longest and longest + settings.max_new_tokens > context:
+        raise UserError(
+            f"The longest prompt has {longest} tokens: with --max-new-tokens "
+            f"{settings.max_new_tokens} they exceed the context of {pretrained.name}, {context}. "
+            "Use fewer new tokens, or remove the prompt."
+        )
     if settings.epochs is not None:
         steps = math.ceil(settings.epochs * batches.count(task.train) / settings.batch_size)
         settings = dataclasses.replace(settings, steps=steps)

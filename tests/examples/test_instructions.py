@@ -166,6 +166,13 @@ def test_epochs_give_the_number_of_steps(write, model_folder, tmp_path, capsys):
     assert finetune_llm.main(["--resume", "--output", str(tmp_path / "out")]) == 0
 
 
+def test_prompts_that_exceed_the_context_are_refused(write, model_folder, tmp_path, capsys):
+    flags = [*SMALL.split(), "--model", str(model_folder), "--data", write(questions(20))]
+    flags += ["--generate", "2", "--max-new-tokens", "4090", "--output", str(tmp_path / "out")]
+    assert finetune_llm.main(flags) == 1
+    assert "exceed the context of tiny-llama, 4096" in capsys.readouterr().err
+
+
 def test_sets_of_one_name_are_refused(write):
     data = write(questions(20))
     with pytest.raises(UserError, match="two sets of the name data: rename a file"):
