@@ -26,6 +26,10 @@ from loft_jax.adapters._peft import save_peft as save_peft
 from loft_jax.adapters._peft_load import load_peft as load_peft
 from loft_jax.adapters._quantize import quantize as quantize
 from loft_jax.adapters._qwix import qwix_provider as qwix_provider
+from loft_jax.adapters._renewal import Renewed as Renewed
+from loft_jax.adapters._renewal import change_rank as change_rank
+from loft_jax.adapters._renewal import renew as renew
+from loft_jax.adapters._renewal import renew_model as renew_model
 from loft_jax.adapters._rule import LoraRule as LoraRule
 from loft_jax.adapters._rule import lora_pairs as lora_pairs
 from loft_jax.adapters._servable import ServingProblem as ServingProblem

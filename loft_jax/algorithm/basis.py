@@ -156,13 +156,19 @@ def scale_gradient(gradient: Float[Array, "m r"], basis: Basis) -> Float[Array, 
     return _to_basis_matrix(gradient @ basis.l_inv.T, basis)
 
 
-def calibration_matrix(previous: Float[Array, "n r"], basis: Basis) -> Float[Array, "r r"]:
+def calibration_matrix(previous: Float[Array, "n r"], basis: Basis) -> Float[Array, "r k"]:
     """Returns ``T``: ``h T`` expresses the projection of ``h F_-^T`` in the new basis (block 3).
 
-    ``T = Q_-^T Q`` in the orthonormal basis; the paper's ``C`` of eq. (7) in the raw one.
+    ``T = Q_-^T Q`` in the orthonormal basis; the paper's ``C`` of eq. (7) in the raw one. The new
+    basis has another rank ``k`` after a change of rank.
     """
     assert basis.q is not None
     return _to_basis_matrix(basis.dim.sum(previous.T @ basis.q), basis)
+
+
+def unseen(calibration: Float[Array, "r k"]) -> Float[Array, "k k"]:
+    """Returns ``I - T^T T``: the part of the new basis outside of the old span."""
+    return jnp.eye(calibration.shape[1], dtype=calibration.dtype) - calibration.T @ calibration
 
 
 def project(rebuilt: Float[Array, "m r"], basis: Basis) -> Float[Array, "m r"]:
