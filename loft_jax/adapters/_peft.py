@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 import math
 import os
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from loft_jax.adapters._cast import cast_factors
 from loft_jax.adapters._families import as_family
 from loft_jax.adapters._family import Family, each_layer
 from loft_jax.adapters._peft_config import TASK_TYPES, make_config, write_config
@@ -45,6 +47,7 @@ def save_peft(
     base_model: str | None = None,
     task_type: str | None = None,
     use_rslora: bool = False,
+    dtype: jax.typing.DTypeLike | None = None,
 ) -> Path:
     """Writes an adapter that `PeftModel.from_pretrained(model, path)` of PEFT loads.
 
@@ -63,6 +66,9 @@ def save_peft(
         class.
       use_rslora: whether to write the scale as ``lora_alpha / sqrt(r)`` instead of
         ``lora_alpha / r``.
+      dtype: float32, float16 or bfloat16, to cast the factors with `cast_factors`; None keeps their
+        dtypes. The entry ``largest_product_error`` in the metadata of the weights file states the
+        largest relative error of a product. Other leaves are not cast.
 
     Returns:
       The folder.
@@ -70,7 +76,9 @@ def save_peft(
     Raises:
       ValueError: the family has no such module, the stacked axes are unclear, an embedding is
         adapted, a module is both adapted and saved in full, the head that the task needs is
-        missing, or a value is NaN or infinite. The message names the path or the module.
+        missing, a value is NaN or infinite, or a product is too large for float16. The message
+        names the path or the module.
+      TypeError: another ``dtype``.
       ImportError: safetensors is not installed.
 
     Example:
@@ -91,6 +99,9 @@ def save_peft(
         raise ValueError(
             f"unknown task_type {task_type!r}. Use one of {', '.join(TASK_TYPES)}, or None"
         )
+    metadata: dict[str, str] = {}
+    if dtype is not None:
+        adapter, metadata = _cast(adapter, dtype, pairs)
     tree = _find(adapter, pairs)
     named, others = _names(tree, family)
     tensors, ranks, scales = {}, {}, {}
@@ -124,7 +135,7 @@ def save_peft(
         task_type=task_type,
     )
     with replacing(Path(path)) as temporary:
-        write_tensors(temporary / WEIGHTS, tensors)
+        write_tensors(temporary / WEIGHTS, tensors, metadata)
         write_config(temporary / CONFIG, config)
     return Path(path)
 
@@ -193,6 +204,20 @@ def fill(
     if problems:
         raise ValueError("\n  ".join([f"{peft.path} does not fit the template:", *problems]))
     return jax.tree.unflatten(tree.treedef, leaves)
+
+
+def _cast(adapter: Any, dtype: jax.typing.DTypeLike, pairs: Any) -> tuple[Any, dict[str, str]]:
+    """Returns the adapter in a dtype, and what the file states about it."""
+    cast = cast_factors(adapter, dtype, pairs)
+    if lossy := [path for path, error in cast.errors.items() if error > jnp.finfo(dtype).eps]:
+        worst = max(lossy, key=lambda path: cast.errors[path])
+        warnings.warn(
+            f"{jnp.dtype(dtype)} loses {cast.errors[worst]:.2g} of the product of {worst} and its "
+            f"partner, {len(lossy)} of {len(cast.errors)} pairs lose more than a cast usually "
+            "does. The product may be too small for the dtype: save bfloat16 or float32",
+            stacklevel=3,
+        )
+    return cast.adapter, {"largest_product_error": f"{cast.largest_error:.2g}"}
 
 
 def _find(adapter: Any, pairs: Any) -> PairedTree:

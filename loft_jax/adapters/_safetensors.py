@@ -110,8 +110,15 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
     return tensors
 
 
-def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+def write_tensors(
+    path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
+) -> None:
     """Writes tensors in the form that PyTorch's libraries read, with the modes of the umask.
+
+    Args:
+      path: the file.
+      tensors: by name.
+      metadata: more entries for the header of the file.
 
     Raises:
       ValueError: a value is NaN or infinite, or a tensor is not of one of `DTYPES`.
@@ -130,7 +137,8 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     contiguous = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
     path.touch()
     mode = stat.S_IMODE(path.stat().st_mode)
-    save_file(contiguous, path, metadata={"format": "pt"})  # transformers requires this entry
+    header = {"format": "pt", **(metadata or {})}  # transformers requires the first entry
+    save_file(contiguous, path, metadata=header)
     path.chmod(mode)  # safetensors gives its files mode 600
 
 
