@@ -13,6 +13,7 @@ COMMANDS = (
     "compile-time",
     "precision",
     "low-precision",
+    "casts",
     "method-costs",
     "figures",
 )
