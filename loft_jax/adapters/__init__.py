@@ -3,6 +3,8 @@
 The optimizers do not need this package: they find the adapters of any library by their names.
 """
 
+from loft_jax.adapters._cast import CastAdapter as CastAdapter
+from loft_jax.adapters._cast import cast_factors as cast_factors
 from loft_jax.adapters._families import FAMILIES as FAMILIES
 from loft_jax.adapters._family import Family as Family
 from loft_jax.adapters._gguf import load_gguf as load_gguf
