@@ -12,35 +12,46 @@ Hardware: 2 CPU cores and 4 GB of memory; no accelerator.
 Time: 4 min 40 s with the downloads (about 3 s per step), after a minute of installation.
 Score: perplexity on held-out articles falls from 34.40 to 26.30 (one seed).
 
-`--method lora`, `--method full` and others select a baseline; `--quantize nf4` keeps the frozen
-weights in 4 bits (this needs qwix); `--model` and `--data` select other weights and data. With a
-JSON file of multiple-choice questions as `--data` (format: `common/data/choices.py`), the loss is
-that of the answers, and the script reports accuracy. `--help` lists all flags.
+`--method lora`, `--method full` and others select a baseline, and `--compare lora,full` draws them
+beside LoFT; `--quantize nf4` keeps the frozen weights in 4 bits (this needs qwix); `--model` and
+`--data` select other weights and data. With chats, instructions or questions as `--data`, the loss
+is that of the answers, and `--generate 50` counts how many generated answers are right
+(docs/finetuning.md). With multiple-choice questions (`common/data/choices.py`), the script reports
+accuracy. `--help` lists all flags.
 
 Ctrl-C saves the state and stops; `--resume --output runs/loft-1` continues the run.
 """
 
+import dataclasses
 import functools
+import json
+import math
+import re
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
+from tokenizers import Tokenizer
 
-from common import loop
+from common import batches, loop
+from common.data import exact_match
 from common.errors import UserError, exit_status
+from common.figures import draw_comparison
 from common.llm_settings import LlmSettings, parse_arguments
-from common.meshes import batch_sharding, place_model
+from common.meshes import batch_sharding, place_model, weight_sharding
 from common.methods import METHODS, adapt, adapter_rule, make_optimizer, title, trainable
 from common.models import llama_weights
-from common.models.generate import generate
-from common.models.llama import Llama, lora_rule
+from common.models.generate import complete, generate
 from common.models.stacking import STACKED
-from common.runs import Run, open_run
-from common.tasks import Task, language_task
+from common.runs import Run, open_run, read_records
+from common.tasks import Prompts, Task, language_task
 from common.training import Trainer
 from loft_jax import LoraPairs
 from loft_jax.adapters import LoraRule, lora_pairs, quantize, save_peft
@@ -51,10 +62,14 @@ HEAD = "lm_head"
 
 
 def build_model(
-    settings: LlmSettings, pretrained: llama_weights.Pretrained, rule: LoraRule
-) -> Llama:
+    settings: LlmSettings,
+    pretrained: llama_weights.Pretrained,
+    rule: LoraRule,
+    mesh: Mesh | None = None,
+) -> Any:
     """The pretrained model, quantized if requested, with new adapters if the method trains them."""
-    model = pretrained.build()
+    placement = None if mesh is None else functools.partial(weight_sharding, mesh=mesh)
+    model = pretrained.build(settings.dtype, remat=settings.remat, placement=placement)
     if METHODS[settings.method].trains == "head" and not hasattr(model, HEAD):
         raise UserError(
             f"--method head: {pretrained.name} has no separate head, it uses its embedding. Choose "
@@ -63,28 +78,28 @@ def build_model(
     if settings.quantize is not None:
         kinds = {"qtype": settings.quantize, "tile_size": settings.tile_size}
         try:
-            model = quantize(model, "layers/.*", batch=STACKED, **kinds)
+            model = quantize(model, "(layers|h)/.*", batch=STACKED, **kinds)
         except (ValueError, ImportError) as error:
             raise UserError(f"Cannot quantize the weights: {error}.") from error
     return adapt(model, settings.method, rule, nnx.Rngs(settings.seed))
 
 
-def build_trainer(settings: LlmSettings, model: Llama, task: Task, pairs: LoraPairs) -> Trainer:
+def build_trainer(settings: LlmSettings, model: Any, task: Task, pairs: LoraPairs) -> Trainer:
     """The compiled training step; it works for all learning rates and seeds."""
     optimizer = functools.partial(make_optimizer, settings.optimizer, pairs=pairs)
     wrt = trainable(settings.method, HEAD if settings.method == "head" else None)
-    return Trainer(model, task.loss, optimizer, wrt, task.outputs)
+    return Trainer(model, task.loss, optimizer, wrt, task.outputs, settings.accumulate)
 
 
-def megabytes(model: Llama) -> float:
-    """Memory of the model's weights without its adapters; 4-bit numbers take half a byte."""
+def size_of(model: Any) -> tuple[int, float]:
+    """The numbers in a model without its adapters, and their megabytes (4 bits are half a byte)."""
     base = jax.tree.leaves(nnx.state(model, nnx.Not(nnx.LoRAParam)))
     bits = lambda dtype: 4 if dtype in (jnp.int4, jnp.uint4) else 8 * dtype.itemsize
-    return sum(leaf.size * bits(leaf.dtype) for leaf in base) / 8e6
+    return sum(leaf.size for leaf in base), sum(leaf.size * bits(leaf.dtype) for leaf in base) / 8e6
 
 
 def sample(
-    run: Run, settings: LlmSettings, model: Llama, pretrained: llama_weights.Pretrained, step: int
+    run: Run, settings: LlmSettings, model: Any, pretrained: llama_weights.Pretrained, step: int
 ) -> None:
     """Generates text from the prompt and logs it, unless the log has a sample of this step."""
     if jax.process_count() > 1:  # generation needs the whole model in one process
@@ -94,10 +109,59 @@ def sample(
         run.log({"step": step, "sample": generated})
 
 
+def answer(
+    run: Run,
+    settings: LlmSettings,
+    model: Any,
+    pretrained: llama_weights.Pretrained,
+    task: Task,
+    step: int,
+) -> None:
+    """Answers the prompts of each set, if any, and logs how many answers are right."""
+    if jax.process_count() > 1:  # generation needs the whole model in one process
+        return
+    tokenizer, records = pretrained.tokenizer, run.records()
+    stop = [tokenizer.token_to_id(token) for token in pretrained.tokenizer_config.stop]
+    stop = [index for index in stop if index is not None]
+    answered = {r["answered"] for r in records if "answered" in r and r["step"] == step}
+    for name, prompts in task.prompts.items():
+        if name in answered:  # before the run was resumed
+            continue
+        began = time.perf_counter()
+        ids = complete(model, prompts.ids, length=settings.max_new_tokens, stop=stop)
+        seconds = time.perf_counter() - began
+        texts = [tokenizer.decode(one) for one in ids]
+        file = re.sub(r"[^\w.-]", "-", f"answers-{step}-{name}.jsonl")
+        save_answers(run.folder / file, tokenizer, prompts, texts)
+        found = exact_match.score(texts, prompts.references)
+        run.log({"step": step, "answered": name} | found)
+        loop.say(
+            f"step {step}: {len(texts)} answers ({name}), {percent(found)} ({seconds:.0f} s, "
+            f"{sum(map(len, ids)) / seconds:.0f} tokens/s)"
+        )
+    if answered < task.prompts.keys() and len(task.prompts) > 1:
+        sets = [r for r in run.records() if "answered" in r and r["step"] == step]
+        mean = float(np.mean([record["exact_match"] for record in sets]))
+        loop.say(f"step {step}: mean of {len(sets)} sets, {percent({'exact_match': mean})}")
+
+
+def save_answers(path: Path, tokenizer: Tokenizer, prompts: Prompts, texts: list[str]) -> None:
+    """Writes a line of JSON for each prompt, with its answer and the reference."""
+    with path.open("w") as file:
+        for prompt, text, right in zip(prompts.ids, texts, prompts.references, strict=True):
+            line = {"prompt": tokenizer.decode(prompt), "answer": text, "reference": right}
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def percent(metrics: Mapping[str, float]) -> str:
+    """'exact match 12.5 %, last number match 20.0 %'."""
+    return ", ".join(f"{name.replace('_', ' ')} {100 * x:.1f} %" for name, x in metrics.items())
+
+
 def finetune(
     settings: LlmSettings, output: Path | None, resume: bool, mesh: Mesh | None = None
-) -> None:
-    """Runs the whole example, on one device or on a mesh."""
+) -> Path:
+    """Runs the whole example, on one device or on a mesh; returns the folder of the run."""
     pretrained, method = llama_weights.load(settings.model), METHODS[settings.method]
     context = pretrained.config.max_position_embeddings
     if context is not None and settings.seq_len > context:
@@ -105,21 +169,36 @@ def finetune(
             f"--seq-len {settings.seq_len} is longer than the context of {pretrained.name}: use at "
             f"most {context}."
         )
-    task = language_task(settings, pretrained.tokenizer)
-    rule = lora_rule(settings.targets, settings.rank, settings.alpha or settings.rank)
+    task = language_task(settings, pretrained.tokenizer, pretrained.tokenizer_config)
+    longest = max((len(ids) for p in task.prompts.values() for ids in p.ids), default=0)
+    if context is not None and longest and longest + settings.max_new_tokens > context:
+        raise UserError(
+            f"The longest prompt has {longest} tokens: with --max-new-tokens "
+            f"{settings.max_new_tokens} they exceed the context of {pretrained.name}, {context}. "
+            "Use fewer new tokens, or remove the prompt."
+        )
+    if settings.epochs is not None:
+        steps = math.ceil(settings.epochs * batches.count(task.train) / settings.batch_size)
+        settings = dataclasses.replace(settings, steps=steps)
+    try:
+        alpha = settings.alpha or settings.rank
+        rule = pretrained.lora_rule(settings.targets, settings.rank, alpha)
+    except ValueError as error:
+        raise UserError(f"--targets: {error}, for {pretrained.name}.") from error
     rule = adapter_rule(settings.method, rule)
-    model, pairs = build_model(settings, pretrained, rule), lora_pairs(rule)
     if mesh is not None:
         if settings.quantize is not None:
             raise UserError("--quantize works on one device only: remove it, or --mesh.")
-        batch_sharding(mesh, settings.batch_size)  # raises an error early
+        batch_sharding(mesh, settings.batch_size // settings.accumulate)  # raises an error early
+    model, pairs = build_model(settings, pretrained, rule, mesh), lora_pairs(rule)
+    if mesh is not None:
         place_model(model, mesh, pairs)
     trainer = build_trainer(settings, model, task, pairs)
     state = trainer.start(model)
     trained = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    total = sum(tensor.size for tensor in pretrained.tensors.values())
+    parameters, megabytes = size_of(model)
     loop.say(
-        f"{pretrained.name}, {total / 1e6:.1f} M parameters in {megabytes(model):.0f} MB; "
+        f"{pretrained.name}, {parameters / 1e6:.1f} M parameters in {megabytes:.0f} MB; "
         f"{settings.method} trains {trained / 1e6:.2f} M; {task.description}"
     )
     source = settings.model or llama_weights.SMOLLM2_HUB_ID
@@ -127,18 +206,20 @@ def finetune(
     with open_run(settings, output, resume, examples=task.train, base=base) as run:
         if task.kind == "text":
             sample(run, settings, model, pretrained, step=0)
+        answer(run, settings, model, pretrained, task, step=0)
         state = loop.fit(settings, run, trainer, state, task, resume=resume)
         adapter = trainer.whole(state.params)
         if task.kind == "text":
             sample(run, settings, trainer.model(adapter), pretrained, step=settings.steps)
+        answer(run, settings, trainer.model(adapter), pretrained, task, step=settings.steps)
         run.save_adapter(adapter)
         if jax.process_index() > 0:
-            return
+            return run.folder
         if method.exchangeable:
             save_peft(
                 run.folder / "peft",
                 adapter,
-                family="llama",
+                family=pretrained.family,
                 pairs=pairs,
                 base_model=source,
                 task_type="CAUSAL_LM",
@@ -149,11 +230,37 @@ def finetune(
             print(f"\n--- sample {when} ---\n{generated}")
         heading = f"{pretrained.name}, {title(settings.optimizer, settings.rank)}"
         loop.report(settings, run, task, heading)
+    return run.folder
+
+
+def compare(
+    settings: LlmSettings, output: Path | None, resume: bool, mesh: Mesh | None = None
+) -> None:
+    """Runs the example, then the methods of `--compare` at the same learning rate.
+
+    Their runs are in folders of their own inside the first one. Each of them is resumed if it has
+    begun, so that `--resume` continues a comparison wherever it stopped.
+    """
+    folder = finetune(settings, output, resume, mesh)
+    for method in settings.compare:
+        alike = {"learning_rate": settings.peak, "save_every": settings.steps, "compare": ()}
+        other = dataclasses.replace(settings, method=method, **alike)
+        begun = (folder / method / "settings.json").exists()
+        finetune(other, folder / method, begun, mesh)
+    if settings.compare and jax.process_index() == 0:
+        folders = {settings.optimizer: folder} | {m: folder / m for m in settings.compare}
+        curves = {
+            title(method, settings.rank): read_records(of_method)
+            for method, of_method in folders.items()
+        }
+        heading = f"The same learning rate, {settings.peak:g}, for each method"
+        draw_comparison(curves, folder / "comparison.png", heading)
+        print(f"\ncomparison in {folder / 'comparison.png'}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, 1 after an error message, 75 if preempted, 130 if interrupted."""
-    return exit_status(lambda: finetune(*parse_arguments(argv)))
+    return exit_status(lambda: compare(*parse_arguments(argv)))
 
 
 if __name__ == "__main__":

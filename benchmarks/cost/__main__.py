@@ -10,9 +10,11 @@ COMMANDS = (
     "floor",
     "growth",
     "peak-memory",
+    "beside-peft",
     "compile-time",
     "precision",
     "low-precision",
+    "casts",
     "method-costs",
     "figures",
 )

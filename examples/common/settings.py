@@ -32,6 +32,7 @@ class Settings:
     learning_rate: float | None = None
     steps: int = 60
     batch_size: int = 4
+    accumulate: int = 1
     eval_every: int = 15
     save_every: int = 15
     seed: int = 0
@@ -74,6 +75,7 @@ def make_parser(
     add("--learning-rate", type=positive_float, help=f"peak learning rate; default {peaks}")
     add_number(parser, defaults, "steps", "training steps")
     add_number(parser, defaults, "batch_size", "examples per step")
+    add_number(parser, defaults, "accumulate", "parts of a batch, computed one after another")
     add_number(parser, defaults, "eval_every", "steps between evaluations")
     add_number(parser, defaults, "save_every", "steps between checkpoints")
     add("--seed", type=int, help=f"of adapters, batches and samples; default {defaults.seed}")
@@ -97,6 +99,16 @@ def parse(
     other flags must agree with these settings.
     """
     given = vars(parser.parse_args(argv))
+    settings, output, resume = _settings(given, kind)
+    if settings.batch_size % settings.accumulate:
+        raise UserError(
+            f"--accumulate {settings.accumulate} does not divide --batch-size "
+            f"{settings.batch_size}: choose a divisor."
+        )
+    return settings, output, resume
+
+
+def _settings(given: dict[str, Any], kind: type[S]) -> tuple[S, Path | None, bool]:
     output, resume = given.pop("output", None), given.pop("resume", False)
     if not resume:
         return kind(**given), output, False

@@ -1,15 +1,19 @@
-"""Training tasks: text, multiple-choice questions, and image classification."""
+"""Training tasks: text, instructions, multiple-choice questions, and image classification."""
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from . import batches
-from .data import choices, images, text
+from .data import answers, chat, choices, forms, images, packing, sources, text
+from .data.chat import TokenizerConfig
+from .data.sources import Record
+from .errors import UserError
 from .figures import draw_accuracy, draw_perplexity
 from .llm_settings import LlmSettings
 from .training import Loss, Outputs
@@ -18,10 +22,19 @@ T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Prompts:
+    """Prompts to answer by generation."""
+
+    ids: list[list[int]]
+    references: list[str]
+    """The right answers."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
     """Data, the loss to minimise, and the metrics to report."""
 
-    kind: Literal["text", "questions", "images"]
+    kind: Literal["text", "instructions", "questions", "images"]
     description: str
     train: Any
     """Examples, an array or a tree of arrays."""
@@ -38,19 +51,24 @@ class Task:
     """Describes the metrics."""
     draw: Callable[..., None] = draw_accuracy
     """Draws the learning curve; arguments as for `draw_accuracy`."""
+    prompts: Mapping[str, Prompts] = dataclasses.field(default_factory=dict)
+    """Prompts to answer before and after training, by the name of their set."""
 
 
-def language_modelling(settings: LlmSettings, tokenizer: Tokenizer) -> Task:
+Content = str | Sequence[Record]
+"""What a file contains: plain text, or records."""
+
+
+def language_modelling(settings: LlmSettings, tokenizer: Tokenizer, content: Content) -> Task:
     """Prediction of the next token in windows of text."""
-    documents, evaluated = _load(text.load_documents, settings)
+    documents, evaluated = _split(text.documents, settings, content)
     length = settings.seq_len
     train = text.windows(tokenizer, documents, length, "training")
     held_out = text.windows(tokenizer, evaluated, length, "held-out")
     held_out = batches.spread(held_out, settings.eval_windows)
 
     def metrics(losses: np.ndarray) -> dict[str, float]:
-        loss = float(losses.mean())
-        return {"eval_loss": loss, "eval_perplexity": float(np.exp(loss))}
+        return _perplexity(float(losses.mean()))
 
     return Task(
         kind="text",
@@ -61,17 +79,123 @@ def language_modelling(settings: LlmSettings, tokenizer: Tokenizer) -> Task:
         loss=text.next_token_loss,
         outputs=text.next_token_loss,
         metrics=metrics,
-        sentence=lambda m: (
-            f"held-out loss {m['eval_loss']:.4f}, perplexity {m['eval_perplexity']:.2f}"
-        ),
+        sentence=_perplexity_sentence,
         draw=draw_perplexity,
     )
 
 
-def multiple_choice(settings: LlmSettings, tokenizer: Tokenizer) -> Task:
+def _perplexity(loss: float) -> dict[str, float]:
+    return {"eval_loss": loss, "eval_perplexity": float(np.exp(loss))}
+
+
+def _perplexity_sentence(m: Mapping[str, float]) -> str:
+    return f"held-out loss {m['eval_loss']:.4f}, perplexity {m['eval_perplexity']:.2f}"
+
+
+def instructions(
+    settings: LlmSettings, tokenizer: Tokenizer, config: TokenizerConfig, content: Content
+) -> Task:
+    """Conversations, of which the answers are trained, in packed rows.
+
+    Args:
+        settings: of the run.
+        tokenizer, config: the model's.
+        content: of `--data`.
+    """
+    if settings.chat_template is not None:
+        template = chat.read_template(Path(settings.chat_template))
+        config = dataclasses.replace(config, template=template)
+    train, held_out = _split(forms.examples, settings, content)
+    places = batches.spread(np.arange(len(held_out)), settings.eval_questions)
+    rows, description = _rows(settings, tokenizer, config, train, "training")
+    worst = 100 * packing.worst_padding(rows, settings.batch_size, settings.seed)
+    evaluated = [held_out[place] for place in places]
+    of_evaluated, _ = _rows(settings, tokenizer, config, evaluated, "held-out")
+
+    def metrics(outputs: Mapping[str, np.ndarray]) -> dict[str, float]:
+        return _perplexity(float(outputs["nats"].sum() / outputs["weight"].sum()))
+
+    return Task(
+        kind="instructions",
+        description=f"{description}, {worst:.1f} % in the worst step; {len(evaluated)} held out",
+        train=rows,
+        held_out=of_evaluated,
+        units=settings.seq_len,
+        loss=packing.weighted_loss,
+        outputs=packing.weighted_nats,
+        metrics=metrics,
+        sentence=_perplexity_sentence,
+        draw=draw_perplexity,
+        prompts=_prompts(settings, tokenizer, config, held_out),
+    )
+
+
+def _rows(
+    settings: LlmSettings,
+    tokenizer: Tokenizer,
+    config: TokenizerConfig,
+    examples: Sequence[forms.Example],
+    name: str,
+) -> tuple[dict[str, np.ndarray], str]:
+    """The packed rows of examples, and their description."""
+    length = settings.seq_len
+    written = [one for example in examples for one in answers.write(example, config)]
+    whole = answers.encode(tokenizer, written, settings.train_on)
+    kept = answers.cut(whole, length + 1)
+    if not kept:
+        raise UserError(
+            f"No {name} example has an answer within --seq-len {length}: use a larger --seq-len."
+        )
+    if settings.packing:
+        lengths = [len(one.ids) - 1 for one in kept]
+        places = packing.pack(lengths, length, settings.seed, repeat=name == "training")
+    else:
+        places = [[place] for place in range(len(kept))]
+    rows = packing.arrange(kept, places, length)
+    description = (
+        f"{len(kept)} {name} examples in {len(places)} rows of {length} tokens, "
+        f"{100 * packing.padding(rows):.1f} % padding"
+    )
+    if longer := sum(len(one.ids) > length + 1 for one in whole):
+        description += f" ({longer} longer than --seq-len: cut, {len(whole) - len(kept)} left out)"
+    return rows, description
+
+
+def _prompts(
+    settings: LlmSettings,
+    tokenizer: Tokenizer,
+    config: TokenizerConfig,
+    held_out: Sequence[forms.Example],
+) -> dict[str, Prompts]:
+    """The prompts of the held-out examples for `--generate`, and those of `--test-data`."""
+    sets = {"held out": held_out} if settings.generate else {}
+    for source in settings.test_data:
+        if (name := _name(source)) in sets:
+            raise UserError(f"--test-data has two sets of the name {name}: rename a file.")
+        sets[name] = forms.examples(sources.read(source, "--test-data"))
+    found = {}
+    for name, examples in sets.items():
+        places = batches.spread(np.arange(len(examples)), settings.generate or len(examples))
+        pairs = [answers.write_prompt(examples[place], config) for place in places]
+        encoded = answers.encode(tokenizer, [text for text, _ in pairs], "all")
+        references = [reference for _, reference in pairs]
+        found[name] = Prompts(ids=[one.ids.tolist() for one in encoded], references=references)
+    return found
+
+
+def _name(source: str) -> str:
+    """'boolq' for data/boolq/test.json, 'gsm8k' for gsm8k.jsonl, and the id of a hub dataset."""
+    path = Path(source)
+    if not path.is_file():
+        return source
+    stem = path.name.split(".")[0]
+    return path.resolve().parent.name if stem in ("test", "validation", "dev") else stem
+
+
+def multiple_choice(settings: LlmSettings, tokenizer: Tokenizer, content: Content) -> Task:
     """Multiple-choice questions."""
-    load = functools.partial(choices.load_questions, answers=settings.answers)
-    questions, held_out = _load(load, settings)
+    load = functools.partial(choices.questions, answers=settings.answers)
+    questions, held_out = _split(load, settings, content)
     places = batches.spread(np.arange(len(held_out)), settings.eval_questions)
     held_out = [held_out[place] for place in places]
     train = choices.encode(tokenizer, questions, settings.seq_len, every=False)
@@ -101,20 +225,37 @@ def multiple_choice(settings: LlmSettings, tokenizer: Tokenizer) -> Task:
     )
 
 
-def language_task(settings: LlmSettings, tokenizer: Tokenizer) -> Task:
-    """The task of `--task`; by default, the suffix of `--data` determines it."""
-    default = "multiple-choice" if str(settings.data).endswith(".json") else "text"
-    if (settings.task or default) == "text":
-        return language_modelling(settings, tokenizer)
-    return multiple_choice(settings, tokenizer)
+def language_task(settings: LlmSettings, tokenizer: Tokenizer, config: TokenizerConfig) -> Task:
+    """The task of `--task`; by default, the fields of the data determine it."""
+    if settings.data is None:
+        if settings.task not in (None, "text"):
+            raise UserError(f"--task {settings.task} needs --data with a file or hub dataset.")
+        content = text.wikipedia()
+    else:
+        content = sources.read(settings.data)
+    task = settings.task or _task_of(content)
+    if task == "text":
+        return language_modelling(settings, tokenizer, content)
+    if task == "multiple-choice":
+        return multiple_choice(settings, tokenizer, content)
+    return instructions(settings, tokenizer, config, content)
 
 
-def _load(load: Callable[..., list[T]], settings: LlmSettings) -> tuple[list[T], list[T]]:
-    """Training and held-out documents or questions."""
-    examples = load(settings.data)
+def _task_of(content: Content) -> str:
+    """The task that fits the first record."""
+    if isinstance(content, str) or forms.is_document(content[0]):
+        return "text"
+    return "multiple-choice" if choices.is_question(content[0]) else "instructions"
+
+
+def _split(
+    load: Callable[[Content], list[T]], settings: LlmSettings, content: Content
+) -> tuple[list[T], list[T]]:
+    """Training and held-out documents, conversations or questions."""
+    examples = load(content)
     if settings.eval_data is None:
         return text.hold_out(examples)
-    return examples, load(settings.eval_data, "--eval-data")
+    return examples, load(sources.read(settings.eval_data, "--eval-data"))
 
 
 def image_classification(train: images.Images, held_out: images.Images) -> Task:

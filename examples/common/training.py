@@ -18,8 +18,12 @@ from loft_jax.sharding import state_shardings
 
 from . import batches, meshes
 
-Loss = Callable[[Any, Any], jax.Array]
-"""(model, batch of n examples) -> float32 `(n,)`."""
+Loss = Callable[[Any, Any], jax.Array | tuple[jax.Array, jax.Array]]
+"""(model, batch of n examples) -> the loss of each, float32 `(n,)`, whose mean is minimised.
+
+A pair of arrays `(n,)` is a loss and a weight of each example, such as the sum over its trained
+tokens and their number: the sum of the losses, divided by the sum of the weights, is minimised.
+"""
 
 Outputs = Callable[[Any, Any], Any]
 """(model, batch of n examples) -> an array or a tree of arrays, each `(n, ...)`."""
@@ -60,6 +64,7 @@ class Trainer:
         optimizer: Callable[[Any], optax.GradientTransformation],
         wrt: Any = nnx.LoRAParam,
         outputs: Outputs | None = None,
+        accumulate: int = 1,
     ):
         """Splits the model.
 
@@ -69,7 +74,10 @@ class Trainer:
             optimizer: makes the transformation for a learning rate.
             wrt: the nnx filter of the trained parameters.
             outputs: what `evaluate` computes for each example; None for the loss.
+            accumulate: the number of equal parts of a batch that are computed one after another,
+                to save memory. The result is that of the whole batch.
         """
+        self._accumulate = accumulate
         self._graphdef, trained, frozen = nnx.split(model, wrt, ...)
         self.frozen = nnx.as_pure(frozen)
         self._wrt = wrt
@@ -78,11 +86,24 @@ class Trainer:
         def evaluate(params: Any, frozen: Any, batch: Any) -> Any:
             return (outputs or loss)(nnx.merge(self._graphdef, params, frozen), batch)
 
-        def mean_loss(params: Any, frozen: Any, batch: Any) -> jax.Array:
-            return loss(nnx.merge(self._graphdef, params, frozen), batch).mean()
+        def total(params: Any, frozen: Any, part: Any) -> tuple[jax.Array, jax.Array]:
+            found = loss(nnx.merge(self._graphdef, params, frozen), part)
+            losses, weights = found if isinstance(found, tuple) else (found, jnp.ones_like(found))
+            return losses.sum(), weights.sum()
 
-        def step(state: TrainState, frozen: Any, batch: Any, learning_rate: jax.Array):
-            value, gradients = jax.value_and_grad(mean_loss)(state.params, frozen, batch)
+        def step(state: TrainState, frozen: Any, parts: Any, learning_rate: jax.Array):
+            def add(sums: Any, part: Any) -> tuple[Any, None]:
+                (value, weight), gradients = jax.value_and_grad(total, has_aux=True)(
+                    state.params, frozen, part
+                )
+                return jax.tree.map(jnp.add, sums, (value, weight, gradients)), None
+
+            zeros = jax.tree.map(jnp.zeros_like, (jnp.zeros([]), jnp.zeros([]), state.params))
+            (value, weight, gradients), _ = jax.lax.scan(add, zeros, parts)
+            # A batch without a trained token has weight 0, loss 0 and gradient 0.
+            value, gradients = jax.tree.map(
+                lambda x: x / jnp.maximum(weight, 1), (value, gradients)
+            )
             updates, opt_state = optimizer(learning_rate).update(
                 gradients, state.opt_state, state.params
             )
@@ -117,7 +138,9 @@ class Trainer:
 
         The buffers of `state` are donated: do not use it afterwards.
         """
-        return self._step(state, self.frozen, self._put(batch), np.float32(learning_rate))
+        split = lambda array: array.reshape(self._accumulate, -1, *array.shape[1:])
+        parts = self._put(jax.tree.map(split, batch), axis=1)
+        return self._step(state, self.frozen, parts, np.float32(learning_rate))
 
     def evaluate(self, params: Any, examples: Any, batch_size: int) -> Any:
         """The outputs of each example in host arrays `(n, ...)`, computed in batches."""
@@ -137,8 +160,10 @@ class Trainer:
         """The module with these trained parameters."""
         return nnx.merge(self._graphdef, params, self.frozen)
 
-    def _put(self, batch: Any) -> Any:
+    def _put(self, batch: Any, axis: int = 0) -> Any:
+        """Shards the examples, which are along `axis`, over the mesh, if there is one."""
         if self._mesh is None:
             return batch
-        sharding = meshes.batch_sharding(self._mesh, batches.count(batch))
+        rows = jax.tree.leaves(batch)[0].shape[axis]
+        sharding = meshes.batch_sharding(self._mesh, rows, axis)
         return jax.tree.map(lambda array: meshes.put(array, sharding), batch)

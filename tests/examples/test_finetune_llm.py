@@ -14,12 +14,15 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from flax import nnx
 from optimizers import hasty_compiler as hasty_compiler
+from safetensors.numpy import save_file
 
 import finetune_llm
 from common import runs, training
 from common.llm_settings import LlmSettings
-from loft_jax.adapters import load_peft
+from common.models.gpt2 import GPT2, GPT2Config
+from loft_jax.adapters import FAMILIES, load_peft
 
 SMALL = "--steps 4 --eval-every 2 --save-every 2 --batch-size 2 --seq-len 8 --rank 2 --alpha 4"
 
@@ -113,12 +116,49 @@ def test_the_adapter_is_left_as_peft_writes_it_too(finished):
         (("--method", "rslora"), 4),
         (("--quantize", "nf4"), 4),
         (("--quantize", "int8", "--method", "lora"), 4),
+        (("--dtype", "bfloat16", "--remat", "--accumulate", "2"), 4),
     ],
-    ids=["factored", "lora", "full", "dora", "rslora", "nf4", "int8"],
+    ids=["factored", "lora", "full", "dora", "rslora", "nf4", "int8", "bfloat16"],
 )
 def test_other_methods_leave_the_same_results(arguments, tmp_path, capsys, flags, leaves):
     assert run(*arguments, *flags, "--output", tmp_path / "out") == 0
     assert_results(tmp_path / "out", capsys.readouterr().out, leaves)
+
+
+def test_methods_are_compared_at_the_same_learning_rate(finished, arguments, tmp_path, capsys):
+    folder = tmp_path / "out"
+    assert run(*arguments, "--compare", "lora,full", "--output", folder) == 0
+    assert (folder / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert read_metrics(folder) == read_metrics(finished.folder)
+    records = {name: read_metrics(folder / name) for name in (".", "lora", "full")}
+    assert {tuple(r["learning_rate"] for r in x if "loss" in r) for x in records.values()} == {
+        tuple(r["learning_rate"] for r in records["."] if "loss" in r)
+    }
+    starts = [[r["eval_loss"] for r in x if "eval_loss" in r] for x in records.values()]
+    assert starts[0][0] == starts[1][0] == pytest.approx(starts[2][0])
+    assert len({tuple(losses) for losses in starts}) == 3
+    metrics = (folder / "lora" / "metrics.jsonl").read_text()
+    assert run("--resume", "--output", folder) == 0  # also if it stopped between two methods
+    assert (folder / "lora" / "metrics.jsonl").read_text() == metrics
+    assert "comparison in" in capsys.readouterr().out
+
+
+def test_gpt2_is_trained_and_its_adapter_exchanged(arguments, model_folder, tmp_path):
+    folder = shutil.copytree(model_folder, tmp_path / "gpt2")
+    shape = {"n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 256}
+    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2"} | shape))
+    model = GPT2(GPT2Config.from_hf(shape), rngs=nnx.Rngs(0))
+    tensors = {}
+    for path, leaf in nnx.to_flat_state(nnx.state(model)):
+        tensors |= FAMILIES["gpt2"].to_hf("/".join(path), np.asarray(leaf[...]))
+    tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    save_file(tensors, folder / "model.safetensors")
+    assert run(*arguments, "--model", folder, "--output", tmp_path / "out") == 0
+    # One projection serves q, k and v.
+    saved = load_peft(tmp_path / "out" / "peft")
+    expected = {f"transformer.h.{n}.{name}" for n in (0, 1) for name in ("attn.c_attn", "mlp.c_fc")}
+    assert set(saved.factors) == expected
+    assert run(*arguments, "--model", folder, "--targets", "gate", "--output", tmp_path / "no") == 1
 
 
 def test_a_killed_run_resumes_bit_exactly(finished, arguments, tmp_path, monkeypatch):
@@ -169,7 +209,7 @@ def test_ctrl_c_saves_the_step_and_the_run_resumes_bit_exactly(
         np.testing.assert_array_equal(mine, other)
 
 
-def test_a_second_ctrl_c_stops_at_once(arguments, tmp_path, monkeypatch):
+def test_a_second_ctrl_c_stops_at_once(arguments, tmp_path, monkeypatch, capsys):
     def interrupted_twice(*_):
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
@@ -177,6 +217,8 @@ def test_a_second_ctrl_c_stops_at_once(arguments, tmp_path, monkeypatch):
     monkeypatch.setattr(training.Trainer, "step", interrupted_twice)
     assert run(*arguments, "--output", tmp_path / "out") == 130
     assert [r["step"] for r in read_metrics(tmp_path / "out") if "loss" in r] == []
+    message = capsys.readouterr().err
+    assert "there is no checkpoint yet" in message and "--resume" not in message
 
 
 def test_resuming_a_finished_run_changes_nothing(copied):
@@ -234,11 +276,15 @@ def test_without_an_output_folder_the_next_free_one_is_taken(tmp_path, monkeypat
         (["--model", "missing"], "--model missing: there is no such folder"),
         (["--data", "missing.txt"], "--data missing.txt: there is no such file"),
         (["--eval-data", "missing.txt"], "--eval-data missing.txt: there is no such file"),
+        (["--accumulate", "3"], "--accumulate 3 does not divide --batch-size 2"),
         (["--seq-len", "4096"], "fewer than one window of 4096 + 1"),
         (["--seq-len", "4097"], "--seq-len 4097 is longer than the context of tiny-llama"),
         (["--method", "full", "--quantize", "nf4"], "--method full trains all weights"),
         (["--method", "dora", "--quantize", "nf4"], "--quantize does not support --method dora"),
+        (["--compare", "full", "--quantize", "nf4"], "--method full trains all weights"),
+        (["--compare", "lora,sgd"], "--compare sgd: choose from loft"),
         (["--method", "head"], "has no separate head"),
+        (["--method", "full", "--dtype", "bfloat16"], "--method full trains weights"),
         (["--resume"], "--resume needs --output"),
         (["--resume", "--output", "missing"], "missing contains no run to resume"),
     ],

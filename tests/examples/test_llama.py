@@ -1,6 +1,5 @@
-"""The LLaMA equals Hugging Face's; new adapters do not change it."""
+"""The language models equal Hugging Face's; new adapters do not change them."""
 
-import json
 from typing import Any
 
 import jax
@@ -10,37 +9,25 @@ import pytest
 from flax import nnx
 from optimizers import hasty_compiler as hasty_compiler
 
+from common.models import llama_weights
 from common.models.llama import TARGETS, LlamaConfig, lora_rule
-from common.models.llama_weights import build_model
-from loft_jax.adapters import add_lora, remove_lora
+from common.models.llama_weights import build_model, read_config
+from loft_jax.adapters import add_lora, fill, load_peft, lora_pairs, remove_lora, save_peft
 from tests.examples import record_llama_logits as hugging_face
+from tests.examples.tiny_llama import byte_tokenizer
 
 
 def assert_same_logits(recorded: dict[str, Any]) -> None:
     """Ours equal the recorded ones up to float32 rounding through two layers."""
-    model = build_model(LlamaConfig.from_hf(recorded["config"]), recorded["tensors"])
+    model = build_model(read_config(recorded["config"]), recorded["tensors"])
     logits = model(jnp.asarray(recorded["ids"]))
     scale = np.abs(recorded["logits"]).max()
     np.testing.assert_allclose(logits, recorded["logits"], rtol=0, atol=1e-5 * scale)
 
 
-def read_recorded(case: str) -> dict[str, Any]:
-    """A case of the recorded file."""
-    with np.load(hugging_face.PATH) as file:
-        prefix = f"{case}/tensors/"
-        return {
-            "config": json.loads(str(file[f"{case}/config"])),
-            "tensors": {
-                n.removeprefix(prefix): file[n] for n in file.files if n.startswith(prefix)
-            },
-            "ids": file[f"{case}/ids"],
-            "logits": file[f"{case}/logits"],
-        }
-
-
 @pytest.mark.parametrize("case", hugging_face.CASES)
 def test_logits_are_those_recorded_from_hugging_face(case):
-    assert_same_logits(read_recorded(case))
+    assert_same_logits(hugging_face.read_recorded(case))
 
 
 @pytest.mark.parametrize("case", hugging_face.CASES)
@@ -51,9 +38,45 @@ def test_logits_are_those_of_hugging_face(case):
     assert_same_logits(hugging_face.record(case))
 
 
+FAMILIES = ("mistral", "qwen2 biases", "qwen3", "smollm3", "gemma3", "gpt2")
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of PEFT about its use of transformers
+@pytest.mark.parametrize("case", FAMILIES)
+def test_peft_reads_and_writes_the_adapters_of_each_family(case, tmp_path):
+    peft = pytest.importorskip("peft")
+    torch = pytest.importorskip("torch")
+    recorded, theirs = hugging_face.record(case), hugging_face.make_model(case)
+    pretrained = llama_weights.Pretrained(
+        case, read_config(recorded["config"]), recorded["tensors"], byte_tokenizer()
+    )
+    rule = pretrained.lora_rule(["q", "k", "v", "o", "up", "down"], rank=2, alpha=6)
+    model = add_lora(pretrained.build(), rule, rngs=nnx.Rngs(0))
+    for number, (path, factor) in enumerate(nnx.to_flat_state(nnx.state(model, nnx.LoRAParam))):
+        if path[-1] == "lora_b":
+            factor[...] = 0.1 * jax.random.normal(jax.random.key(number), factor.shape)
+    adapter, pairs = nnx.state(model, nnx.LoRAParam), lora_pairs(rule)
+    ids = recorded["ids"]
+    logits = model(jnp.asarray(ids))
+    assert np.abs(logits - recorded["logits"]).max() > 0.01
+
+    save_peft(tmp_path / "ours", adapter, family=pretrained.family, pairs=pairs)
+    with_adapter = peft.PeftModel.from_pretrained(theirs, tmp_path / "ours")
+    with torch.no_grad():
+        of_peft = with_adapter(torch.from_numpy(ids)).logits.numpy()
+    scale = np.abs(of_peft).max()
+    np.testing.assert_allclose(logits, of_peft, rtol=0, atol=2e-5 * scale)
+
+    with_adapter.save_pretrained(tmp_path / "theirs")
+    zeros = jax.tree.map(jnp.zeros_like, adapter)
+    read = fill(zeros, load_peft(tmp_path / "theirs"), family=pretrained.family, pairs=pairs)
+    for one, other in zip(jax.tree.leaves(read), jax.tree.leaves(adapter), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 @pytest.fixture
 def model():
-    recorded = read_recorded("tied")
+    recorded = hugging_face.read_recorded("tied")
     return build_model(LlamaConfig.from_hf(recorded["config"]), recorded["tensors"])
 
 
@@ -107,15 +130,16 @@ def test_unfit_adapters_are_refused_by_name(model, targets, rank, message):
 @pytest.mark.parametrize(
     "change",
     [
-        {"model_type": "gpt2"},
+        {"model_type": "gemma2"},
         {"hidden_act": "gelu"},
-        {"mlp_bias": True},
-        {"attention_bias": True},
         {"rope_parameters": {"rope_type": "yarn"}},
-        {"model_type": "mistral", "sliding_window": 4096},
+        {"model_type": "gemma3_text", "attn_logit_softcapping": 50.0},
+        {"model_type": "gemma3_text", "use_bidirectional_attention": True},
+        {"model_type": "gpt2", "activation_function": "relu"},
+        {"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True},
     ],
 )
 def test_configs_that_would_be_computed_wrongly_are_refused(change):
-    config = read_recorded("tied")["config"]
+    config = hugging_face.read_recorded("tied")["config"]
     with pytest.raises(ValueError, match="not supported"):
-        LlamaConfig.from_hf(config | change)
+        read_config(config | change)

@@ -217,7 +217,7 @@ def test_another_base_is_refused(uninterrupted, model_folder, tmp_path, capsys):
     [
         (["--mesh", "fsdp=3"], "--mesh data=1 x fsdp=3 x tensor=1 needs 3 devices, but there"),
         (["--mesh", "layers=8"], "'layers=8' is not one of data, fsdp, tensor with a size"),
-        (["--mesh", "fsdp=8", "--batch-size", "4"], "--batch-size 4 cannot be split over data x"),
+        (["--mesh", "fsdp=8", "--batch-size", "4"], "4 examples cannot be split over data x"),
         (["--mesh", MESH, "--quantize", "nf4"], "--quantize works on one device only"),
         (["--processes", "2", "--coordinator", "x:1", "--process", "0"], "need --output"),
         (["--processes", "2"], "need --coordinator, --processes and --process"),

@@ -4,11 +4,12 @@ import dataclasses
 
 import jax
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from optimizers import hasty_compiler as hasty_compiler
 
-from common import methods, training
+from common import losses, methods, training
 from common.data import text
 from common.models import llama_weights as weights
 from common.models.llama import lora_rule
@@ -60,11 +61,11 @@ def test_a_method_lowers_the_loss_and_changes_what_it_trains_alone(model_folder,
     )
     before = {path: np.array(leaf[...]) for path, leaf in nnx.to_flat_state(nnx.state(model))}
     state = trainer.start(model)
-    losses = []
+    found = []
     for _ in range(8):  # LoFT updates one factor per step, and one factor starts at zero
         state, loss = trainer.step(state, WINDOWS, methods.default_learning_rate(method, 1e-3))
-        losses.append(float(loss))
-    assert losses[-1] < losses[0] and int(state.step) == 8
+        found.append(float(loss))
+    assert found[-1] < found[0] and int(state.step) == 8
     trained = {path for path, _ in nnx.to_flat_state(nnx.state(model, wrt))}
     kinds = {path[-1] for path in trained}
     assert kinds == {
@@ -109,6 +110,35 @@ def test_one_compilation_serves_every_learning_rate_and_seed(model_folder):
     assert len(set(results)) == 3
 
 
+def weighted_loss(model, windows):
+    """The loss of the tokens below 100, as a sum and a number for each window."""
+    weights = windows[:, 1:] < 100
+    found = losses.token_losses(model, windows[:, :-1], windows[:, 1:])
+    return (found * weights).sum(axis=-1), weights.sum(axis=-1)
+
+
+@pytest.mark.parametrize("loss", [text.next_token_loss, weighted_loss])
+def test_a_batch_in_parts_makes_the_step_of_the_whole_batch(model_folder, loss, x64):
+    model = jax.tree.map(lambda x: x.astype(np.float64), adapted_model(model_folder))
+    batch = np.random.default_rng(3).integers(0, 256, (6, 9)).astype(np.int32)
+
+    def after(accumulate):
+        # The update is the gradient. The float32 softmax of attention treats each row alone.
+        sgd = lambda rate: optax.sgd(rate)
+        trainer = training.Trainer(model, loss, sgd, nnx.Param, accumulate=accumulate)
+        state, value = trainer.step(trainer.start(model), batch, 1.0)
+        return float(value), jax.tree.leaves(state.params)
+
+    value, params = after(1)
+    changed = [np.abs(a - b).max() for a, b in zip(params, jax.tree.leaves(model), strict=True)]
+    assert max(changed) > 0.01
+    for accumulate in (2, 6):
+        of_parts, params_of_parts = after(accumulate)
+        assert of_parts == pytest.approx(value, rel=1e-12)
+        for one, other in zip(params_of_parts, params, strict=True):
+            np.testing.assert_allclose(one, other, rtol=0, atol=1e-10)
+
+
 def test_evaluation_does_not_depend_on_the_batch_size(model_folder):
     model = adapted_model(model_folder)
     trainer = training.Trainer(
@@ -131,6 +161,16 @@ def test_a_model_that_is_not_trained_is_evaluated(model_folder):
     np.testing.assert_allclose(find(nnx.Nothing()), find(nnx.LoRAParam), rtol=1e-6)
 
 
+class Ignorant:
+    """A model whose logits are zero."""
+
+    def hidden(self, tokens, **_):
+        return np.zeros((*tokens.shape, 3), np.float32)
+
+    def head(self, hidden):
+        return np.zeros((*hidden.shape[:-1], 7))
+
+
 def test_a_model_that_knows_nothing_pays_the_entropy_of_the_vocabulary():
-    losses = text.next_token_loss(lambda ids: np.zeros((*ids.shape, 7)), WINDOWS % 7)
-    np.testing.assert_allclose(losses, np.full(6, np.log(7)), rtol=1e-6)
+    found = text.next_token_loss(Ignorant(), WINDOWS % 7)
+    np.testing.assert_allclose(found, np.full(6, np.log(7)), rtol=1e-6)

@@ -1,16 +1,25 @@
 """All formats give the same model; errors name the bad file."""
 
+import functools
 import json
 import shutil
+import weakref
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+from optimizers import hasty_compiler as hasty_compiler
 from safetensors.numpy import load_file, save_file
 
 from common.errors import UserError
+from common.meshes import make_mesh, weight_sharding
 from common.models import llama_weights as weights
+from common.models.pretrained import Safetensors
+from tests.examples.record_llama_logits import read_recorded
 from tests.examples.tiny_llama import CONFIG, byte_tokenizer, random_tensors
 
 IDS = jnp.arange(12)[None]
@@ -35,13 +44,63 @@ def test_shards_read_as_one_file_does(folder):
     np.testing.assert_array_equal(weights.load(str(folder)).build()(IDS), whole)
 
 
-def test_bfloat16_weights_are_computed_in_float32(folder):
+def test_weights_have_the_dtype_of_the_request_whatever_the_file_has(folder):
     rounded = {n: t.astype(ml_dtypes.bfloat16) for n, t in random_tensors().items()}
     save_file(rounded, folder / "model.safetensors")
-    model = weights.load(str(folder)).build()
-    kernel = model.layers.mlp.up_proj.kernel[...]
-    assert kernel.dtype == jnp.float32
-    np.testing.assert_array_equal(kernel[1].T, rounded["model.layers.1.mlp.up_proj.weight"])
+    for dtype in ("float32", "bfloat16"):
+        model = weights.load(str(folder)).build(dtype)
+        kernel = model.layers.mlp.up_proj.kernel[...]
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(nnx.state(model))} == {dtype}
+        np.testing.assert_array_equal(kernel[1].T, rounded["model.layers.1.mlp.up_proj.weight"])
+        assert model.hidden(IDS).dtype == dtype
+
+
+def test_bfloat16_logits_are_near_those_of_float32(folder):
+    pretrained = weights.load(str(folder))
+    exact, rounded = pretrained.build()(IDS), pretrained.build("bfloat16")(IDS)
+    assert np.abs(exact - rounded).max() < 0.03 * np.abs(exact).max()
+
+
+def test_a_tensor_is_read_once_and_not_kept(folder, monkeypatch):
+    pretrained, alive, most, reads = weights.load(str(folder)), set(), [0], []
+    read = Safetensors.__getitem__
+
+    class Noticed(np.ndarray):
+        pass
+
+    def noticed(tensors, name):
+        array = read(tensors, name).view(Noticed)
+        reads.append(name)
+        alive.add(name)
+        most[0] = max(most[0], len(alive))
+        weakref.finalize(array, alive.discard, name)
+        return array
+
+    monkeypatch.setattr(Safetensors, "__getitem__", noticed)
+    pretrained.build("bfloat16")
+    assert sorted(reads) == sorted(pretrained.tensors) and most[0] <= 2  # the last and the new one
+
+
+def test_weights_go_straight_to_their_places_on_a_mesh(folder):
+    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    placement = functools.partial(weight_sharding, mesh=mesh)
+    pretrained = weights.load(str(folder))
+    model, alone = pretrained.build(placement=placement), pretrained.build()
+    kernel = model.layers.self_attn.o_proj.kernel[...]
+    assert kernel.sharding == NamedSharding(mesh, PartitionSpec(None, "tensor", "fsdp"))
+    assert kernel.addressable_shards[0].data.shape == (2, 8, 8)
+    np.testing.assert_allclose(model(IDS), alone(IDS), rtol=0, atol=1e-5)
+
+
+def test_gpt2_without_its_head_is_read(tmp_path, folder):
+    """The hub's GPT-2 is the backbone alone, with the masks of its attention."""
+    recorded = read_recorded("gpt2")
+    tensors = {n.removeprefix("transformer."): t for n, t in recorded["tensors"].items()}
+    tensors["h.0.attn.bias"] = np.ones((1, 1, 64, 64), np.float32)
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(recorded["config"]))
+    logits = weights.load(str(folder)).build()(jnp.asarray(recorded["ids"]))
+    np.testing.assert_allclose(logits, recorded["logits"], atol=1e-4)
 
 
 def test_gguf_gives_the_model_and_tokenizer_it_was_written_from(folder, tmp_path):
@@ -110,8 +169,15 @@ def test_a_truncated_file_is_named(folder, name):
 
 
 def test_an_unsupported_model_is_refused_with_what_is_supported(folder):
-    (folder / "config.json").write_text(json.dumps(CONFIG | {"model_type": "gpt2"}))
-    with pytest.raises(UserError, match="'gpt2' is not supported: use llama, mistral or qwen2"):
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"model_type": "bert"}))
+    with pytest.raises(UserError, match="'bert' is not supported: use one of llama, mistral, "):
+        weights.load(str(folder))
+
+
+def test_a_config_that_lacks_an_entry_is_refused_by_its_name(folder):
+    config = {name: value for name, value in CONFIG.items() if name != "vocab_size"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="config.json: it has no vocab_size"):
         weights.load(str(folder))
 
 

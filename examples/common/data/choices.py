@@ -5,10 +5,8 @@ question is the choice whose tokens have the highest likelihood.
 """
 
 import dataclasses
-import json
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -17,12 +15,16 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from ..errors import UserError
+from . import sources
+from .sources import Record
 from .text import token_losses
 
 Answers = Literal["labels", "words"]
 """The answer format: "the correct answer is answer2", or the words of answer 2."""
 
 KEYS = ("instruction", "input", "output", "answer")
+
+_FORMAT = r"Answer format: (\S+/\S+)\s*$"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,32 +39,41 @@ class Question:
 def load_questions(
     source: str | None, flag: str = "--data", *, answers: Answers = "labels"
 ) -> list[Question]:
-    """Loads a JSON file: a list of objects with instruction, input, output and answer.
+    """The `questions` of a file or a hub dataset."""
+    if source is None:
+        raise UserError(f"--task multiple-choice needs {flag} with a file of questions.")
+    return questions(sources.read(source, flag), answers)
+
+
+def questions(content: str | Sequence[Record], answers: Answers = "labels") -> list[Question]:
+    """The questions in records with instruction, input, output and answer.
 
     The instruction ends with the choices, "Answer format: answer1/answer2/...", as in the
     commonsense data of LLM-Adapters. With `answers="labels"` the prompt is the instruction, and a
     choice is the output with the answer replaced. With `answers="words"` the prompt is the
     question alone, and a choice is the text that follows "Answer1: " in the instruction.
     """
-    if source is None:
-        raise UserError(f"--task multiple-choice needs {flag} with a JSON file of questions.")
-    path = Path(source)
-    if not path.is_file():
-        raise UserError(f"{flag} {source}: there is no such file.")
-    try:
-        rows = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"Cannot read {path} ({error}): pass a JSON list of questions.") from error
-    if not isinstance(rows, list) or not rows:
-        raise UserError(f"{path} contains no list of questions.")
-    return [_question(path, number, row, answers) for number, row in enumerate(rows)]
+    if isinstance(content, str):
+        raise UserError(
+            "--task multiple-choice needs records with the fields "
+            f"{', '.join(KEYS)}, but --data is plain text. Remove --task."
+        )
+    return [_question(record, answers) for record in content]
 
 
-def _question(path: Path, number: int, row: Any, answers: Answers) -> Question:
-    where = f"{path}, question {number}"
-    if not isinstance(row, dict) or any(not isinstance(row.get(key), str) for key in KEYS):
+def is_question(record: Record) -> bool:
+    """Whether a record has the fields of a multiple-choice question."""
+    instruction = record.fields.get("instruction")
+    return all(name in record.fields for name in KEYS) and bool(
+        isinstance(instruction, str) and re.search(_FORMAT, instruction)
+    )
+
+
+def _question(record: Record, answers: Answers) -> Question:
+    where, row = record.where, record.fields
+    if any(not isinstance(row.get(key), str) for key in KEYS):
         raise UserError(f"{where}: expected an object with the strings {', '.join(KEYS)}.")
-    found = re.search(r"Answer format: (\S+/\S+)\s*$", row["instruction"])
+    found = re.search(_FORMAT, row["instruction"])
     if found is None:
         raise UserError(
             f'{where}: its instruction does not end with "Answer format: ..." and the choices, '

@@ -1,37 +1,38 @@
 """Text for a language model: documents, windows of tokens, and the loss of the next token."""
 
-import gzip
 import re
-import zlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from tokenizers import Tokenizer
 
-from .. import downloads
+from .. import downloads, losses
 from ..batches import held_out_places
 from ..errors import UserError
+from . import forms, sources
+from .sources import Record
 
 T = TypeVar("T")
 
 
 def load_documents(source: str | None, flag: str = "--data") -> list[str]:
-    """Wikipedia articles if `source` is None, else a text file (.gz too) or a hub dataset."""
-    if source is None:
-        return split_documents(downloads.read_member(downloads.WIKIPEDIA).decode())
-    if Path(source).is_file():
-        return split_documents(_read_text(Path(source)))
-    if re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", source) and not Path(source).suffix:
-        return _from_hub(source, flag)
-    raise UserError(
-        f"{flag} {source}: there is no such file, and it is not a hub dataset "
-        "(owner/name or owner/name:configuration)."
-    )
+    """Wikipedia articles if `source` is None, else those of a file or a hub dataset."""
+    return documents(wikipedia() if source is None else sources.read(source, flag))
+
+
+def wikipedia() -> str:
+    """2 MB of English Wikipedia articles, downloaded once."""
+    return downloads.read_member(downloads.WIKIPEDIA).decode()
+
+
+def documents(content: str | Sequence[Record]) -> list[str]:
+    """The documents in a text, or those in the field `text` of records, which are not split."""
+    if isinstance(content, str):
+        return split_documents(content)
+    texts = (forms.document(record).strip() for record in content)
+    return [text for text in texts if text]
 
 
 def split_documents(text: str) -> list[str]:
@@ -78,42 +79,9 @@ def windows(tokenizer: Tokenizer, documents: Sequence[str], length: int, name: s
 
 def token_losses(model: Any, windows: jax.Array) -> jax.Array:
     """The loss of each predicted token in nats: ids `(n, length + 1)` to float32 `(n, length)`."""
-    logits = model(windows[:, :-1]).astype(jnp.float32)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:])
+    return losses.token_losses(model, windows[:, :-1], windows[:, 1:])
 
 
 def next_token_loss(model: Any, windows: jax.Array) -> jax.Array:
     """Mean loss per token of each window: ids `(n, length + 1)` to float32 `(n,)`."""
     return token_losses(model, windows).mean(axis=-1)
-
-
-def _read_text(path: Path) -> str:
-    try:
-        data = path.read_bytes()
-        return (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise UserError(
-            f"Cannot read {path} ({error}): pass UTF-8 text, plain or compressed by gzip in a "
-            "file named *.gz."
-        ) from error
-
-
-def _from_hub(source: str, flag: str) -> list[str]:
-    name, _, configuration = source.partition(":")
-    try:
-        # The package is large and not part of the extras, so a type checker may not find it.
-        from datasets import load_dataset  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise UserError(
-            f"{flag} {source} is not a file, and a hub dataset needs the datasets package: "
-            "pip install datasets, or pass a text file."
-        ) from error
-    try:
-        rows = load_dataset(name, configuration or None, split="train")["text"]
-    except Exception as error:  # no network, no dataset, no text column: one message for all
-        raise UserError(
-            f"Cannot fetch the dataset {source} ({type(error).__name__}: "
-            f"{str(error).splitlines()[0]}). It needs a train split with a text column; check "
-            "the name and the network, or pass a text file."
-        ) from error
-    return [row for row in rows if row.strip()]

@@ -1,24 +1,21 @@
-"""A LLaMA-family language model in Flax nnx.
+"""LLaMA and its descendants in Flax nnx.
 
-The model is the decoder that LLaMA 1-3, SmolLM2, TinyLlama, Mistral and Qwen2 share: RMSNorm,
-rotary position embeddings, grouped-query attention, a SwiGLU MLP, and an output head that may be
-tied to the embedding. Qwen2 adds a bias to q, k and v. Attributes have the names of Hugging Face
-checkpoints.
+One decoder serves LLaMA 1 to 3, Mistral, Qwen2, Qwen3, SmolLM2, SmolLM3 and Gemma 3 (text): rotary
+positions, RMSNorm, grouped-query attention and a gated MLP. `llama_config.py` describes their
+differences. Attributes have the names of Hugging Face checkpoints.
 
 The layers are stacked: every parameter of `layers` has a leading axis over the layers, also the
 factors of an adapter, `(layers, in, r)` and `(layers, r, out)`, and `jax.lax.scan` runs over it.
 With LoFT on SmolLM2's 150 projections, the training step compiles in 5 s instead of 70 s for
 unrolled layers, and runs in 2.7 s instead of 4.9 s (2 busy cores).
 
-google-tunix also has a LLaMA in nnx. It is not used here because version 0.1.7 installs 108
-packages (1.6 GB), has no adapters without qwix, cannot read GGUF, and ignores the configured
-`rope_theta` (its value is always 1e6; SmolLM2 has 1e5).
+Two libraries have such models in nnx. google-tunix 0.1.8 installs over 100 packages, among them
+libtpu, has neither Mistral, SmolLM3 nor GPT-2, and does not scale LLaMA 3's rotations.
+jax-ml/bonsai is not on PyPI, needs jax below 0.9, and of these has only Qwen3 and Gemma 3.
 """
 
-import dataclasses
-import math
-from collections.abc import Iterable, Mapping
-from typing import Any
+import functools
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +23,9 @@ from flax import nnx
 
 from loft_jax.adapters import LoraRule
 
+from .attention import attend
+from .cache import Cache, CachedAttention, extend_layers
+from .llama_config import LlamaConfig as LlamaConfig
 from .stacking import scan_layers, stack, stacked_rule
 
 TARGETS = {
@@ -40,97 +40,38 @@ TARGETS = {
 """The projections that can have an adapter: path within a layer, by short name."""
 
 
-@dataclasses.dataclass(frozen=True)
-class LlamaConfig:
-    """The shape of the model; the defaults are SmolLM2-135M's."""
+class RMSNorm(nnx.Module):
+    """Divides by the root mean square and scales, in at least float32.
 
-    vocab_size: int = 49152
-    hidden_size: int = 576
-    intermediate_size: int = 1536
-    num_hidden_layers: int = 30
-    num_attention_heads: int = 9
-    num_key_value_heads: int = 3
-    head_dim: int = 64
-    rms_norm_eps: float = 1e-5
-    rope_theta: float = 1e5
-    rope_scaling: tuple[float, float, float, float] | None = None
-    """LLaMA 3.1's (factor, low_freq_factor, high_freq_factor, original context), if any."""
-    max_position_embeddings: int | None = 8192
-    """The context, in tokens; None if unknown."""
-    tie_word_embeddings: bool = True
-    attention_bias: bool = False
+    The backward pass keeps only the input.
+    """
 
-    @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> "LlamaConfig":
-        """Reads Hugging Face's config.json.
+    def __init__(self, size: int, config: LlamaConfig):
+        self.config = config
+        self.scale = nnx.Param(jnp.full(size, 1 - config.norm_offset))
 
-        Raises:
-            ValueError: the config needs a feature that this model does not have.
-        """
-        kind = config.get("model_type")
-        if kind not in ("llama", "mistral", "qwen2"):
-            raise ValueError(f"model_type {kind!r} is not supported: use llama, mistral or qwen2")
-        if config.get("hidden_act", "silu") != "silu":
-            raise ValueError(f"hidden_act {config['hidden_act']!r} is not supported, only silu")
-        if config.get("mlp_bias"):
-            raise ValueError("mlp_bias=true is not supported")
-        if kind == "llama" and config.get("attention_bias"):
-            raise ValueError("attention_bias=true is not supported for model_type llama")
-        if config.get("sliding_window") and config.get("use_sliding_window", kind == "mistral"):
-            raise ValueError("sliding-window attention is not supported")
-        heads = config["num_attention_heads"]
-        # transformers 5 has one entry, rope_parameters; earlier versions have several.
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        return cls(
-            vocab_size=config["vocab_size"],
-            hidden_size=config["hidden_size"],
-            intermediate_size=config["intermediate_size"],
-            num_hidden_layers=config["num_hidden_layers"],
-            num_attention_heads=heads,
-            num_key_value_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-            rms_norm_eps=config.get("rms_norm_eps", 1e-6),
-            rope_theta=float(rope.get("rope_theta") or config.get("rope_theta", 10_000.0)),
-            rope_scaling=_rope_scaling(rope),
-            max_position_embeddings=config.get("max_position_embeddings"),
-            tie_word_embeddings=config.get("tie_word_embeddings", False),
-            attention_bias=kind == "qwen2",
-        )
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`(..., size)` to the same."""
+        return self._normalize(x, self.scale[...])
+
+    @functools.partial(jax.checkpoint, static_argnums=0)
+    def _normalize(self, x: jax.Array, scale: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        mean_square = jnp.square(wide).mean(axis=-1, keepdims=True)
+        normalized = wide * jax.lax.rsqrt(mean_square + self.config.rms_norm_eps)
+        return (normalized * (scale + self.config.norm_offset)).astype(x.dtype)
 
 
-def _rope_scaling(rope: Mapping[str, Any]) -> tuple[float, float, float, float] | None:
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return None
-    if kind != "llama3":
-        raise ValueError(f"rope scaling {kind!r} is not supported, only llama3")
-    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    factor, low, high, context = (float(rope[name]) for name in names)
-    return factor, low, high, context
-
-
-def rope_frequencies(config: LlamaConfig) -> jax.Array:
-    """Radians per position for each pair of coordinates, float32 `(head_dim / 2,)`."""
-    exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
-    frequencies = config.rope_theta**-exponents
-    if config.rope_scaling is None:
-        return frequencies
-    # LLaMA 3.1 extends its context by slowing the slow rotations: frequencies with wavelengths
-    # above context/low are divided by `factor`, those below context/high are kept, and those
-    # between are interpolated.
-    factor, low, high, context = config.rope_scaling
-    rotations = context * frequencies / (2 * math.pi)
-    keep = jnp.clip((rotations - low) / (high - low), 0, 1)
-    return frequencies * (keep + (1 - keep) / factor)
-
-
-def rotate(x: jax.Array, frequencies: jax.Array) -> jax.Array:
-    """Rotates heads by their position; `x` is `(batch, length, heads, head_dim)`.
+def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
+    """Rotates heads by their position.
 
     Coordinate i is paired with i + head_dim/2, as in Hugging Face's checkpoints.
+
+    Args:
+        x: `(batch, length, heads, head_dim)`.
+        angles: float32 `(batch or 1, length, head_dim / 2)`.
     """
-    angles = jnp.arange(x.shape[1], dtype=jnp.float32)[:, None] * frequencies
-    cos, sin = jnp.cos(angles)[:, None, :], jnp.sin(angles)[:, None, :]
+    cos, sin = jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
     first, second = jnp.split(x, 2, axis=-1)
     rotated = (first * cos - second * sin, second * cos + first * sin)
     return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
@@ -141,79 +82,200 @@ class Attention(nnx.Module):
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
         self.config = config
+        width, bias = config.hidden_size, config.qkv_bias
         queries = config.num_attention_heads * config.head_dim
         keys = config.num_key_value_heads * config.head_dim
-        bias = config.attention_bias
-        self.q_proj = nnx.Linear(config.hidden_size, queries, use_bias=bias, rngs=rngs)
-        self.k_proj = nnx.Linear(config.hidden_size, keys, use_bias=bias, rngs=rngs)
-        self.v_proj = nnx.Linear(config.hidden_size, keys, use_bias=bias, rngs=rngs)
-        self.o_proj = nnx.Linear(queries, config.hidden_size, use_bias=False, rngs=rngs)
+        self.q_proj = nnx.Linear(width, queries, use_bias=bias, rngs=rngs)
+        self.k_proj = nnx.Linear(width, keys, use_bias=bias, rngs=rngs)
+        self.v_proj = nnx.Linear(width, keys, use_bias=bias, rngs=rngs)
+        self.o_proj = nnx.Linear(queries, width, use_bias=config.o_bias, rngs=rngs)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config)
+            self.k_norm = RMSNorm(config.head_dim, config)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """`(batch, length, hidden)` to the same."""
+    def __call__(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        segments: jax.Array | None = None,
+        kind: jax.Array | int = 0,
+        cached: CachedAttention | None = None,
+    ) -> jax.Array:
+        """`(batch, length, hidden)` to the same.
+
+        Args:
+            x, positions, segments: as in `Llama.hidden`.
+            kind: an index of `config.distinct_kinds`.
+            cached: mixes the values, instead of `attention.attend`.
+        """
         heads = (*x.shape[:2], -1, self.config.head_dim)
-        frequencies = rope_frequencies(self.config)
-        q = rotate(self.q_proj(x).reshape(heads), frequencies)
-        k = rotate(self.k_proj(x).reshape(heads), frequencies)
-        v = self.v_proj(x).reshape(heads)
-        mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+        q, k, v = (
+            projection(x).reshape(heads) for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        scale = self.config.attention_scale or self.config.head_dim**-0.5
+        angles = positions[..., None] * self.config.frequencies[kind]
+        windows = [kind.window for kind in self.config.distinct_kinds]
+
+        # The backward pass keeps q, k and v alone.
+        @jax.checkpoint
+        def mix(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            run = lambda window: (
+                lambda *qkv: attend(*qkv, scale=scale, window=window, segments=segments)
+            )
+            rotated = rotate(q, angles), rotate(k, angles)
+            return jax.lax.switch(kind, [run(window) for window in windows], *rotated, v)
+
+        if cached is None:
+            mixed = mix(q, k, v)
+        else:
+            everything = jnp.iinfo(jnp.int32).max
+            window = jnp.array([window or everything for window in windows])[kind]
+            mixed = cached(rotate(q, angles), rotate(k, angles), v, scale=scale, window=window)
         return self.o_proj(mixed.reshape(*x.shape[:2], -1))
 
 
 class MLP(nnx.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x))."""
+    """A gated MLP: down(activation(gate(x)) * up(x))."""
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
-        hidden, inner = config.hidden_size, config.intermediate_size
-        self.gate_proj = nnx.Linear(hidden, inner, use_bias=False, rngs=rngs)
-        self.up_proj = nnx.Linear(hidden, inner, use_bias=False, rngs=rngs)
-        self.down_proj = nnx.Linear(inner, hidden, use_bias=False, rngs=rngs)
+        self.config = config
+        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = nnx.Linear(hidden, inner, use_bias=bias, rngs=rngs)
+        self.up_proj = nnx.Linear(hidden, inner, use_bias=bias, rngs=rngs)
+        self.down_proj = nnx.Linear(inner, hidden, use_bias=bias, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`(batch, length, hidden)` to the same."""
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        activation = jax.nn.silu if self.config.activation == "silu" else jax.nn.gelu
+        # The backward pass keeps the two factors, not the steps of the activation.
+        product = jax.checkpoint(lambda gate, up: activation(gate) * up)
+        return self.down_proj(product(self.gate_proj(x), self.up_proj(x)))
 
 
 class Layer(nnx.Module):
     """Attention and MLP, each with pre-normalization and a residual connection."""
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
-        norm = {"epsilon": config.rms_norm_eps, "rngs": rngs}
-        self.input_layernorm = nnx.RMSNorm(config.hidden_size, **norm)
+        self.config = config
+        width = config.hidden_size
+        self.input_layernorm = RMSNorm(width, config)
         self.self_attn = Attention(config, rngs=rngs)
-        self.post_attention_layernorm = nnx.RMSNorm(config.hidden_size, **norm)
+        self.post_attention_layernorm = RMSNorm(width, config)
+        if config.sandwich_norm:
+            self.pre_feedforward_layernorm = RMSNorm(width, config)
+            self.post_feedforward_layernorm = RMSNorm(width, config)
         self.mlp = MLP(config, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """`(batch, length, hidden)` to the same."""
-        x = x + self.self_attn(self.input_layernorm(x))
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def __call__(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        segments: jax.Array | None = None,
+        kind: jax.Array | int = 0,
+        cached: CachedAttention | None = None,
+    ) -> jax.Array:
+        """`(batch, length, hidden)` to the same; arguments as `Attention`."""
+        attended = self.self_attn(self.input_layernorm(x), positions, segments, kind, cached)
+        if not self.config.sandwich_norm:
+            x = x + attended
+            return x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self.post_attention_layernorm(attended)
+        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
 
 
 class Llama(nnx.Module):
     """Maps token ids to the logits of the next token."""
 
-    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, remat: bool = False):
+        """Draws random weights.
+
+        Args:
+            config: the shape.
+            rngs: with the stream `params`.
+            remat: whether the backward pass recomputes each layer instead of keeping its
+                activations.
+        """
         self.config = config
+        self.remat = remat
         self.embed_tokens = nnx.Embed(config.vocab_size, config.hidden_size, rngs=rngs)
         self.layers = stack(lambda rngs: Layer(config, rngs=rngs), config.num_hidden_layers, rngs)
-        self.norm = nnx.RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, rngs=rngs)
+        self.norm = RMSNorm(config.hidden_size, config)
         if not config.tie_word_embeddings:
             self.lm_head = nnx.Linear(
                 config.hidden_size, config.vocab_size, use_bias=False, rngs=rngs
             )
 
-    def hidden(self, tokens: jax.Array) -> jax.Array:
-        """Ids `(batch, length)` to the last layer's normalized output `(batch, length, hidden)`."""
-        return self.norm(scan_layers(self.layers, self.embed_tokens(tokens)))
+    def hidden(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        segments: jax.Array | None = None,
+    ) -> jax.Array:
+        """The last layer's normalized output, `(batch, length, hidden)`.
+
+        Args:
+            tokens: ids, int `(batch, length)`.
+            positions: the position of each token in its sequence, int `(batch, length)`; None for
+                0, 1, 2, ... in each row.
+            segments: the sequence of each token, int `(batch, length)`, for rows that hold several
+                sequences: a token attends only to earlier tokens of its own segment. None if each
+                row is one sequence.
+        """
+        if positions is None:
+            positions = jnp.arange(tokens.shape[1])[None]
+        run = lambda layer, x, kind: layer(x, positions, segments, kind)
+        kinds = jnp.array(self.config.kind_of_layer)
+        x = self._embed(tokens)
+        return self.norm(scan_layers(self.layers, x, run, kinds, remat=self.remat))
+
+    def cache(self, first: jax.Array, slots: int) -> Cache:
+        """An empty cache for sequences that begin at the slots `first`, int `(batch,)`."""
+        return Cache.empty(
+            first,
+            slots,
+            layers=self.config.num_hidden_layers,
+            heads=self.config.num_key_value_heads,
+            head_dim=self.config.head_dim,
+            dtype=self.embed_tokens.embedding[...].dtype,
+        )
+
+    def extend(self, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """The normalized output for tokens that continue the sequences in a cache.
+
+        Args:
+            tokens: ids, int `(batch, new)`.
+            cache: holds the tokens before them.
+
+        Returns:
+            `(batch, new, hidden)`, and the cache with the new tokens.
+        """
+        positions = cache.positions(tokens.shape[1])
+        run = lambda layer, x, cached, kind: layer(x, positions, None, kind, cached)
+        kinds = jnp.array(self.config.kind_of_layer)
+        x, cache = extend_layers(self.layers, self._embed(tokens), cache, run, kinds)
+        return self.norm(x), cache
+
+    def _embed(self, tokens: jax.Array) -> jax.Array:
+        # Not `embed_tokens(tokens)`, whose dtype is that of the initial weights.
+        x = self.embed_tokens.embedding[...][tokens]
+        return x * jnp.asarray(self.config.embedding_scale, x.dtype)
 
     def head(self, x: jax.Array) -> jax.Array:
         """Hidden states `(..., hidden)` to logits `(..., vocabulary)`."""
-        return self.embed_tokens.attend(x) if self.config.tie_word_embeddings else self.lm_head(x)
+        tied, cap = self.config.tie_word_embeddings, self.config.logit_softcap
+        logits = x @ self.embed_tokens.embedding[...].T if tied else self.lm_head(x)
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Ids `(batch, length)`, int, to logits `(batch, length, vocabulary)`."""
-        return self.head(self.hidden(tokens))
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        segments: jax.Array | None = None,
+    ) -> jax.Array:
+        """Ids `(batch, length)` to logits `(batch, length, vocabulary)`; arguments as `hidden`."""
+        return self.head(self.hidden(tokens, positions, segments))
 
 
 def lora_rule(targets: Iterable[str], rank: int, alpha: float) -> LoraRule:

@@ -6,20 +6,25 @@ All sources are converted to the tensor names and layouts of Hugging Face transf
 
 import dataclasses
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from loft_jax.adapters import FAMILIES
+from loft_jax.adapters import FAMILIES, Family, LoraRule
 
 from .. import downloads
+from ..data.chat import TokenizerConfig, read_tokenizer_config
 from ..errors import UserError
+from . import gpt2, llama
+from .gpt2 import GPT2, GPT2Config
 from .llama import Llama, LlamaConfig
-from .pretrained import fill, find_folder, read_json, read_safetensors
+from .llama_config import LayerKind, Rope
+from .pretrained import Placement, Safetensors, fill, find_folder, read_json
 
 SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """The hub id of the model in `downloads.SMOLLM2`."""
@@ -27,17 +32,36 @@ SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-    """A pretrained model as host arrays; several models can be built from it."""
+    """A pretrained model, whose weights are read when a model is built."""
 
     name: str
-    config: LlamaConfig
+    config: LlamaConfig | GPT2Config
     tensors: Mapping[str, np.ndarray]
     """By Hugging Face's names; matrices are `(out, in)`, any float dtype."""
     tokenizer: Tokenizer
+    tokenizer_config: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
+    """The chat template and the special tokens."""
 
-    def build(self) -> Llama:
-        """A model with these weights in float32."""
-        return build_model(self.config, self.tensors, self.name)
+    def build(
+        self, dtype: Any = jnp.float32, *, remat: bool = False, placement: Placement | None = None
+    ) -> Any:
+        """A model with these weights; arguments as `build_model`."""
+        options = {"remat": remat, "placement": placement}
+        return build_model(self.config, self.tensors, self.name, dtype, **options)
+
+    @property
+    def family(self) -> Family:
+        """Its names in Hugging Face transformers."""
+        return family_of(self.config)
+
+    def lora_rule(self, targets: Iterable[str], rank: int, alpha: float) -> LoraRule:
+        """Adapters on the projections `targets` of every layer.
+
+        Raises:
+            ValueError: the model has no such projection.
+        """
+        module = gpt2 if isinstance(self.config, GPT2Config) else llama
+        return module.lora_rule(targets, rank, alpha)
 
 
 def load(source: str | None) -> Pretrained:
@@ -51,26 +75,68 @@ def load(source: str | None) -> Pretrained:
 
 
 def build_model(
-    config: LlamaConfig, tensors: Mapping[str, np.ndarray], name: str = "the model"
-) -> Llama:
-    """A model with float32 parameters from tensors in Hugging Face's format."""
-    return fill(lambda: Llama(config, rngs=nnx.Rngs(0)), FAMILIES["llama"], tensors, name)
+    config: LlamaConfig | GPT2Config,
+    tensors: Mapping[str, np.ndarray],
+    name: str = "the model",
+    dtype: Any = jnp.float32,
+    *,
+    remat: bool = False,
+    placement: Placement | None = None,
+) -> Any:
+    """A model with parameters from tensors in Hugging Face's format.
+
+    Args:
+        config: the shape.
+        tensors: by Hugging Face's names; matrices are `(out, in)`, any float dtype.
+        name: the model's name, for error messages.
+        dtype: of the parameters and of the activations.
+        remat: whether the backward pass recomputes each layer.
+        placement: the shardings on a mesh; None for the default device.
+    """
+    family = family_of(config)
+    if not any(tensor.startswith(f"{family.prefix}.") for tensor in tensors):
+        family = dataclasses.replace(family, prefix="")  # saved without the head, as GPT-2 was
+
+    def make() -> Any:
+        if isinstance(config, GPT2Config):
+            return GPT2(config, rngs=nnx.Rngs(0), remat=remat)
+        return Llama(config, rngs=nnx.Rngs(0), remat=remat)
+
+    return fill(make, family, tensors, name, dtype, placement)
+
+
+def family_of(config: LlamaConfig | GPT2Config) -> Family:
+    """The names in Hugging Face transformers of a model's parameters."""
+    return FAMILIES["gpt2" if isinstance(config, GPT2Config) else "llama"]
+
+
+def read_config(config: Mapping[str, Any]) -> LlamaConfig | GPT2Config:
+    """Reads Hugging Face's config.json.
+
+    Raises:
+        ValueError: the model is not supported.
+    """
+    kind = GPT2Config if config.get("model_type") == "gpt2" else LlamaConfig
+    return kind.from_hf(config)
 
 
 def read_folder(folder: Path) -> Pretrained:
     """A folder in Hugging Face's format: config.json, tokenizer.json, *.safetensors."""
     path, tokenizer = folder / "config.json", folder / "tokenizer.json"
     try:
-        config = LlamaConfig.from_hf(read_json(path))
-    except (ValueError, KeyError) as error:
+        config = read_config(read_json(path))
+    except ValueError as error:
         raise UserError(f"Cannot use {path}: {error}.") from error
+    except KeyError as error:
+        raise UserError(f"Cannot use {path}: it has no {error.args[0]}.") from error
     if not tokenizer.is_file():
         raise UserError(f"{folder} has no tokenizer.json: pass a folder from save_pretrained.")
     try:
         read = Tokenizer.from_file(str(tokenizer))
     except Exception as error:  # tokenizers raises bare Exception
         raise UserError(f"Cannot read {tokenizer}: {error}.") from error
-    return Pretrained(folder.resolve().name, config, read_safetensors(folder), read)
+    of_tokens = read_tokenizer_config(folder, read)
+    return Pretrained(folder.resolve().name, config, Safetensors(folder), read, of_tokens)
 
 
 # ------------------------------------------------------------------------------- GGUF
@@ -116,7 +182,7 @@ def read_gguf(path: Path) -> Pretrained:
         num_key_value_heads=field("llama.attention.head_count_kv"),
         head_dim=field("llama.rope.dimension_count"),
         rms_norm_eps=field("llama.attention.layer_norm_rms_epsilon"),
-        rope_theta=field("llama.rope.freq_base"),
+        layer_kinds=(LayerKind(Rope(field("llama.rope.freq_base"))),),
         max_position_embeddings=field("llama.context_length"),
         tie_word_embeddings="output.weight" not in names,
     )
@@ -128,7 +194,8 @@ def read_gguf(path: Path) -> Pretrained:
         # A copy, because the file may be temporary.
         tensors[_hf_name(tensor.name)] = np.array(values, np.float32)
     tokenizer = _gguf_tokenizer(field)
-    return Pretrained(field("general.name"), config, tensors, tokenizer)
+    of_tokens = _gguf_tokenizer_config(reader)
+    return Pretrained(field("general.name"), config, tensors, tokenizer, of_tokens)
 
 
 def _hf_name(name: str) -> str:
@@ -168,3 +235,17 @@ def _gguf_tokenizer(field: Callable[[str], Any]) -> Tokenizer:
     special = [token for token, kind in zip(tokens, kinds, strict=True) if kind == control]
     tokenizer.add_special_tokens(special)
     return tokenizer
+
+
+def _gguf_tokenizer_config(reader: Any) -> TokenizerConfig:
+    """The chat template and the special tokens in the file, where it has them."""
+
+    def optional(key: str) -> Any:
+        found = reader.get_field(key)
+        return None if found is None else found.contents()
+
+    tokens = optional("tokenizer.ggml.tokens")
+    ids = {name: optional(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
+    special = {f"{name}_token": tokens[index] for name, index in ids.items() if index is not None}
+    stop = (special["eos_token"],) if "eos_token" in special else ()
+    return TokenizerConfig(optional("tokenizer.chat_template"), special, stop)

