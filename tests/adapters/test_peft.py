@@ -426,7 +426,8 @@ def test_all_names_of_a_family_exist_in_transformers(hf, name):
     config_name, _, options = MODELS[name]
     prefix = {"llama": "Llama", "gpt2": "GPT2", "bert": "Bert", "vit": "ViT", "dinov2": "Dinov2"}
     heads = {
-        "llama": ("ForCausalLM", "ForSequenceClassification", "ForTokenClassification"),
+        # Gemma 3 has all norms that a member of the family can have.
+        "llama": ("ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "gemma3"),
         "gpt2": (
             *("LMHeadModel", "ForSequenceClassification"),
             *("ForTokenClassification", "ForQuestionAnswering"),
@@ -439,10 +440,12 @@ def test_all_names_of_a_family_exist_in_transformers(hf, name):
     family, seen = FAMILIES[name], set()
     for head in heads[name]:
         swiglu = {"use_swiglu_ffn": True} if head == "swiglu" else {}
-        config = getattr(hf.transformers, config_name)(**options, **swiglu, pad_token_id=0)
+        config_type = "Gemma3TextConfig" if head == "gemma3" else config_name
+        config = getattr(hf.transformers, config_type)(**options, **swiglu, pad_token_id=0)
         head = head.replace("swiglu", "ForImageClassification")
         bare = dataclasses.replace(family, prefix="") if head == "Model" else family
-        model = getattr(hf.transformers, prefix[name] + head)(config)
+        model_type = "Gemma3ForCausalLM" if head == "gemma3" else prefix[name] + head
+        model = getattr(hf.transformers, model_type)(config)
         for module_name, module in model.named_modules():
             if next(module.parameters(recurse=False), None) is None:
                 continue
