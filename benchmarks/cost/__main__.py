@@ -14,6 +14,7 @@ COMMANDS = (
     "compile-time",
     "precision",
     "low-precision",
+    "casts",
     "method-costs",
     "figures",
 )
