@@ -12,10 +12,12 @@ Hardware: 2 CPU cores and 4 GB of memory; no accelerator.
 Time: 4 min 40 s with the downloads (about 3 s per step), after a minute of installation.
 Score: perplexity on held-out articles falls from 34.40 to 26.30 (one seed).
 
-`--method lora`, `--method full` and others select a baseline; `--quantize nf4` keeps the frozen
-weights in 4 bits (this needs qwix); `--model` and `--data` select other weights and data. With a
-JSON file of multiple-choice questions as `--data` (format: `common/data/choices.py`), the loss is
-that of the answers, and the script reports accuracy. `--help` lists all flags.
+`--method lora`, `--method full` and others select a baseline, and `--compare lora,full` draws them
+beside LoFT; `--quantize nf4` keeps the frozen weights in 4 bits (this needs qwix); `--model` and
+`--data` select other weights and data. With chats, instructions or questions as `--data`, the loss
+is that of the answers, and `--generate 50` counts how many generated answers are right
+(docs/finetuning.md). With multiple-choice questions (`common/data/choices.py`), the script reports
+accuracy. `--help` lists all flags.
 
 Ctrl-C saves the state and stops; `--resume --output runs/loft-1` continues the run.
 """
@@ -24,28 +26,32 @@ import dataclasses
 import functools
 import json
 import math
+import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
+from tokenizers import Tokenizer
 
 from common import batches, loop
 from common.data import exact_match
 from common.errors import UserError, exit_status
+from common.figures import draw_comparison
 from common.llm_settings import LlmSettings, parse_arguments
 from common.meshes import batch_sharding, place_model, weight_sharding
 from common.methods import METHODS, adapt, adapter_rule, make_optimizer, title, trainable
 from common.models import llama_weights
 from common.models.generate import complete, generate
 from common.models.stacking import STACKED
-from common.runs import Run, open_run
-from common.tasks import Task, language_task
+from common.runs import Run, open_run, read_records
+from common.tasks import Prompts, Task, language_task
 from common.training import Trainer
 from loft_jax import LoraPairs
 from loft_jax.adapters import LoraRule, lora_pairs, quantize, save_peft
@@ -111,35 +117,51 @@ def answer(
     task: Task,
     step: int,
 ) -> None:
-    """Answers the held-out prompts, if any, and logs how many answers are right."""
-    if task.prompts is None or jax.process_count() > 1:
+    """Answers the prompts of each set, if any, and logs how many answers are right."""
+    if jax.process_count() > 1:  # generation needs the whole model in one process
         return
-    if any("exact_match" in record and record["step"] == step for record in run.records()):
-        return
-    tokenizer, references = pretrained.tokenizer, task.prompts.references
-    stop = [
-        index
-        for token in pretrained.tokenizer_config.stop
-        if (index := tokenizer.token_to_id(token)) is not None
-    ]
-    began = time.perf_counter()
-    ids = complete(model, task.prompts.ids, length=settings.max_new_tokens, stop=stop)
-    seconds = time.perf_counter() - began
-    texts = [tokenizer.decode(one) for one in ids]
-    with (run.folder / f"answers-{step}.jsonl").open("w") as file:
-        for prompt, text, reference in zip(task.prompts.ids, texts, references, strict=True):
-            told = {"prompt": tokenizer.decode(prompt), "answer": text, "reference": reference}
-            file.write(json.dumps(told, ensure_ascii=False) + "\n")
-    found = exact_match.score(texts, references)
-    run.log({"step": step} | found)
-    named = ", ".join(f"{name.replace('_', ' ')} {100 * x:.1f} %" for name, x in found.items())
-    loop.say(f"step {step}: {len(texts)} generated answers, {named} ({seconds:.0f} s)")
+    tokenizer, records = pretrained.tokenizer, run.records()
+    stop = [tokenizer.token_to_id(token) for token in pretrained.tokenizer_config.stop]
+    stop = [index for index in stop if index is not None]
+    answered = {r["answered"] for r in records if "answered" in r and r["step"] == step}
+    for name, prompts in task.prompts.items():
+        if name in answered:  # before the run was resumed
+            continue
+        began = time.perf_counter()
+        ids = complete(model, prompts.ids, length=settings.max_new_tokens, stop=stop)
+        seconds = time.perf_counter() - began
+        texts = [tokenizer.decode(one) for one in ids]
+        file = re.sub(r"[^\w.-]", "-", f"answers-{step}-{name}.jsonl")
+        save_answers(run.folder / file, tokenizer, prompts, texts)
+        found = exact_match.score(texts, prompts.references)
+        run.log({"step": step, "answered": name} | found)
+        loop.say(
+            f"step {step}: {len(texts)} answers ({name}), {percent(found)} ({seconds:.0f} s, "
+            f"{sum(map(len, ids)) / seconds:.0f} tokens/s)"
+        )
+    if answered < task.prompts.keys() and len(task.prompts) > 1:
+        sets = [r for r in run.records() if "answered" in r and r["step"] == step]
+        mean = float(np.mean([record["exact_match"] for record in sets]))
+        loop.say(f"step {step}: mean of {len(sets)} sets, {percent({'exact_match': mean})}")
+
+
+def save_answers(path: Path, tokenizer: Tokenizer, prompts: Prompts, texts: list[str]) -> None:
+    """Writes a line of JSON for each prompt, with its answer and the reference."""
+    with path.open("w") as file:
+        for prompt, text, right in zip(prompts.ids, texts, prompts.references, strict=True):
+            line = {"prompt": tokenizer.decode(prompt), "answer": text, "reference": right}
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def percent(metrics: Mapping[str, float]) -> str:
+    """'exact match 12.5 %, last number match 20.0 %'."""
+    return ", ".join(f"{name.replace('_', ' ')} {100 * x:.1f} %" for name, x in metrics.items())
 
 
 def finetune(
     settings: LlmSettings, output: Path | None, resume: bool, mesh: Mesh | None = None
-) -> None:
-    """Runs the whole example, on one device or on a mesh."""
+) -> Path:
+    """Runs the whole example, on one device or on a mesh; returns the folder of the run."""
     pretrained, method = llama_weights.load(settings.model), METHODS[settings.method]
     context = pretrained.config.max_position_embeddings
     if context is not None and settings.seq_len > context:
@@ -148,6 +170,13 @@ def finetune(
             f"most {context}."
         )
     task = language_task(settings, pretrained.tokenizer, pretrained.tokenizer_config)
+    longest = max((len(ids) for p in task.prompts.values() for ids in p.ids), default=0)
+    if context is not None and longest and longest + settings.max_new_tokens > context:
+        raise UserError(
+            f"The longest prompt has {longest} tokens: with --max-new-tokens "
+            f"{settings.max_new_tokens} they exceed the context of {pretrained.name}, {context}. "
+            "Use fewer new tokens, or remove the prompt."
+        )
     if settings.epochs is not None:
         steps = math.ceil(settings.epochs * batches.count(task.train) / settings.batch_size)
         settings = dataclasses.replace(settings, steps=steps)
@@ -185,7 +214,7 @@ def finetune(
         answer(run, settings, trainer.model(adapter), pretrained, task, step=settings.steps)
         run.save_adapter(adapter)
         if jax.process_index() > 0:
-            return
+            return run.folder
         if method.exchangeable:
             save_peft(
                 run.folder / "peft",
@@ -201,11 +230,37 @@ def finetune(
             print(f"\n--- sample {when} ---\n{generated}")
         heading = f"{pretrained.name}, {title(settings.optimizer, settings.rank)}"
         loop.report(settings, run, task, heading)
+    return run.folder
+
+
+def compare(
+    settings: LlmSettings, output: Path | None, resume: bool, mesh: Mesh | None = None
+) -> None:
+    """Runs the example, then the methods of `--compare` at the same learning rate.
+
+    Their runs are in folders of their own inside the first one. Each of them is resumed if it has
+    begun, so that `--resume` continues a comparison wherever it stopped.
+    """
+    folder = finetune(settings, output, resume, mesh)
+    for method in settings.compare:
+        alike = {"learning_rate": settings.peak, "save_every": settings.steps, "compare": ()}
+        other = dataclasses.replace(settings, method=method, **alike)
+        begun = (folder / method / "settings.json").exists()
+        finetune(other, folder / method, begun, mesh)
+    if settings.compare and jax.process_index() == 0:
+        folders = {settings.optimizer: folder} | {m: folder / m for m in settings.compare}
+        curves = {
+            title(method, settings.rank): read_records(of_method)
+            for method, of_method in folders.items()
+        }
+        heading = f"The same learning rate, {settings.peak:g}, for each method"
+        draw_comparison(curves, folder / "comparison.png", heading)
+        print(f"\ncomparison in {folder / 'comparison.png'}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, 1 after an error message, 75 if preempted, 130 if interrupted."""
-    return exit_status(lambda: finetune(*parse_arguments(argv)))
+    return exit_status(lambda: compare(*parse_arguments(argv)))
 
 
 if __name__ == "__main__":

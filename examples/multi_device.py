@@ -37,7 +37,7 @@ import jax
 from common.errors import UserError, exit_status
 from common.llm_settings import parse_arguments
 from common.meshes import make_mesh, parse_mesh
-from finetune_llm import finetune
+from finetune_llm import compare
 from loft_jax.checkpoint import CheckpointDamaged, CheckpointError, CheckpointMismatch
 
 DEFAULT_MESH = "data=2,fsdp=2,tensor=2"
@@ -63,7 +63,7 @@ def run(given: argparse.Namespace, rest: Sequence[str]) -> None:
         with contextlib.suppress(RuntimeError):
             jax.config.update("jax_num_cpu_devices", math.prod(sizes.values()) // given.processes)
     if not several:
-        finetune(settings, output, resume, make_mesh(sizes))
+        compare(settings, output, resume, make_mesh(sizes))
         return
     if given.distributed:
         jax.distributed.initialize()  # the cluster's environment specifies the arguments
@@ -74,7 +74,7 @@ def run(given: argparse.Namespace, rest: Sequence[str]) -> None:
             given.process,
             heartbeat_timeout_seconds=given.timeout,
         )
-    with_others(lambda: finetune(settings, output, resume, make_mesh(sizes)), given, output)
+    with_others(lambda: compare(settings, output, resume, make_mesh(sizes)), given, output)
 
 
 def with_others(work: Callable[[], None], given: argparse.Namespace, output: object) -> None:

@@ -22,6 +22,8 @@ from loft_jax.pairs.names import weight_paths
 from loft_jax.pairs.shard_map import axis_names
 from loft_jax.pairs.spec import LoraPairs, as_pairs
 
+__all__ = ["adapter_shardings", "factor_specs", "shard_map_pairs", "state_shardings"]
+
 
 def factor_specs(
     weight: PartitionSpec | None, *, batch: Sequence[int] = (), inputs: int = 1, outputs: int = 1

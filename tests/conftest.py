@@ -3,7 +3,9 @@
 import os
 import shutil
 import tempfile
+import types
 from importlib.metadata import version
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # The tests compile far more than they compute: these make machine code cheaply. What a program
@@ -105,6 +107,31 @@ def assert_close(request: pytest.FixtureRequest):
 def report(request: pytest.FixtureRequest):
     """Adds a line to the tables printed after the tests."""
     return request.config.stash[TABLES].append
+
+
+@pytest.fixture
+def close(report):
+    """Asserts closeness, and reports the largest difference after the tests."""
+
+    def check(what: str, got: Any, expected: Any, tolerance: float) -> None:
+        largest = float(np.abs(np.asarray(got) - np.asarray(expected)).max())
+        report(f"{what}: largest difference {largest:.1e} (at most {tolerance:.0e})")
+        assert largest <= tolerance
+
+    return check
+
+
+@pytest.fixture(scope="module")
+def hf():
+    """The real libraries."""
+    why = "not installed: that PEFT and transformers take our files is shown by no test here"
+    modules = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        for name in ("torch", "transformers", "peft"):
+            modules[name] = pytest.importorskip(name, reason=f"{name} is {why}")
+        modules["torch"].set_num_threads(1)
+        yield types.SimpleNamespace(**modules)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

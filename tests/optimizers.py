@@ -68,6 +68,7 @@ BASELINES: dict[str, functools.partial] = {
     "altlora": functools.partial(baselines.altlora, learning_rate=0.1, weight_decay=0.1),
     "altlora_plus": functools.partial(baselines.altlora_plus, learning_rate=0.1),
     "lora_pro": functools.partial(baselines.lora_pro, learning_rate=0.1),
+    "lora_rite": functools.partial(baselines.lora_rite, learning_rate=0.1, weight_decay=0.1),
 }
 OPTIMIZERS = LOFT | BASELINES
 

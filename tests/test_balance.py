@@ -190,17 +190,22 @@ def test_methods_that_depend_on_the_factors_keep_them(options, x64):
 @pytest.mark.parametrize("method", ["calibrated", "factored", "muon", "sgd"])
 @pytest.mark.parametrize(("rows", "rank"), [(1, 4), (8, 16)])
 def test_few_rows_in_bfloat16_are_as_good_as_in_float32(method, rows, rank):
-    wide, low, _ = low_precision.measure(method, rows, rank, 8, balance=True)
+    wide, low = low_precision.measure(method, [rows], rank, 8, dtypes=["bfloat16"])
     # A loss that float32 takes to zero ends where bfloat16 rounds the outputs.
     assert low["excess"] < 0.05 * wide["final"] + 1e-3
     assert low["peak"] < 1.1
     assert low["largest"] < 10
 
 
-def test_without_balance_few_rows_in_bfloat16_are_lost():
-    """What the balance is for, so that the test above can fail."""
-    _, low, _ = low_precision.measure("sgd", 8, 16, 8, balance=False)
-    assert low["excess"] > 1
+@pytest.mark.parametrize("method", ["calibrated", "sgd"])
+def test_without_balance_few_rows_in_bfloat16_are_lost_or_bounded(method):
+    """What the balance is for, and what `gradient_dtype` does in its place."""
+    arms = low_precision.ARMS[1:]
+    _, lost, bounded = low_precision.measure(method, [1], 4, 8, arms, ["bfloat16"])
+    assert lost["excess"] > 0.1 and lost["largest"] > 1000
+    assert bounded["excess"] < 5e-3
+    assert bounded["peak"] < 1.1
+    assert bounded["largest"] < 200
 
 
 @pytest.mark.parametrize("decay", [0.9, 0.1, 0.01])

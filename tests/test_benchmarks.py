@@ -80,6 +80,7 @@ DOCUMENTED = {  # state / (m + n), products in FLOPs / (m + n), at r = 4: docs/m
     "altlora": (8, 8 * 16),
     "altlora_plus": (12, 8 * 16),
     "adalora": (16, 0),
+    "lora_rite": (9, 24 * 16),
 }
 
 

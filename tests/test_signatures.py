@@ -22,8 +22,10 @@ COUNTERPARTS = {
     baselines.altlora: optax.adam,
     baselines.altlora_plus: optax.adam,
     baselines.lora_pro: optax.adam,
+    baselines.lora_rite: optax.adam,
     baselines.scale_by_altlora: optax.scale_by_adam,
     baselines.scale_by_lora_pro: optax.scale_by_adam,
+    baselines.scale_by_lora_rite: optax.scale_by_adam,
 }
 every_counterpart = pytest.mark.parametrize(
     ("ours", "theirs"), COUNTERPARTS.items(), ids=lambda function: function.__name__

@@ -15,6 +15,7 @@ COMMANDS = (
     "compile-time",
     "precision",
     "low-precision",
+    "casts",
     "method-costs",
     "figures",
 )

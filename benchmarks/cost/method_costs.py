@@ -36,6 +36,7 @@ OPTIMIZERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
     "altlora": baselines.altlora,
     "altlora_plus": baselines.altlora_plus,
     "lora_pro": baselines.lora_pro,
+    "lora_rite": baselines.lora_rite,
     "adalora": lambda rate: baselines.adalora(optax.adamw(rate), target_rank=1, total_step=10),
 }
 

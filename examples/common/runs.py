@@ -43,10 +43,7 @@ class Run:
 
     def records(self) -> list[dict[str, Any]]:
         """All complete lines of the metrics; a killed run may leave an incomplete one."""
-        if not self._metrics.exists():
-            return []
-        lines = self._metrics.read_text().split("\n")[:-1]
-        return [json.loads(line) for line in lines]
+        return read_records(self.folder)
 
     def save(self, state: TrainState, metrics: Mapping[str, float] | None = None) -> None:
         """Saves the training state in the background; the next step may reuse its buffers."""
@@ -133,6 +130,14 @@ def open_run(
     if problem:
         raise UserError(problem)
     return Run(output, base)
+
+
+def read_records(folder: Path) -> list[dict[str, Any]]:
+    """All complete lines of the metrics of the run in a folder."""
+    metrics = folder / "metrics.jsonl"
+    if not metrics.exists():
+        return []
+    return [json.loads(line) for line in metrics.read_text().split("\n")[:-1]]
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prompts:
-    """Held-out prompts to answer by generation."""
+    """Prompts to answer by generation."""
 
     ids: list[list[int]]
     references: list[str]
@@ -51,7 +51,8 @@ class Task:
     """Describes the metrics."""
     draw: Callable[..., None] = draw_accuracy
     """Draws the learning curve; arguments as for `draw_accuracy`."""
-    prompts: Prompts | None = None
+    prompts: Mapping[str, Prompts] = dataclasses.field(default_factory=dict)
+    """Prompts to answer before and after training, by the name of their set."""
 
 
 Content = str | Sequence[Record]
@@ -106,7 +107,8 @@ def instructions(
         config = dataclasses.replace(config, template=template)
     train, held_out = _split(forms.examples, settings, content)
     places = batches.spread(np.arange(len(held_out)), settings.eval_questions)
-    rows, told = _rows(settings, tokenizer, config, train, "training")
+    rows, description = _rows(settings, tokenizer, config, train, "training")
+    worst = 100 * packing.worst_padding(rows, settings.batch_size, settings.seed)
     evaluated = [held_out[place] for place in places]
     of_evaluated, _ = _rows(settings, tokenizer, config, evaluated, "held-out")
 
@@ -115,7 +117,7 @@ def instructions(
 
     return Task(
         kind="instructions",
-        description=f"{told}, {len(evaluated)} held out",
+        description=f"{description}, {worst:.1f} % in the worst step; {len(evaluated)} held out",
         train=rows,
         held_out=of_evaluated,
         units=settings.seq_len,
@@ -150,30 +152,44 @@ def _rows(
     else:
         places = [[place] for place in range(len(kept))]
     rows = packing.arrange(kept, places, length)
-    told = (
+    description = (
         f"{len(kept)} {name} examples in {len(places)} rows of {length} tokens, "
         f"{100 * packing.padding(rows):.1f} % padding"
     )
     if longer := sum(len(one.ids) > length + 1 for one in whole):
-        told += f" ({longer} longer than --seq-len: cut, {len(whole) - len(kept)} left out)"
-    return rows, told
+        description += f" ({longer} longer than --seq-len: cut, {len(whole) - len(kept)} left out)"
+    return rows, description
 
 
 def _prompts(
     settings: LlmSettings,
     tokenizer: Tokenizer,
     config: TokenizerConfig,
-    examples: Sequence[forms.Example],
-) -> Prompts | None:
-    """The prompts for `--generate`, evenly spaced over the held-out examples."""
-    if not settings.generate:
-        return None
-    places = batches.spread(np.arange(len(examples)), settings.generate)
-    texts, references = zip(
-        *(answers.write_prompt(examples[place], config) for place in places), strict=True
-    )
-    ids = [one.ids.tolist() for one in answers.encode(tokenizer, texts, "all")]
-    return Prompts(ids=ids, references=list(references))
+    held_out: Sequence[forms.Example],
+) -> dict[str, Prompts]:
+    """The prompts of the held-out examples for `--generate`, and those of `--test-data`."""
+    sets = {"held out": held_out} if settings.generate else {}
+    for source in settings.test_data:
+        if (name := _name(source)) in sets:
+            raise UserError(f"--test-data has two sets of the name {name}: rename a file.")
+        sets[name] = forms.examples(sources.read(source, "--test-data"))
+    found = {}
+    for name, examples in sets.items():
+        places = batches.spread(np.arange(len(examples)), settings.generate or len(examples))
+        pairs = [answers.write_prompt(examples[place], config) for place in places]
+        encoded = answers.encode(tokenizer, [text for text, _ in pairs], "all")
+        references = [reference for _, reference in pairs]
+        found[name] = Prompts(ids=[one.ids.tolist() for one in encoded], references=references)
+    return found
+
+
+def _name(source: str) -> str:
+    """'boolq' for data/boolq/test.json, 'gsm8k' for gsm8k.jsonl, and the id of a hub dataset."""
+    path = Path(source)
+    if not path.is_file():
+        return source
+    stem = path.name.split(".")[0]
+    return path.resolve().parent.name if stem in ("test", "validation", "dev") else stem
 
 
 def multiple_choice(settings: LlmSettings, tokenizer: Tokenizer, content: Content) -> Task:

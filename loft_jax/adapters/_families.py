@@ -119,10 +119,12 @@ _DINOV2 = _rows(
     _DINO + "norm2",
     _DINO + "mlp.fc1",
     _DINO + "mlp.fc2",
-    *(f"{_DINO}mlp.{part}_proj" for part in ("gate", "up", "down")),  # giant, in transformers 5
     _DINO + "layer_scale2",
     "layernorm",
 )
+# The SwiGLU of DINOv2 giant. In transformers 4 gate and up are one layer, so it has other modules.
+_DINOV2_SWIGLU = _rows(*(f"{_DINO}mlp.{part}_proj" for part in ("gate", "up", "down")))
+_DINOV2_SWIGLU4 = _rows(_DINO + "mlp.weights_in", _DINO + "mlp.weights_out")
 
 _PATCHES = ((r".*\.projection", "conv2d"),)
 _BERT_HEADS = (
@@ -154,10 +156,15 @@ FAMILIES: dict[str, Family] = {
         ),
         _family("bert", "bert", _BERT, _BERT_HEADS, kinds=((r".*_embeddings", "embedding"),)),
         _family("vit", "vit", _VIT, ("classifier",), kinds=_PATCHES),
-        _family("dinov2", "dinov2", _DINOV2, ("classifier",), kinds=_PATCHES),
+        _family("dinov2", "dinov2", _DINOV2 + _DINOV2_SWIGLU, ("classifier",), kinds=_PATCHES),
         _family("vit_transformers4", "vit", _VIT, ("classifier",), kinds=_PATCHES, column=1),
         _family(
-            "dinov2_transformers4", "dinov2", _DINOV2, ("classifier",), kinds=_PATCHES, column=1
+            "dinov2_transformers4",
+            "dinov2",
+            _DINOV2 + _DINOV2_SWIGLU4,
+            ("classifier",),
+            kinds=_PATCHES,
+            column=1,
         ),
     )
 }

@@ -31,10 +31,11 @@ class LoraModel:
     """A linen model with adapters on the layers that the rules match.
 
     The parameters keep their paths. Next to each adapted ``kernel`` are the factors ``lora_a`` of
-    shape (*batch, *inputs, rank) and ``lora_b`` of shape (*batch, rank, *outputs); for `nn.Dense`
-    these are (in, rank) and (rank, out). Supported layers are `nn.Dense`, `nn.DenseGeneral` (so
-    also attention), `nn.Einsum` and `nn.Conv`. Under `nn.scan` and `nn.vmap` the factors are
-    stacked on the same axis as the other parameters. They are partitioned like their kernel.
+    shape ``(*batch, *inputs, rank)`` and ``lora_b`` of shape ``(*batch, rank, *outputs)``; for
+    `nn.Dense` these are (in, rank) and (rank, out). Supported layers are `nn.Dense`,
+    `nn.DenseGeneral` (so also attention), `nn.Einsum` and `nn.Conv`. Under `nn.scan` and `nn.vmap`
+    the factors are stacked on the same axis as the other parameters. They are partitioned like
+    their kernel.
 
     A `LoraModel` is not a module. It has the `init` and `apply` of one, so that no path changes.
     Dropout is on if `apply` gets an rng named "dropout", and off otherwise. An `nn.scan` passes

@@ -39,9 +39,9 @@ class LoraLayer(nnx.Module):
 
     Attributes:
       base: the original layer.
-      lora_a: an `nnx.LoRAParam` of shape (*stack, *batch, *inputs, rank).
-      lora_b: an `nnx.LoRAParam` of shape (*stack, *batch, rank, *outputs). For `nnx.Linear` the
-        shapes are (in, rank) and (rank, out); for a convolution (*window, in, rank) and
+      lora_a: an `nnx.LoRAParam` of shape ``(*stack, *batch, *inputs, rank)``.
+      lora_b: an `nnx.LoRAParam` of shape ``(*stack, *batch, rank, *outputs)``. For `nnx.Linear` the
+        shapes are (in, rank) and (rank, out); for a convolution ``(*window, in, rank)`` and
         (rank, out). Layers with heads or experts have several axes in place of in or out, as their
         kernel does. Axes of layers stacked by a scan or a vmap are in the same positions as in the
         kernel.

@@ -26,6 +26,9 @@ class QuantizedParam(nnx.Variable):
     """Holds a `qwix.QArray`: integers and a scale for each tile.
 
     It is not an `nnx.Param`, so it is frozen in training.
+
+    Attributes:
+      value: the `qwix.QArray`.
     """
 
 

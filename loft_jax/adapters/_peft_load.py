@@ -1,15 +1,25 @@
 """Reads adapters that Hugging Face PEFT has saved, without PyTorch, PEFT or unpickling."""
 
-import dataclasses
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from loft_jax.adapters._peft_config import is_saved_in_full, rank_of, read_config, scale_of
+from loft_jax.adapters._base_weights import BaseWeights, Weights
+from loft_jax.adapters._initializations import without_initialization
+from loft_jax.adapters._loaded import LoadedAdapter, LoraFactors, few, sorted_by_layer
+from loft_jax.adapters._patterns import check_cost
+from loft_jax.adapters._peft_config import (
+    FROM_BASE,
+    initialization,
+    is_saved_in_full,
+    rank_of,
+    read_config,
+    scale_of,
+)
 from loft_jax.adapters._safetensors import read_tensors
 
 CONFIG = "adapter_config.json"
@@ -17,90 +27,39 @@ WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 PREFIX = "base_model.model."
 
+# In the tensors of a whole PeftModel the name of the adapter, "default", comes after the role.
+_FACTOR = re.compile(
+    r"(?P<module>.+)\.lora_"
+    r"(?:(?P<linear>[AB])(?:\.default)?\.weight|embedding_(?P<embedding>[AB])(?:\.default)?"
+    r"|(?P<magnitude>magnitude_vector)(?:\.default)?(?:\.weight)?)"
+)
+_BASE_LAYER = re.compile(r"(?P<module>.+)\.base_layer\.(?P<parameter>weight|bias)")
+
 _UNSUPPORTED_KEYS = (
-    ("lora_embedding_", "adapters on an embedding are not supported"),
-    ("lora_magnitude_vector", "DoRA is not supported; merge it in PEFT instead"),
     ("lora_B.bias", "a bias in the adapter (lora_bias) is not supported"),
-    (
-        "embed",
-        "neither a factor nor part of modules_to_save. PEFT's save_pretrained writes embeddings "
-        "unless it gets save_embedding_layers=False",
-    ),
+    ("token_adapter", "trainable tokens are not supported. Merge them in PEFT (merge_and_unload)"),
 )
 
 
-class PeftFactors(NamedTuple):
-    """One adapter, which adds ``scale * a @ b`` to a kernel (in, out).
-
-    Attributes:
-      a: (in, r), or (height, width, in, r) for a two-dimensional convolution.
-      b: (r, out).
-      scale: ``lora_alpha / r`` in PEFT, or ``lora_alpha / sqrt(r)`` with rsLoRA.
-    """
-
-    a: np.ndarray
-    b: np.ndarray
-    scale: float
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class PeftAdapter:
-    """The adapter in a folder of PEFT.
-
-    Attributes:
-      path: the folder.
-      config: adapter_config.json, with PEFT's defaults for missing fields.
-      factors: `PeftFactors` by the name of the module in transformers, in the file's dtype.
-      saved: the tensors of PEFT's modules_to_save, by name and in the layout of transformers.
-    """
-
-    path: Path
-    config: Mapping[str, Any]
-    factors: Mapping[str, PeftFactors]
-    saved: Mapping[str, np.ndarray]
-
-    def scale_of(self, module: str) -> float:
-        """Returns the scale of a module's adapter.
-
-        Args:
-          module: the name of the module in transformers, or the end of it such as ``q_proj``.
-
-        Returns:
-          The factor that multiplies ``a @ b``.
-
-        Raises:
-          KeyError: there is no such module, or there are several with different scales.
-
-        Example:
-          >>> factors = PeftFactors(np.ones((6, 3)), np.ones((3, 4)), scale=2.0)
-          >>> adapter = PeftAdapter(Path("out"), {}, {"model.layers.0.q_proj": factors}, {})
-          >>> adapter.scale_of("q_proj")
-          2.0
-        """
-        ends = [f for name, f in self.factors.items() if f".{name}".endswith(f".{module}")]
-        scales = {factors.scale for factors in ends}
-        if len(scales) != 1:
-            found = f"different scales {sorted(scales)}" if scales else "no adapter"
-            raise KeyError(
-                f"{self.path}: {found} for {module!r}. The modules are {few(self.factors)}"
-            )
-        return scales.pop()
-
-
-def load_peft(path: str | os.PathLike[str]) -> PeftAdapter:
+def load_peft(path: str | os.PathLike[str], *, base: Weights | None = None) -> LoadedAdapter:
     """Reads an adapter written by PEFT or by `save_peft`. Nothing is unpickled.
 
     Args:
       path: the folder with adapter_config.json and adapter_model.safetensors.
+      base: the weights of the base model: its folder, or a mapping by the names of transformers.
+        They are needed for adapters whose initialization changed the base (PiSSA, OLoRA), which are
+        converted to adapters of twice the rank for the original base, and for files that contain
+        weights of the base itself, which must be equal.
 
     Returns:
-      A `PeftAdapter`. Use `fill` to put it into a tree.
+      A `LoadedAdapter`. Use `load_into` to put it into a tree. The time and the memory are bounded
+      by the sizes of the files, also for files of a stranger.
 
     Raises:
       FileNotFoundError: one of the files is missing.
-      ValueError: a file is damaged, the weights are pickled, the adapter is not plain LoRA on
-        linear layers and convolutions, a factor has no partner or another rank than in the
-        configuration, a tensor is unknown, or a value is NaN or infinite. The message names the
+      ValueError: a file is damaged, the weights are pickled, the adapter is not LoRA or DoRA on
+        linear layers, embeddings and convolutions, a factor has no partner or another rank than in
+        the configuration, a tensor is unknown, or a value is NaN or infinite. The message names the
         file and the key and says what to do.
       ImportError: safetensors is not installed.
 
@@ -118,49 +77,109 @@ def load_peft(path: str | os.PathLike[str]) -> PeftAdapter:
     folder = Path(path)
     weights = folder / WEIGHTS
     if not weights.is_file():
-        if (folder / PICKLE).exists():
-            raise ValueError(
-                f"{folder / PICKLE} is a pickle, which can run any code and is not read. Convert "
-                "it in PEFT with save_pretrained(..., safe_serialization=True)"
-            )
-        raise FileNotFoundError(
-            f"{weights} is missing. Pass a folder that PEFT's save_pretrained has written"
-        )
+        raise _missing(folder)
     config = read_config(folder / CONFIG)
+    weights_of_base = None if base is None else BaseWeights(base)
+    kind = initialization(config)
+    if kind in FROM_BASE and weights_of_base is None:
+        raise ValueError(
+            f"{folder / CONFIG}: init_lora_weights is {kind!r}, which changed the base weights. "
+            "Pass base=, the folder of the original base model, to convert the adapter"
+        )
     tensors: dict[str, dict[str, np.ndarray]] = {}
     saved: dict[str, np.ndarray] = {}
+    of_base: dict[str, np.ndarray] = {}
+    to_save = frozenset(config["modules_to_save"] or ())
     for key, tensor in read_tensors(weights).items():
         if not key.startswith(PREFIX):
             raise ValueError(f"{weights}: {key}: a key of PEFT must start with {PREFIX}")
         name = key.removeprefix(PREFIX)
-        if match := re.fullmatch(r"(.+)\.lora_([AB])\.weight", name):
-            tensors.setdefault(match[1], {})[match[2]] = tensor
-        elif is_saved_in_full(name, config["modules_to_save"] or ()):
+        if match := _FACTOR.fullmatch(name):
+            role = match["linear"] or match["embedding"] or "magnitude"
+            tensors.setdefault(match["module"], {})[role] = tensor
+        elif is_saved_in_full(name, to_save):
             saved[name] = tensor
+        elif match := _BASE_LAYER.fullmatch(name):
+            trained = match["parameter"] == "bias" and config["bias"] == "lora_only"
+            (saved if trained else of_base)[f"{match['module']}.{match['parameter']}"] = tensor
+        elif name.endswith(".lora_velora_embed") and config["velora_config"]:
+            pass  # compresses activations in the training
+        elif name.endswith(("embed_tokens.weight", "wte.weight", "lm_head.weight")):
+            of_base[name] = tensor
         else:
             raise ValueError(f"{weights}: {key}: {_why_unknown(key)}")
     if not tensors:
         raise ValueError(f"{weights}: the file contains no lora_A and lora_B")
+    patterns = [*(config["rank_pattern"] or ()), *(config["alpha_pattern"] or ())]
+    check_cost(patterns, tensors, folder / CONFIG)
+    _check_base(of_base, weights_of_base, weights)
     factors = {
         module: _read_factors(module, tensors[module], config, weights)
-        for module in sorted(tensors, key=_natural)
+        for module in sorted_by_layer(tensors)
     }
-    return PeftAdapter(folder, config, factors, saved)
+    if kind in FROM_BASE:
+        assert weights_of_base is not None
+        factors = {
+            module: without_initialization(module, one, kind, weights_of_base)
+            for module, one in factors.items()
+        }
+    return LoadedAdapter(folder, config, factors, saved)
+
+
+def _missing(folder: Path) -> Exception:
+    """Returns the exception for a folder without weights."""
+    if (folder / PICKLE).exists():
+        return ValueError(
+            f"{folder / PICKLE} is a pickle, which can run any code and is not read. Convert it in "
+            "PEFT with save_pretrained(..., safe_serialization=True)"
+        )
+    # save_pretrained puts an adapter of another name than "default" into a folder of that name.
+    inside = sorted(file.parent.name for file in folder.glob(f"*/{CONFIG}"))
+    where = "a folder that PEFT's save_pretrained has written"
+    if inside:
+        where = f"one of the folders in it, each of which has an adapter: {few(inside)}"
+    return FileNotFoundError(f"{folder / WEIGHTS} is missing. Pass {where}")
+
+
+def _check_base(of_base: Mapping[str, np.ndarray], base: BaseWeights | None, path: Path) -> None:
+    """Refuses weights of the base in the file, except those that are equal to the base."""
+    for name, tensor in of_base.items():
+        if base is None:
+            raise ValueError(
+                f"{path}: {PREFIX}{name} belongs to the base model. PEFT writes embeddings and "
+                "heads that are adapted or resized, unless save_pretrained gets "
+                "save_embedding_layers=False. Pass base=, the folder of the base model, to compare"
+            )
+        original = base[name]
+        if original.shape != tensor.shape or (original.astype(tensor.dtype) != tensor).any():
+            raise ValueError(
+                f"{path}: {PREFIX}{name} differs from the base model. Use a base that has this "
+                "weight, such as the one that was resized for the training"
+            )
 
 
 def _read_factors(
     module: str, tensors: Mapping[str, np.ndarray], config: Mapping[str, Any], path: Path
-) -> PeftFactors:
+) -> LoraFactors:
     """Returns the factors of one module in Flax's layout, checked against the configuration."""
     key = f"{PREFIX}{module}.lora_"
-    if missing := {"A", "B"} - tensors.keys():
+    required = {"A", "B"} | ({"magnitude"} if config["use_dora"] else set())
+    if wrong := sorted(required ^ tensors.keys()):
+        name = {"magnitude": "magnitude_vector"}.get(wrong[0], f"{wrong[0]}.weight")
         raise ValueError(
-            f"{path}: {key}{missing.pop()}.weight is missing, while the other factor is present. "
-            "The file is incomplete; save or download it again"
+            f"{path}: {key}{name} is missing, while the other factor is present, or there is one "
+            f"although use_dora in {CONFIG} is {config['use_dora']}. The file is incomplete; save "
+            "or download it again"
         )
-    a, b = tensors["A"], tensors["B"]
+    a, b, magnitude = tensors["A"], tensors["B"], tensors.get("magnitude")
+    rank = rank_of(config, module)
     shapes = f"lora_A {a.shape}, lora_B {b.shape}"
     if a.ndim == b.ndim == 4 and b.shape[2:] == (1, 1):
+        if b.shape[1] < rank == a.shape[0]:
+            raise ValueError(
+                f"{path}: {key}A.weight: {shapes}: an adapter on a grouped convolution, which is "
+                "not supported, and which PEFT cannot merge. Serve it with PEFT"
+            )
         a, b = a.transpose(2, 3, 1, 0), b[:, :, 0, 0].T
     elif a.ndim == b.ndim == 2:
         a, b = a.T, b.T
@@ -169,26 +188,27 @@ def _read_factors(
             f"{path}: {key}A.weight: {shapes}. Only linear layers (r, in), (out, r) and "
             "two-dimensional convolutions (r, in, height, width), (out, r, 1, 1) are supported"
         )
-    rank = rank_of(config, module)
+    if config["target_parameters"] and a.shape[-1] != rank and a.shape[-1] % rank == 0:
+        raise ValueError(
+            f"{path}: {key}A.weight: {shapes}: an adapter on a stack of experts "
+            "(target_parameters), which is not supported. Merge it in PEFT (merge_and_unload) and "
+            "read the merged model"
+        )
     if (a.shape[-1], b.shape[0]) != (rank, rank):
         raise ValueError(
             f"{path}: {key}A.weight: {shapes}, but r and rank_pattern in {CONFIG} give this module "
             f"rank {rank}. The two files do not belong together"
         )
-    return PeftFactors(a, b, scale_of(config, module))
+    if magnitude is not None:
+        magnitude = magnitude.reshape(-1)  # (out,), or (1, out, 1, 1) for a convolution
+        if magnitude.shape != b.shape[1:]:
+            raise ValueError(
+                f"{path}: {key}magnitude_vector has {magnitude.size} entries, but lora_B has "
+                f"{b.shape[1]} outputs. The file is damaged; save or download it again"
+            )
+    return LoraFactors(a, b, scale_of(config, module), magnitude)
 
 
 def _why_unknown(key: str) -> str:
     why = (reason for part, reason in _UNSUPPORTED_KEYS if part in key)
     return next(why, f"neither lora_A nor lora_B, nor part of modules_to_save in {CONFIG}")
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    """A sort key that puts layer 10 after layer 9."""
-    return [(int(key), "") if key.isdecimal() else (-1, key) for key in name.split(".")]
-
-
-def few(names: Iterable[str]) -> str:
-    """Returns the first names of many, for a message."""
-    names = list(names)
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

@@ -1,84 +1,24 @@
-"""Reads and writes files of tensors: reading checks them, writing is all or nothing.
+"""Reads and writes safetensors files and checks what it reads. Nothing is unpickled.
 
-Nothing is unpickled. The format is https://huggingface.co/docs/safetensors.
+https://huggingface.co/docs/safetensors
 """
 
-import contextlib
-import os
-import shutil
-import stat
-import uuid
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import jax
 import ml_dtypes
 import numpy as np
 
-from loft_jax.adapters._families import as_family
-from loft_jax.adapters._family import Family
-from loft_jax.pairs.find import path_string
-from loft_jax.pairs.names import is_factor
-from loft_jax.pairs.spec import as_pairs
-
+# In the order of their tensors in a file.
 DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F16": np.dtype(np.float16),
 }
-
-
-def save_merged(
-    path: str | os.PathLike[str], weights: Any, *, family: Family | str, pairs: Any = None
-) -> Path:
-    """Writes the merged weights of a whole model, for `from_pretrained` of transformers.
-
-    It writes ``model.safetensors``. Copy the ``config.json`` and the tokenizer of the base model
-    into the same folder. An output head tied to the embedding has no tensor of its own.
-
-    Args:
-      path: the folder, which is created if necessary. Other files in it are kept.
-      weights: a pytree of floating-point arrays, as `merge` returns it or
-        ``nnx.state(remove_lora(model, merge=True), nnx.Param)``. Kernels must be (in, out), or
-        (height, width, in, out) for a convolution; they are transposed to the layout of
-        transformers. Embeddings, biases and scales keep theirs. Stacked layers are on axis 0.
-      family: the names of the modules, as in `save_peft`.
-      pairs: the names of the factors, as in the optimizers. Leaves with such a name are refused.
-
-    Returns:
-      The folder.
-
-    Raises:
-      ValueError: the family has no such module, a kernel has another layout, a leaf is a factor of
-        an adapter, or a value is NaN, infinite or of a dtype other than float64, float32, float16
-        and bfloat16. The message names the path.
-      ImportError: safetensors is not installed.
-
-    Example:
-      >>> import tempfile
-      >>> weights = {"lm_head": {"kernel": np.ones((4, 6), np.float32)}}
-      >>> with tempfile.TemporaryDirectory() as folder:
-      ...     file = save_merged(folder, weights, family="llama") / "model.safetensors"
-      ...     {name: tensor.shape for name, tensor in read_tensors(file).items()}
-      {'lm_head.weight': (6, 4)}
-    """
-    family = as_family(family)
-    flat = {
-        path_string(keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(weights)[0]
-    }
-    _refuse_factors(tuple(flat), as_pairs(pairs).rules)
-    tensors: dict[str, np.ndarray] = {}
-    for name, leaf in flat.items():
-        for hf_name, value in family.to_hf(name, np.asarray(leaf)).items():
-            if hf_name in tensors:
-                raise ValueError(f"{name}: another parameter is also written as {hf_name}")
-            tensors[hf_name] = value
-    with replacing(Path(path)) as temporary:
-        write_tensors(temporary / "model.safetensors", tensors)
-    return Path(path)
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
@@ -89,7 +29,7 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
       ValueError: the file is truncated or damaged, or a tensor is not of one of `DTYPES`.
       ImportError: safetensors is not installed.
     """
-    safetensors = _import_safetensors()
+    safetensors = import_safetensors()
     try:
         entries = safetensors.deserialize(path.read_bytes())
     except safetensors.SafetensorError as error:
@@ -110,28 +50,48 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
     return tensors
 
 
-def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+def write_tensors(
+    path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
+) -> None:
     """Writes tensors in the form that PyTorch's libraries read, with the modes of the umask.
+
+    Only one tensor at a time is copied into the layout of the file, while the functions of the
+    package safetensors need all of them, contiguous, in memory. The bytes are the same.
+
+    Args:
+      path: the file.
+      tensors: by name, with any strides.
+      metadata: further entries of the file's metadata.
 
     Raises:
       ValueError: a value is NaN or infinite, or a tensor is not of one of `DTYPES`.
-      ImportError: safetensors is not installed.
+      ImportError: safetensors is not installed, which reads the file.
     """
-    _import_safetensors()
-    from safetensors.numpy import save_file
-
-    if odd := [name for name, value in tensors.items() if value.dtype not in DTYPES.values()]:
+    import_safetensors()
+    names_of = {dtype: name for name, dtype in DTYPES.items()}
+    if odd := [name for name, value in tensors.items() if value.dtype not in names_of]:
         raise ValueError(
             f"{odd[0]} has dtype {tensors[odd[0]].dtype}. Cast it to one of "
-            f"{', '.join(map(str, DTYPES.values()))}"
+            f"{', '.join(map(str, names_of))}"
         )
-    check_finite(tensors, "the tensors to save")
-    # safetensors writes the memory of an array and ignores its strides.
-    contiguous = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
-    path.touch()
-    mode = stat.S_IMODE(path.stat().st_mode)
-    save_file(contiguous, path, metadata={"format": "pt"})  # transformers requires this entry
-    path.chmod(mode)  # safetensors gives its files mode 600
+    # In the order of the package: wide dtypes first, so that every tensor is aligned.
+    order = sorted(tensors, key=lambda name: (list(names_of).index(tensors[name].dtype), name))
+    # transformers 4 requires the format.
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    end = 0
+    for name in order:
+        value, start = tensors[name], end
+        end += value.nbytes
+        entry = {"dtype": names_of[value.dtype], "shape": list(value.shape)}
+        header[name] = entry | {"data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            value = np.ascontiguousarray(tensors[name])
+            check_finite({name: value}, "the tensors to save")
+            file.write(value.reshape(-1).view(np.uint8).data)
 
 
 def check_finite(tensors: Mapping[str, np.ndarray], where: str) -> None:
@@ -145,55 +105,43 @@ def check_finite(tensors: Mapping[str, np.ndarray], where: str) -> None:
             raise ValueError(f"{where}: {name} contains a NaN or an infinity; training diverged")
 
 
-@contextlib.contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
-    """A temporary folder whose files appear in `folder` together, if there was no exception.
+def read_tensor(path: Path, name: str) -> np.ndarray:
+    """Returns one tensor of a file, without reading the others; bfloat16 is that of ml_dtypes.
 
-    A new folder appears by one rename. In an existing folder the old files of the same names move
-    out before the new ones move in, and move back if that fails. So at no time is an old file next
-    to a new one.
+    Raises:
+      ValueError: the file is damaged, or the tensor is not of one of `DTYPES`.
     """
-    exists = folder.exists()
-    parent = folder if exists else folder.parent
-    parent.mkdir(parents=True, exist_ok=True)
-    temporary = parent / f".saving-{uuid.uuid4().hex}"  # on the same file system
-    temporary.mkdir()  # with the mode of the umask, unlike tempfile.mkdtemp
+    safetensors = import_safetensors()
     try:
-        yield temporary
-        if exists:
-            _replace_files(temporary, folder)
-        else:
-            os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with safetensors.safe_open(path, framework="numpy") as file:
+            kind = file.get_slice(name).get_dtype()
+            if kind not in DTYPES:
+                raise ValueError(f"{path}: {name} has dtype {kind}. Use one of {', '.join(DTYPES)}")
+            return np.asarray(file.get_tensor(name)).view(DTYPES[kind])
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path}: not a complete safetensors file ({error})") from error
 
 
-def _replace_files(new: Path, folder: Path) -> None:
-    names = sorted(file.name for file in new.iterdir())
-    old = new / "old"
-    old.mkdir()
+def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of the tensors of a file, by name, without reading them.
+
+    Raises:
+      ValueError: the file is damaged.
+    """
+    safetensors = import_safetensors()
     try:
-        for name in names:
-            if (folder / name).exists():
-                os.replace(folder / name, old / name)
-        for name in names:
-            os.replace(new / name, folder / name)
-    except BaseException:
-        for file in old.iterdir():
-            file.rename(folder / file.name)
-        raise
+        with safetensors.safe_open(path, framework="numpy") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path}: not a complete safetensors file ({error})") from error
 
 
-def _refuse_factors(paths: Sequence[str], rules: Sequence[tuple[str, str]]) -> None:
-    for path in paths:
-        if is_factor(path, rules):
-            raise ValueError(
-                f"{path} is a factor of an adapter. Merge the adapters first, with "
-                "loft_jax.adapters.merge or remove_lora(model, merge=True)"
-            )
+def import_safetensors() -> ModuleType:
+    """Returns the module `safetensors`.
 
-
-def _import_safetensors() -> ModuleType:
+    Raises:
+      ImportError: it is not installed. The message names the extra.
+    """
     try:
         import safetensors
     except ImportError as error:

@@ -93,10 +93,10 @@ def merge(
       weights: ``(regex of the path of a, path of its weight)`` entries, for names other than those
         of Flax, qwix, gemma.peft, MaxText and Keras. The path may refer to groups of the regex.
       transpose: ``(regex of the path of a, permutation)`` entries. The permutation takes the axes
-        of the product, (*batch, *rows of a, *rows of b), to those of the weight. Use it if an
+        of the product, ``(*batch, *rows of a, *rows of b)``, to those of the weight. Use it if an
         error asks for it, and for einsum kernels with an output axis before input axes of the same
         size or with a batch axis that is not first. By default a weight with one output axis is
-        read as (*batch, *inputs, output).
+        read as ``(*batch, *inputs, output)``.
 
     Returns:
       `base` with merged weights, each in its own dtype; sums are computed in float32 or wider. In
@@ -116,7 +116,7 @@ def merge(
       >>> merge(base, adapter, LoraPairs(scale=2.0))["q"]["kernel"].tolist()
       [[2.0, 2.0], [2.0, 2.0], [2.0, 2.0]]
     """
-    return _add_products(base, adapter, pairs, weights, transpose, sign=1)
+    return add_products(base, [(1, adapter)], pairs, weights, transpose)
 
 
 def unmerge(
@@ -147,19 +147,26 @@ def unmerge(
       >>> unmerge(base, adapter, LoraPairs(scale=2.0))["q"]["kernel"].tolist()
       [[0.0, 0.0], [0.0, 0.0], [0.0, 0.0]]
     """
-    return _add_products(base, adapter, pairs, weights, transpose, sign=-1)
+    return add_products(base, [(-1, adapter)], pairs, weights, transpose)
 
 
-def _add_products(
+def add_products(
     base: Any,
-    adapter: Any,
+    terms: Sequence[tuple[int, Any]],
     pairs: Any,
     weights: Sequence[tuple[str, str]],
     transpose: Sequence[tuple[str, Sequence[int]]],
-    sign: int,
 ) -> Any:
-    # `adapter` may contain the weights too.
-    tree = find_pairs(adapter, dataclasses.replace(as_pairs(pairs), train_weights=True))
+    """Adds the products of adapters of one structure to their base weights, rounding once.
+
+    Args:
+      base, pairs, weights, transpose: as in `merge`.
+      terms: ``(sign, adapter)`` entries; the ranks of the adapters may differ.
+    """
+    # An adapter may contain the weights too.
+    spec = dataclasses.replace(as_pairs(pairs), train_weights=True)
+    signs, trees = [sign for sign, _ in terms], [find_pairs(adapter, spec) for _, adapter in terms]
+    tree = trees[0]
     with_paths, treedef = jax.tree_util.tree_flatten_with_path(base)
     leaves = [leaf for _, leaf in with_paths]
     position = {path_string(path): k for k, (path, _) in enumerate(with_paths)}
@@ -172,19 +179,23 @@ def _add_products(
             raise ValueError(
                 f"{path}: there is no floating-point weight at {' or '.join(candidates) or path}. "
                 "Specify it with weights=((regex of a, path),). A quantized weight cannot be "
-                "merged into; keep its adapter separate"
+                "merged into: keep its adapter separate, and to renew it or change its rank "
+                "dequantize the weight first"
             )
         weight = leaves[k]
         order = next((to for regex, to in transpose if re.fullmatch(regex, path)), None)
         wide = jnp.promote_types(weight.dtype, jnp.float32)
-        product = _product(pair, tree.leaves[pair.a].astype(wide), tree.leaves[pair.b].astype(wide))
+        product = jnp.zeros([], wide)
+        for sign, of in zip(signs, trees, strict=True):
+            a, b = (of.leaves[position].astype(wide) for position in (pair.a, pair.b))
+            product += sign * _product(pair, a, b)
         product = _arrange(product, pair, tuple(weight.shape), order, path)
-        leaves[k] = (weight + sign * pair.scale * product).astype(weight.dtype)
+        leaves[k] = (weight + pair.scale * product).astype(weight.dtype)
     return jax.tree.unflatten(treedef, leaves)
 
 
 def _product(pair: Pair, a: jax.Array, b: jax.Array) -> jax.Array:
-    """Returns ``a b`` with the axes (*batch, *rows of a, *rows of b)."""
+    """Returns ``a b`` with the axes ``(*batch, *rows of a, *rows of b)``."""
     rows_a = [a.shape[axis] for axis in pair.layout_a.rows]
     rows_b = [b.shape[axis] for axis in pair.layout_b.rows]
     a, b = pair.layout_a.matricize(a), pair.layout_b.matricize(b)

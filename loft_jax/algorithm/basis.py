@@ -7,6 +7,7 @@ the projector is ``P_V = Q Q^T``, the calibration matrix is ``T = Q_-^T Q``, a c
 nothing is ever divided by ``|V|^2``.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from loft_jax.algorithm.jacobi import symmetric_eigen
 from loft_jax.algorithm.platform import by_platform
 from loft_jax.algorithm.sharded_dim import UNSHARDED, ShardedDim
 
@@ -59,6 +61,7 @@ def orthonormal_bases(
     dims: Sequence[ShardedDim],
     *,
     keep_raw: bool = False,
+    precision: float = 0.0,
     map_small: Callable[..., list[Any]] = _each,
 ) -> list[Basis]:
     """Returns the basis of each factor, see `orthonormal_basis`.
@@ -68,6 +71,7 @@ def orthonormal_bases(
       scales: of each adapter.
       dims: how the dimension ``n`` of each is sharded.
       keep_raw: whether to keep the scaled factor as the basis matrix (ablations).
+      precision: singular values of a factor below this part of its largest count as zero.
       map_small: maps a function of ``r x r`` matrices over those of all factors. By default one
         after another; `execution.batching` computes them as one batch.
     """
@@ -80,11 +84,19 @@ def orthonormal_bases(
     grams = lambda: [
         dim.sum(jnp.swapaxes(q, -1, -2) @ q) for q, dim in zip(thin, dims, strict=True)
     ]
+    trusted = None
+    if precision > 0:
+        trusted = map_small(functools.partial(trusted_directions, precision=precision), grams())
+        thin = [q @ projector for q, projector in zip(thin, trusted, strict=True)]
     passes = []
     for _ in range(2):
         passes.append(map_small(_inverse_cholesky, grams()))
         thin = [q @ jnp.swapaxes(step, -1, -2) for q, step in zip(thin, passes[-1], strict=True)]
     polished = map_small(_polish, grams(), *passes, sizes)
+    if trusted is not None:
+        polished = [
+            (polish, l_inv @ x) for (polish, l_inv), x in zip(polished, trusted, strict=True)
+        ]
     bases = []
     for v, q, (polish, l_inv), scale, dim in zip(
         factors, thin, polished, scales, dims, strict=True
@@ -100,6 +112,7 @@ def orthonormal_basis(
     dim: ShardedDim = UNSHARDED,
     *,
     keep_raw: bool = False,
+    precision: float = 0.0,
 ) -> Basis:
     """Returns an orthonormal basis of the columns of ``scale * v``.
 
@@ -119,6 +132,8 @@ def orthonormal_basis(
       scale: of the adapter.
       dim: how the dimension ``n`` is sharded.
       keep_raw: whether to keep ``scale * v`` as the basis matrix (ablations).
+      precision: singular values below this part of the largest count as zero, see
+        `trusted_directions`.
 
     Returns:
       The basis, in the dtype of ``v``.
@@ -134,7 +149,31 @@ def orthonormal_basis(
       >>> bool(jnp.allclose(v @ basis.l_inv.T, basis.q, atol=1e-5))
       True
     """
-    return orthonormal_bases([v], [scale], [dim], keep_raw=keep_raw)[0]
+    return orthonormal_bases([v], [scale], [dim], keep_raw=keep_raw, precision=precision)[0]
+
+
+def trusted_directions(gram: Float[Array, "r r"], precision: float) -> Float[Array, "r r"]:
+    """Returns the projector on the directions of a factor that are more than rounding.
+
+    A factor is a sum of gradients, times ``r x r`` matrices. Where these were computed in bfloat16,
+    singular values below 2^-8 of the largest may consist of their rounding alone. The partner's
+    gradient in such a direction is rounding too, and its step is divided by the singular value.
+
+    Args:
+      gram: ``V^T V``.
+      precision: the part of the largest singular value of ``V`` below which others count as zero.
+
+    Example:
+      >>> gram = jnp.diag(jnp.array([1.0, 1e-4, 1e-6]))  # singular values 1, 1e-2 and 1e-3
+      >>> jnp.diagonal(trusted_directions(gram, 2.0**-8)).tolist()
+      [1.0, 1.0, 0.0]
+    """
+    trace = jnp.trace(gram)
+    squares, vectors = symmetric_eigen(gram / jnp.where(trace > 0, trace, 1))
+    trusted = squares >= precision**2 * jnp.max(squares)
+    eye = jnp.eye(gram.shape[-1], dtype=gram.dtype)
+    # Where all are, nothing is rounded.
+    return jnp.where(trusted.all(), eye, (vectors * trusted) @ vectors.T)
 
 
 def scale_gradient(gradient: Float[Array, "m r"], basis: Basis) -> Float[Array, "m r"]:
@@ -156,13 +195,19 @@ def scale_gradient(gradient: Float[Array, "m r"], basis: Basis) -> Float[Array, 
     return _to_basis_matrix(gradient @ basis.l_inv.T, basis)
 
 
-def calibration_matrix(previous: Float[Array, "n r"], basis: Basis) -> Float[Array, "r r"]:
+def calibration_matrix(previous: Float[Array, "n r"], basis: Basis) -> Float[Array, "r k"]:
     """Returns ``T``: ``h T`` expresses the projection of ``h F_-^T`` in the new basis (block 3).
 
-    ``T = Q_-^T Q`` in the orthonormal basis; the paper's ``C`` of eq. (7) in the raw one.
+    ``T = Q_-^T Q`` in the orthonormal basis; the paper's ``C`` of eq. (7) in the raw one. The new
+    basis has another rank ``k`` after a change of rank.
     """
     assert basis.q is not None
     return _to_basis_matrix(basis.dim.sum(previous.T @ basis.q), basis)
+
+
+def unseen(calibration: Float[Array, "r k"]) -> Float[Array, "k k"]:
+    """Returns ``I - T^T T``: the part of the new basis outside of the old span."""
+    return jnp.eye(calibration.shape[1], dtype=calibration.dtype) - calibration.T @ calibration
 
 
 def project(rebuilt: Float[Array, "m r"], basis: Basis) -> Float[Array, "m r"]:

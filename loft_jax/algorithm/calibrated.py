@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from loft_jax.algorithm.adam import AdamScalars, adam_ratio
-from loft_jax.algorithm.basis import Basis, project
+from loft_jax.algorithm.basis import Basis, project, unseen
 from loft_jax.algorithm.cross_terms import (
     calibrate_cross_terms,
+    packed,
     packed_diagonal,
     packed_outer,
     packed_quadratic,
@@ -66,6 +67,14 @@ class Calibrated:
             if basis_changed is None
             else jax.lax.cond(basis_changed, carry, accumulate, nu)
         )
+
+    def carry(
+        self, nu: Float[Array, "m t"], calibration: Float[Array, "r k"], dim: ShardedDim
+    ) -> Float[Array, "m u"]:
+        """``P_i <- T^T P_i T + (tr P_i / r) (I - T^T T)``."""
+        r = calibration.shape[0]
+        mean = jnp.sum(packed_diagonal(nu, r), axis=1, keepdims=True) / r
+        return calibrate_cross_terms(nu, calibration) + mean * packed(unseen(calibration))
 
     def direction(
         self,

@@ -34,6 +34,16 @@ def unpacking(r: int) -> np.ndarray:
     return place
 
 
+def packed(matrix: Float[Array, "r r"]) -> Float[Array, " t"]:
+    """Packs a symmetric matrix.
+
+    Example:
+      >>> packed(jnp.array([[4.0, 6.0], [6.0, 9.0]]))
+      Array([4., 6., 9.], dtype=float32)
+    """
+    return matrix[np.triu_indices(matrix.shape[0])]
+
+
 def packed_outer(h: Float[Array, "m r"]) -> Float[Array, "m t"]:
     """Packs the outer product of each row with itself, ``h_i h_i^T``.
 
@@ -62,36 +72,37 @@ def packed_quadratic(q: Float[Array, "n r"]) -> Float[Array, "t n"]:
     return _pick_rows(q.T, row) * _pick_rows(q.T, col) * times[:, None]
 
 
-def packed_congruence(matrix: Float[Array, "r r"]) -> Float[Array, "t t"]:
+def packed_congruence(matrix: Float[Array, "r k"]) -> Float[Array, "t u"]:
     """Returns ``K`` with ``packed(T^T P T) = packed(P) @ K``: block 4's ``C (x) C``, packed.
 
     Example:
       >>> packed_congruence(jnp.array([[2.0]]))
       Array([[4.]], dtype=float32)
     """
-    row, col = np.triu_indices(matrix.shape[-1])
+    row, col = np.triu_indices(matrix.shape[0])
+    new_row, new_col = np.triu_indices(matrix.shape[1])
     of_row, of_col = matrix[row], matrix[col]
-    once = of_row[:, row] * of_col[:, col]
-    mirrored = of_col[:, row] * of_row[:, col]
+    once = of_row[:, new_row] * of_col[:, new_col]
+    mirrored = of_col[:, new_row] * of_row[:, new_col]
     return once + jnp.where((row != col)[:, None], mirrored, 0)
 
 
 def calibrate_cross_terms(
-    cross: Float[Array, "m t"], matrix: Float[Array, "r r"]
-) -> Float[Array, "m t"]:
+    cross: Float[Array, "m t"], matrix: Float[Array, "r k"]
+) -> Float[Array, "m u"]:
     """Expresses packed cross terms in a new basis, ``P_i -> T^T P_i T`` (eq. 12, first term).
 
     Example:
       >>> calibrate_cross_terms(jnp.array([[4.0, 6.0, 9.0]]), jnp.array([[0.0, 1.0], [1.0, 0.0]]))
       Array([[9., 6., 4.]], dtype=float32)
     """
-    m, r = cross.shape[0], matrix.shape[0]
+    m, (r, k) = cross.shape[0], matrix.shape
     if r < TWO_PRODUCTS_FROM:
         return cross @ packed_congruence(matrix)
-    row, col = np.triu_indices(r)
+    row, col = np.triu_indices(k)
     once = cross[:, unpacking(r).ravel()].reshape(m * r, r) @ matrix
-    twice = jnp.swapaxes(once.reshape(m, r, r), 1, 2).reshape(m * r, r) @ matrix
-    return twice.reshape(m, r * r)[:, row * r + col]
+    twice = jnp.swapaxes(once.reshape(m, r, k), 1, 2).reshape(m * k, r) @ matrix
+    return twice.reshape(m, k * k)[:, row * k + col]
 
 
 def packed_diagonal(cross: Float[Array, "m t"], r: int) -> Float[Array, "m r"]:

@@ -16,12 +16,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from loft_jax.algorithm.adam import AdamScalars, root
-from loft_jax.algorithm.basis import Basis, project
-from loft_jax.algorithm.cross_terms import packed_size, unpacking
+from loft_jax.algorithm.basis import Basis, project, unseen
+from loft_jax.algorithm.cross_terms import packed, packed_size, unpacking
 from loft_jax.algorithm.sharded_dim import UNSHARDED, ShardedDim
 
 
@@ -69,6 +68,17 @@ class Factored:
         rows = b2 * rows + (1 - b2) * jnp.sum(h * h, axis=1)
         gram = b2 * gram + (1 - b2) * dim.sum(h.T @ h)
         return pack(RowColumnSums(rows, gram), dim)
+
+    def carry(
+        self, nu: Float[Array, "m width"], calibration: Float[Array, "r k"], dim: ShardedDim
+    ) -> Float[Array, "m new_width"]:
+        """``S <- T^T S T + (tr S / r) (I - T^T T)``; ``R`` by the ratio of traces."""
+        r = calibration.shape[0]
+        rows, gram = unpack(nu, r, dim)
+        total = jnp.trace(gram)
+        carried = calibration.T @ gram @ calibration + total / r * unseen(calibration)
+        rows = rows * (jnp.trace(carried) / jnp.where(total > 0, total, 1))
+        return pack(RowColumnSums(rows, carried), dim)
 
     def direction(
         self,
@@ -118,9 +128,9 @@ def pack(sums: RowColumnSums, dim: ShardedDim = UNSHARDED) -> Float[Array, "m wi
       Array([[1., 3.],
              [2., 0.]], dtype=float32)
     """
-    m, r = dim.size(sums.rows.shape[0]), sums.gram.shape[0]
-    packed = sums.gram[np.triu_indices(r)]
-    spread = jnp.pad(packed, (0, -packed.shape[0] % m)).reshape(m, -1)
+    m = dim.size(sums.rows.shape[0])
+    entries = packed(sums.gram)
+    spread = jnp.pad(entries, (0, -len(entries) % m)).reshape(m, -1)
     return jnp.concatenate([sums.rows[:, None], dim.take_local(spread)], axis=1)
 
 
@@ -128,8 +138,8 @@ def unpack(nu: Float[Array, "m width"], r: int, dim: ShardedDim = UNSHARDED) -> 
     """Inverse of `pack`."""
     width = nu.shape[1] - 1
     used = -(-packed_size(r) // width)
-    packed = dim.take_first(nu[:, 1:], used).reshape(-1)[: packed_size(r)]
-    return RowColumnSums(nu[:, 0], packed[unpacking(r)])
+    entries = dim.take_first(nu[:, 1:], used).reshape(-1)[: packed_size(r)]
+    return RowColumnSums(nu[:, 0], entries[unpacking(r)])
 
 
 def _raise_to_rounding(sums: Float[Array, " k"], dim: ShardedDim) -> Float[Array, " k"]:

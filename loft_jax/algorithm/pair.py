@@ -67,19 +67,21 @@ class MomentRule(NamedTuple):
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """Which of the paper's building blocks are on; the others are its ablations.
+    """Which of the paper's building blocks are on; the others are its ablations. And the precision.
 
     Attributes:
       alternate: block 1; off, both factors move from the same point.
       scale_gradient: block 2; off, the factor's own gradient replaces the projected one.
       calibrate: blocks 3 and 4; off, moments stay as they are when the partner moves.
       reconstruct: block 5; off, Adam's ratio is taken entry by entry in the basis.
+      precision: of the gradients, see `basis.trusted_directions`; 0 trusts all directions.
     """
 
     alternate: bool = True
     scale_gradient: bool = True
     calibrate: bool = True
     reconstruct: bool = True
+    precision: float = 0.0
 
     @property
     def keep_raw(self) -> bool:

@@ -4,10 +4,11 @@ import dataclasses
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from loft_jax.algorithm.adam import AdamScalars, entrywise_direction
-from loft_jax.algorithm.basis import Basis
+from loft_jax.algorithm.basis import Basis, unseen
 from loft_jax.algorithm.calibrated import Calibrated
 from loft_jax.algorithm.factored import Factored
 from loft_jax.algorithm.sharded_dim import ShardedDim
@@ -79,6 +80,22 @@ class SecondMoment(Direction, Protocol):
         """Returns the numbers of state per row of the factor."""
         ...
 
+    def carry(
+        self, nu: Float[Array, "m width"], calibration: Float[Array, "r k"], dim: ShardedDim
+    ) -> Float[Array, "m new_width"]:
+        """Returns the moment in the basis that a renewal has chosen, of rank ``k``.
+
+        Where that basis lies in the old span it is calibrated as by `advance`. Directions that the
+        old span does not have were never seen: they get the mean of its directions, row by row.
+        With zeros instead their first steps would be too large, by ``1 / sqrt(1 - b2)``.
+
+        Args:
+          nu: the moment in the old basis.
+          calibration: ``T``, from the old basis to the new one.
+          dim: how the rows are sharded.
+        """
+        ...
+
     def diagonal(self, nu: Float[Array, "m width"], r: int, dim: ShardedDim) -> Float[Array, "m r"]:
         """Returns the second moment of each coordinate in the basis."""
         ...
@@ -114,6 +131,13 @@ class Diagonal:
         dim: ShardedDim,
     ) -> Float[Array, "m r"]:
         return b2 * nu + (1 - b2) * h * h
+
+    def carry(
+        self, nu: Float[Array, "m r"], calibration: Float[Array, "r k"], dim: ShardedDim
+    ) -> Float[Array, "m k"]:
+        """The diagonal alone: exact where coordinates stay or exchange their places."""
+        mean = jnp.mean(nu, axis=1, keepdims=True)
+        return nu @ calibration**2 + mean * jnp.diagonal(unseen(calibration))
 
     def direction(
         self,
@@ -165,6 +189,11 @@ class Entrywise:
         dim: ShardedDim,
     ) -> Float[Array, "m width"]:
         return self.kept.advance(nu, h, calibration, basis_changed, b2, dim)
+
+    def carry(
+        self, nu: Float[Array, "m width"], calibration: Float[Array, "r k"], dim: ShardedDim
+    ) -> Float[Array, "m new_width"]:
+        return self.kept.carry(nu, calibration, dim)
 
     def direction(
         self,

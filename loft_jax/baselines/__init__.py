@@ -1,9 +1,10 @@
 """Baselines: the methods that LoFT is compared with, on the same `LoraPairs`.
 
 Optimizers: `lora_plus`, `scaled_adamw` and `scaled_sgd` (Riemannian preconditioning), `lora_fa`,
-`altlora`, `altlora_plus`, `lora_pro`, `adalora`. Adapters: `rslora_scale`, `pissa_init`,
-`lora_ga_init`, `dora_init`, `dora_weight`, `dora_output`, `orthogonality_penalty`. They follow
-their papers. Where the released code differs, the docstring states the difference and the choice.
+`altlora`, `altlora_plus`, `lora_pro`, `lora_rite`, `adalora`. Adapters: `rslora_scale`,
+`pissa_init`, `lora_ga_init`, `dora_init`, `dora_weight`, `dora_output`, `orthogonality_penalty`.
+They follow their papers. Where the released code differs, the docstring states the difference and
+the choice.
 """
 
 from loft_jax.baselines._adalora import AdaloraState as AdaloraState
@@ -25,6 +26,9 @@ from loft_jax.baselines._lora_plus import lora_plus as lora_plus
 from loft_jax.baselines._lora_pro import ScaleByLoraProState as ScaleByLoraProState
 from loft_jax.baselines._lora_pro import lora_pro as lora_pro
 from loft_jax.baselines._lora_pro import scale_by_lora_pro as scale_by_lora_pro
+from loft_jax.baselines._lora_rite import ScaleByLoraRiteState as ScaleByLoraRiteState
+from loft_jax.baselines._lora_rite import lora_rite as lora_rite
+from loft_jax.baselines._lora_rite import scale_by_lora_rite as scale_by_lora_rite
 from loft_jax.baselines._preconditioned import lora_fa as lora_fa
 from loft_jax.baselines._preconditioned import precondition_by_partner as precondition_by_partner
 from loft_jax.baselines._preconditioned import scaled_adamw as scaled_adamw

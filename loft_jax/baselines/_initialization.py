@@ -35,6 +35,9 @@ def rslora_scale(alpha: int | float, rank: int) -> float:
       alpha: LoRA's alpha.
       rank: the adapter's rank.
 
+    Returns:
+      The scale, for `loft_jax.LoraPairs`.
+
     Raises:
       ValueError: a rank below 1.
 
@@ -75,6 +78,9 @@ def pissa_init(
       iterations: None for the exact decomposition, or the number of subspace iterations (Halko et
         al., 2011) on twice as many directions as needed, much faster for a large kernel and a small
         rank. The residual absorbs the approximation error.
+
+    Returns:
+      The residual kernel ``(in, out)``, and the factors ``(in, rank)`` and ``(rank, out)``.
 
     Raises:
       ValueError: a kernel that is not a matrix, a rank below 1 or above one of its sizes, a scale
@@ -138,6 +144,9 @@ def lora_ga_init(
       gamma: the square of the paper's gamma. Lower values give larger factors.
       dtype: dtype of the factors; None for the kernel's. The residual has the kernel's dtype.
       iterations: as in `pissa_init`, for the decomposition of the gradient.
+
+    Returns:
+      The residual kernel ``(in, out)``, and the factors ``(in, rank)`` and ``(rank, out)``.
 
     Raises:
       ValueError: a kernel that is not a matrix, a gradient of another shape, a rank below 1 or

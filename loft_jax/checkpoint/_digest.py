@@ -32,6 +32,9 @@ def digests(leaves: dict[str, Any]) -> dict[str, str]:
     Returns:
       16 hexadecimal digits for each name.
 
+    Raises:
+      ValueError: a random key. Digest `jax.random.key_data` of it.
+
     Example:
       >>> x = jnp.arange(6.0)
       >>> digests({"x": x, "y": np.arange(6, dtype=np.float32), "z": x[::-1]})

@@ -129,3 +129,21 @@ def check_rank_axes(tree: PairedTree) -> None:
                     f"{spec[layout.rank]!r}, and LoFT's state along it has another size. Leave the "
                     "rank axis unsharded: loft_jax.sharding.factor_specs gives the specs"
                 )
+
+
+def gradient_precision(dtype: jax.typing.DTypeLike | None) -> float:
+    """Returns the relative rounding of gradients computed in a dtype, 0 for float32 and above.
+
+    Raises:
+      TypeError: not a floating-point dtype.
+
+    Example:
+      >>> gradient_precision("bfloat16") == 2.0**-8, gradient_precision("float32")
+      (True, 0.0)
+    """
+    if dtype is None:
+        return 0.0
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"gradient_dtype is a floating-point dtype, got {jnp.dtype(dtype)}")
+    eps = float(jnp.finfo(dtype).eps)
+    return eps / 2 if eps > float(jnp.finfo(jnp.float32).eps) else 0.0

@@ -139,6 +139,7 @@ def _bases_together(
         [kind.scale for kind in kinds for _ in range(2)],
         [dim for kind in kinds for dim in kind.dims],
         keep_raw=blocks.keep_raw,
+        precision=blocks.precision,
         map_small=functools.partial(batched_over_groups, indices=indices),
     )
     pairs = zip(bases[::2], bases[1::2], strict=True)

@@ -17,7 +17,7 @@ from loft_jax.algorithm.adam import (
 from loft_jax.algorithm.pair import Blocks, MomentRule
 from loft_jax.algorithm.second_moment import SECOND_MOMENTS, Entrywise, SecondMomentName
 from loft_jax.execution.alternation import FactorName, check_factor_name, first_active
-from loft_jax.execution.arguments import read_state
+from loft_jax.execution.arguments import gradient_precision, read_state
 from loft_jax.execution.transformation import Core, as_transformation, descend
 from loft_jax.execution.update import LeafStates, Method, check_max_norm, update_leaves, zero_state
 from loft_jax.optimizers.options import Options, check_options, make_options
@@ -90,6 +90,7 @@ def scale_by_loft_adam(
     reconstruct: bool = True,
     moves_first: FactorName = "b",
     nu_dtype: jax.typing.DTypeLike | None = None,
+    gradient_dtype: jax.typing.DTypeLike | None = None,
     pairs: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""The core of LoFT-AdamW, without learning rate and weight decay, for chaining.
@@ -134,6 +135,10 @@ def scale_by_loft_adam(
       nu_dtype: dtype of the second moments of factors, most of the calibrated state; None for that
         of the computation. "bfloat16" halves it, with stochastic rounding (`nu` would not change
         otherwise).
+      gradient_dtype: where factors are not balanced, the dtype of the forward pass, such as
+        "bfloat16". Singular values of a factor that may be rounding of such gradients then count as
+        zero: less than 2^-8 of the largest in bfloat16, 2^-11 in float16. Dividing by them made the
+        partner diverge where rows are few. None, as float32, does nothing.
       pairs: what to look for: a `LoraPairs`, the `LoraRule` or rules that the model was adapted
         with, or None for adapters with standard names and scale 1.
 
@@ -161,7 +166,8 @@ def scale_by_loft_adam(
       >>> bool((updates["lora_a"] == 0).all())
       True
     """
-    blocks = Blocks(alternate, scale_gradient, calibrate, reconstruct)
+    precision = gradient_precision(gradient_dtype)
+    blocks = Blocks(alternate, scale_gradient, calibrate, reconstruct, precision)
     settings = _Settings(nesterov, second_moment, blocks, moves_first, mu_dtype, nu_dtype)
     hyperparams = _Hyperparams(b1, b2, eps, eps_root, None)
     return as_transformation(_adam_core(settings, hyperparams), pairs)
@@ -187,6 +193,7 @@ def loft_adamw(
     nu_dtype: jax.typing.DTypeLike | None = None,
     max_norm: Number | None = None,
     balance: bool = True,
+    gradient_dtype: jax.typing.DTypeLike | None = None,
     pairs: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""LoFT-AdamW: low-rank adaptation that follows full fine-tuning with AdamW.
@@ -204,14 +211,15 @@ def loft_adamw(
       weight_decay: decoupled, times the learning rate; a number or a schedule. It decays the
         adapter's part of the weight, not the frozen base.
       mask: a tree of booleans, or a function from parameters to one, of what to decay.
-      second_moment, alternate, scale_gradient, calibrate, reconstruct, moves_first, nu_dtype,
-        pairs: see `scale_by_loft_adam`.
+      second_moment, alternate, scale_gradient, calibrate, reconstruct: see `scale_by_loft_adam`.
+      moves_first, nu_dtype, gradient_dtype, pairs: see `scale_by_loft_adam`.
       max_norm: clips the gradients by the norm that full fine-tuning would see, before the moments
         (block 6, see `clip_by_projected_global_norm`); None does not clip.
       balance: whether the update also keeps the factors balanced (see `balance_factors`): the same
         product, without the cancellation that bfloat16 does not bear. It moves the factor that
         rests too, and also at learning rate zero. Turn it off where something after the optimizer
-        scales or drops a part of its updates, or a factor has to stay as it is. Without effect in
+        scales or drops a part of its updates, or a factor has to stay as it is, and then pass
+        ``gradient_dtype``. Without effect in
         ablations and with "diagonal", whose steps depend on the factors.
 
     Returns:
@@ -239,7 +247,8 @@ def loft_adamw(
       >>> bool(loss(params) < 1e-2 * jnp.sum(target**2))
       True
     """
-    blocks = Blocks(alternate, scale_gradient, calibrate, reconstruct)
+    precision = gradient_precision(gradient_dtype)
+    blocks = Blocks(alternate, scale_gradient, calibrate, reconstruct, precision)
     settings = _Settings(nesterov, second_moment, blocks, moves_first, mu_dtype, nu_dtype)
     core = _adam_core(settings, _Hyperparams(b1, b2, eps, eps_root, max_norm))
     # The steps of the others depend on the factors, not on their product alone.

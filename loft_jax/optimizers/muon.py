@@ -12,7 +12,7 @@ from loft_jax.algorithm.momentum import OrthogonalizeMoment
 from loft_jax.algorithm.newton_schulz import Coefficients
 from loft_jax.algorithm.pair import Blocks, MomentRule
 from loft_jax.execution.alternation import FactorName, check_factor_name, first_active
-from loft_jax.execution.arguments import read_state
+from loft_jax.execution.arguments import gradient_precision, read_state
 from loft_jax.execution.groups import compute_dtype
 from loft_jax.execution.transformation import Core, as_transformation, descend
 from loft_jax.execution.update import LeafStates, Method, check_max_norm, update_leaves, zero_state
@@ -60,7 +60,7 @@ class _Settings(NamedTuple):
 
     mu_dtype: jax.typing.DTypeLike | None
     nesterov: bool
-    alternate: bool
+    blocks: Blocks
     moves_first: FactorName
     trains_others: bool
 
@@ -76,6 +76,7 @@ def scale_by_loft_muon(
     consistent_rms: Number | None = None,
     alternate: bool = True,
     moves_first: FactorName = "b",
+    gradient_dtype: jax.typing.DTypeLike | None = None,
     pairs: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""The core of LoFT-Muon, without learning rate and weight decay, for chaining.
@@ -104,7 +105,7 @@ def scale_by_loft_muon(
         number (such as 0.2) scales it by ``sqrt(max(m, n)) * consistent_rms``, as
         `optax.contrib.muon` does, so that learning rates of AdamW apply. Where that is None Optax
         scales by the shape of the weight, and the paper does not.
-      alternate, moves_first, pairs: as in `scale_by_loft_adam`.
+      alternate, moves_first, gradient_dtype, pairs: as in `scale_by_loft_adam`.
 
     Returns:
       A transformation whose ``update`` needs ``params``, with a `ScaleByLoftMuonState`.
@@ -123,7 +124,8 @@ def scale_by_loft_muon(
       >>> jnp.diagonal(updates["lora_b"]).round(3)
       Array([ 1., -1.,  1.], dtype=float32)
     """
-    settings = _Settings(mu_dtype, nesterov, alternate, moves_first, trains_others=True)
+    blocks = Blocks(alternate=alternate, precision=gradient_precision(gradient_dtype))
+    settings = _Settings(mu_dtype, nesterov, blocks, moves_first, trains_others=True)
     hyperparams = _Hyperparams(ns_coeffs, ns_steps, beta, eps, consistent_rms, None)
     return as_transformation(_muon_core(settings, hyperparams), pairs)
 
@@ -150,6 +152,7 @@ def loft_muon(
     moves_first: FactorName = "b",
     max_norm: Number | None = None,
     balance: bool = True,
+    gradient_dtype: jax.typing.DTypeLike | None = None,
     pairs: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""LoFT-Muon: low-rank adaptation that follows full fine-tuning with Muon.
@@ -171,7 +174,7 @@ def loft_muon(
       adam_b1, adam_b2, adam_eps, adam_eps_root, adam_weight_decay: of non-LoRA parameters. Their
         `optax.adamw` keeps its moments in their dtype and takes ``nesterov``, as in Optax.
       adam_learning_rate: theirs; None for ``learning_rate``.
-      alternate, moves_first, pairs: as in `scale_by_loft_adam`.
+      alternate, moves_first, gradient_dtype, pairs: as in `scale_by_loft_adam`.
       max_norm: clips the gradients by their projected global norm, as in `loft_adamw`.
       balance: whether the update also keeps the factors balanced, as in `loft_adamw`.
 
@@ -201,7 +204,8 @@ def loft_muon(
       >>> bool(loss(params) < 1e-2 * jnp.sum(target**2))
       True
     """
-    settings = _Settings(mu_dtype, nesterov, alternate, moves_first, trains_others=False)
+    blocks = Blocks(alternate=alternate, precision=gradient_precision(gradient_dtype))
+    settings = _Settings(mu_dtype, nesterov, blocks, moves_first, trains_others=False)
     hyperparams = _Hyperparams(ns_coeffs, ns_steps, beta, eps, consistent_rms, max_norm)
     adamw = optax.adamw(
         learning_rate if adam_learning_rate is None else adam_learning_rate,
@@ -228,7 +232,7 @@ def _muon_core(
 ) -> Core[ScaleByLoftMuonState, _Hyperparams]:
     check_factor_name(settings.moves_first)
     check_max_norm(hyperparams.max_norm)
-    widths, blocks = (lambda m, r: r,), Blocks(alternate=settings.alternate)
+    widths, blocks = (lambda m, r: r,), settings.blocks
 
     def init(tree: PairedTree) -> ScaleByLoftMuonState:
         basis, mu = zero_state(tree, widths, (settings.mu_dtype,))
@@ -268,5 +272,5 @@ def _muon_core(
         basis, mu = map(tree.treedef.unflatten, (after.basis, *after.moments))
         return directions, ScaleByLoftMuonState(count, active, basis, mu)
 
-    active = (lambda state: state.active) if settings.alternate else None
+    active = (lambda state: state.active) if blocks.alternate else None
     return Core(ScaleByLoftMuonState, init, step, hyperparams, active)

@@ -82,3 +82,15 @@ def check_options(found: Any, expected: Options) -> None:
             f"The state was made with {found}, the optimizer has {expected}. Use the same options, "
             "or make the state anew with init"
         )
+
+
+def second_moment_name(options: Options) -> str:
+    """Returns the name of the second moment of a state.
+
+    Example:
+      >>> second_moment_name(make_options("factored", Blocks()))
+      'factored'
+    """
+    return next(
+        name for name, kind in _MOMENTS.items() if type(kind) is type(options.second_moment)
+    )

@@ -9,7 +9,7 @@ from loft_jax.algorithm.adam import MomentumScalars, as_scalar, first_moment_est
 from loft_jax.algorithm.momentum import FollowMoment
 from loft_jax.algorithm.pair import Blocks, MomentRule
 from loft_jax.execution.alternation import FactorName, check_factor_name, first_active
-from loft_jax.execution.arguments import read_state
+from loft_jax.execution.arguments import gradient_precision, read_state
 from loft_jax.execution.groups import compute_dtype
 from loft_jax.execution.transformation import Core, as_transformation, descend
 from loft_jax.execution.update import LeafStates, Method, check_max_norm, update_leaves, zero_state
@@ -51,6 +51,7 @@ def scale_by_loft_momentum(
     *,
     alternate: bool = True,
     moves_first: FactorName = "b",
+    gradient_dtype: jax.typing.DTypeLike | None = None,
     pairs: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""The core of LoFT with momentum, without learning rate, for chaining.
@@ -69,7 +70,7 @@ def scale_by_loft_momentum(
     Args:
       momentum, nesterov, accumulator_dtype: as in `optax.sgd`; the default momentum is 0.9. The
         dtype of the moment is by default that of the computation.
-      alternate, moves_first, pairs: as in `scale_by_loft_adam`.
+      alternate, moves_first, gradient_dtype, pairs: as in `scale_by_loft_adam`.
 
     Returns:
       A transformation whose ``update`` needs ``params``. Its updates have the gradients' dtypes.
@@ -90,7 +91,8 @@ def scale_by_loft_momentum(
       True
     """
     hyperparams = _Hyperparams(momentum, None)
-    core = _momentum_core(hyperparams, nesterov, accumulator_dtype, alternate, moves_first)
+    blocks = Blocks(alternate=alternate, precision=gradient_precision(gradient_dtype))
+    core = _momentum_core(hyperparams, nesterov, accumulator_dtype, blocks, moves_first)
     return as_transformation(core, pairs)
 
 
@@ -104,6 +106,7 @@ def loft_sgd(
     moves_first: FactorName = "b",
     max_norm: Number | None = None,
     balance: bool = True,
+    gradient_dtype: jax.typing.DTypeLike | None = None,
     pairs: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""LoFT with (momentum) gradient descent: the drop-in for `optax.sgd` on adapters.
@@ -116,7 +119,7 @@ def loft_sgd(
       learning_rate, momentum, nesterov, accumulator_dtype: as in `optax.sgd`. Under
         `optax.inject_hyperparams` with bfloat16 parameters, pass ``hyperparam_dtype=jnp.float32``
         to it, so that numbers are not rounded to bfloat16.
-      alternate, moves_first, pairs: as in `scale_by_loft_adam`.
+      alternate, moves_first, gradient_dtype, pairs: as in `scale_by_loft_adam`.
       max_norm: clips the gradients by their projected global norm, as in `loft_adamw`.
       balance: whether the update also keeps the factors balanced, as in `loft_adamw`.
 
@@ -145,7 +148,8 @@ def loft_sgd(
       True
     """
     hyperparams = _Hyperparams(momentum, max_norm)
-    core = _momentum_core(hyperparams, nesterov, accumulator_dtype, alternate, moves_first)
+    blocks = Blocks(alternate=alternate, precision=gradient_precision(gradient_dtype))
+    core = _momentum_core(hyperparams, nesterov, accumulator_dtype, blocks, moves_first)
     return descend(core, learning_rate, pairs, balance=balance)
 
 
@@ -153,12 +157,12 @@ def _momentum_core(
     hyperparams: _Hyperparams,
     nesterov: bool,
     dtype: jax.typing.DTypeLike | None,
-    alternate: bool,
+    blocks: Blocks,
     moves_first: FactorName,
 ) -> Core[ScaleByLoftMomentumState, _Hyperparams]:
     check_factor_name(moves_first)
     check_max_norm(hyperparams.max_norm)
-    widths, blocks = (lambda m, r: r,), Blocks(alternate=alternate)
+    widths = (lambda m, r: r,)
 
     def init(tree: PairedTree) -> ScaleByLoftMomentumState:
         if hyperparams.momentum is None:
@@ -198,7 +202,7 @@ def _momentum_core(
         basis, mu = map(tree.treedef.unflatten, (after.basis, *after.moments))
         return directions, ScaleByLoftMomentumState(active, basis, mu)
 
-    active = (lambda state: state.active) if alternate else None
+    active = (lambda state: state.active) if blocks.alternate else None
     return Core(ScaleByLoftMomentumState, init, step, hyperparams, active)
 
 

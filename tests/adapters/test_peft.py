@@ -7,7 +7,6 @@ import copy
 import dataclasses
 import json
 import re
-import types
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,18 @@ from safetensors.numpy import load_file
 from examples.common.models.llama import LlamaConfig
 from examples.common.models.llama_weights import build_model
 from loft_jax import LoraPairs
-from loft_jax.adapters import FAMILIES, LoraRule, add_lora, lora_pairs, remove_lora
+from loft_jax.adapters import (
+    FAMILIES,
+    LoraRule,
+    add_lora,
+    load_into,
+    load_peft,
+    lora_pairs,
+    remove_lora,
+    save_merged,
+    save_peft,
+)
 from loft_jax.adapters._family import LAYER
-from loft_jax.adapters._peft import fill, load_peft, save_peft
-from loft_jax.adapters._safetensors import save_merged
 
 RECORDED = Path(__file__).parent / "data" / "peft_llama"
 CONFIG = "adapter_config.json"
@@ -112,19 +119,6 @@ TARGETS = {
 FAMILY_NAMES = list(MODELS)
 
 
-@pytest.fixture(scope="module")
-def hf():
-    """The real libraries."""
-    why = "not installed: that PEFT and transformers take our files is shown by no test here"
-    modules = {}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        for name in ("torch", "transformers", "peft"):
-            modules[name] = pytest.importorskip(name, reason=f"{name} is {why}")
-        modules["torch"].set_num_threads(1)
-        yield types.SimpleNamespace(**modules)
-
-
 def torch_model(hf: Any, name: str, seed: int = 0) -> Any:
     """A tiny random model, far from its initialization."""
     config, model, options = MODELS[name]
@@ -166,18 +160,6 @@ def our_llama(model: Any) -> Any:
     config = LlamaConfig.from_hf(model.config.to_dict())
     tensors = {key: value.detach().numpy() for key, value in model.state_dict().items()}
     return build_model(config, tensors)
-
-
-@pytest.fixture
-def close(report):
-    """Asserts closeness, and reports the largest difference after the tests."""
-
-    def check(what: str, got: Any, expected: Any, tolerance: float) -> None:
-        largest = float(np.abs(np.asarray(got) - np.asarray(expected)).max())
-        report(f"{what}: largest difference {largest:.1e} (at most {tolerance:.0e})")
-        assert largest <= tolerance
-
-    return check
 
 
 @others_warn
@@ -299,7 +281,7 @@ def trained_by_peft(hf: Any, name: str, options: dict[str, Any], folder: Path) -
 def template_of(peft: Any) -> dict:
     """The unstacked tree that an adapter fills."""
     flat = {}
-    for module, (a, b, _) in peft.factors.items():
+    for module, (a, b, *_) in peft.factors.items():
         path = module.replace(".", "/")
         shapes = factors(a.shape[0], b.shape[1], a.shape[1])
         flat |= {f"{path}/{key}": value for key, value in shapes.items()}
@@ -317,8 +299,8 @@ def test_an_adapter_of_peft_survives_a_round_trip(hf, tmp_path, name, variant):
     theirs, ours = tmp_path / "theirs", tmp_path / "ours"
     _, adapted = trained_by_peft(hf, name, options, theirs)
     peft = load_peft(theirs)
-    tree = fill(template_of(peft), peft, family=name)
-    for module, (a, b, scale) in peft.factors.items():
+    tree = load_into(template_of(peft), peft, family=name)
+    for module, (a, b, scale, _) in peft.factors.items():
         place = tree
         for key in module.split("."):
             place = place[key]
@@ -331,7 +313,7 @@ def test_an_adapter_of_peft_survives_a_round_trip(hf, tmp_path, name, variant):
 
     scales = tuple((f"{m.replace('.', '/')}/.*", f.scale) for m, f in peft.factors.items())
     pairs = LoraPairs(scale=scales)
-    fill(template_of(peft), peft, family=name, pairs=pairs)  # the same scale as in the file
+    load_into(template_of(peft), peft, family=name, pairs=pairs)  # the same scale as in the file
     rslora = bool(options.get("use_rslora"))
     save_peft(ours, tree, family=name, pairs=pairs, use_rslora=rslora)
     before, after = load_file(theirs / WEIGHTS), load_file(ours / WEIGHTS)
@@ -364,7 +346,7 @@ def test_our_llama_with_an_adapter_of_peft_equals_peft(hf, close, tmp_path):
     rule = LoraRule(path="layers/.*_proj", rank=4, alpha=9, rslora=True, batch=(0,))
     model = add_lora(model, rule, rngs=nnx.Rngs(0))
     template = nnx.state(model, nnx.LoRAParam)
-    nnx.update(model, fill(template, peft, family="llama", pairs=lora_pairs(rule)))
+    nnx.update(model, load_into(template, peft, family="llama", pairs=lora_pairs(rule)))
     x = inputs(hf, "llama")
     ours = model(jnp.asarray(x.numpy()))
     assert np.abs(ours - logits_of(hf, base, x)).max() > 0.1
@@ -396,7 +378,7 @@ def test_a_trained_head_is_exchanged_too(hf, close, tmp_path, name):
     )
     again = hf.peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
     again.save_pretrained(tmp_path / "again")
-    assert_same(fill(nested(flat), load_peft(tmp_path / "again"), family=name), adapter)
+    assert_same(load_into(nested(flat), load_peft(tmp_path / "again"), family=name), adapter)
     x = inputs(hf, name)
     wanted = logits_of(hf, merged, x)
     close(f"PEFT with our head of {name}", logits_of(hf, again, x), wanted, 1e-4)
@@ -434,7 +416,7 @@ def test_a_convolution_survives_a_round_trip_through_peft(hf, tmp_path):
     a, b = jax.tree.leaves(adapter)
     kernel = 0.5 * np.asarray(jnp.matmul(a, b, precision="highest"))  # height, width, in, out
     np.testing.assert_allclose(after - before, kernel.transpose(3, 2, 0, 1), atol=1e-6)
-    assert_same(fill(template, load_peft(tmp_path), family="vit"), adapter)
+    assert_same(load_into(template, load_peft(tmp_path), family="vit"), adapter)
 
 
 @others_warn
@@ -444,7 +426,8 @@ def test_all_names_of_a_family_exist_in_transformers(hf, name):
     config_name, _, options = MODELS[name]
     prefix = {"llama": "Llama", "gpt2": "GPT2", "bert": "Bert", "vit": "ViT", "dinov2": "Dinov2"}
     heads = {
-        "llama": ("ForCausalLM", "ForSequenceClassification", "ForTokenClassification"),
+        # Gemma 3 has all norms that a member of the family can have.
+        "llama": ("ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "gemma3"),
         "gpt2": (
             *("LMHeadModel", "ForSequenceClassification"),
             *("ForTokenClassification", "ForQuestionAnswering"),
@@ -457,10 +440,12 @@ def test_all_names_of_a_family_exist_in_transformers(hf, name):
     family, seen = FAMILIES[name], set()
     for head in heads[name]:
         swiglu = {"use_swiglu_ffn": True} if head == "swiglu" else {}
-        config = getattr(hf.transformers, config_name)(**options, **swiglu, pad_token_id=0)
+        config_type = "Gemma3TextConfig" if head == "gemma3" else config_name
+        config = getattr(hf.transformers, config_type)(**options, **swiglu, pad_token_id=0)
         head = head.replace("swiglu", "ForImageClassification")
         bare = dataclasses.replace(family, prefix="") if head == "Model" else family
-        model = getattr(hf.transformers, prefix[name] + head)(config)
+        model_type = "Gemma3ForCausalLM" if head == "gemma3" else prefix[name] + head
+        model = getattr(hf.transformers, model_type)(config)
         for module_name, module in model.named_modules():
             if next(module.parameters(recurse=False), None) is None:
                 continue

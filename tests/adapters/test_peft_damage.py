@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from loft_jax.adapters._peft import load_peft
+from loft_jax.adapters import load_peft
 from loft_jax.adapters._safetensors import read_tensors
 
 RECORDED = Path(__file__).parent / "data" / "peft_llama"
@@ -60,12 +60,12 @@ BAD_FILES: dict[str, tuple[Any, str]] = {
     "pattern regex": (lambda f: edit_config(f, rank_pattern={"(": 1}), "regular expressions"),
     "rslora": (lambda f: edit_config(f, use_rslora="yes"), "use_rslora must be"),
     "to save": (lambda f: edit_config(f, modules_to_save="head"), "modules_to_save must be a list"),
-    "dora": (lambda f: edit_config(f, use_dora=True), "use_dora is set"),
+    "dora": (lambda f: edit_config(f, use_dora=True), "lora_magnitude_vector is missing"),
     "lora_bias": (lambda f: edit_config(f, lora_bias=True), "lora_bias is set"),
     "bias": (lambda f: edit_config(f, bias="all"), "bias is 'all'"),
     "replication": (lambda f: edit_config(f, layer_replication=[[0, 1]]), "layer_replication is"),
     "megatron": (lambda f: edit_config(f, megatron_config={"a": 1}), "megatron_config is set"),
-    "parameters": (lambda f: edit_config(f, target_parameters=["w"]), "target_parameters is set"),
+    "parameters": (lambda f: edit_config(f, target_parameters="w"), "target_parameters must be"),
     "tokens": (lambda f: edit_config(f, trainable_token_indices=[1]), "trainable_token_indices"),
     "future": (lambda f: edit_config(f, use_new_method=True), "use_new_method is set"),
     "pissa": (lambda f: edit_config(f, init_lora_weights="pissa"), "init_lora_weights is 'pissa'"),
@@ -99,11 +99,14 @@ BAD_FILES: dict[str, tuple[Any, str]] = {
         lambda f: edit_tensors(f, {"q.lora_A.weight": ONE}),
         "q.lora_A.weight: a key of PEFT must start",
     ),
-    "magnitude": (lambda f: edit_tensors(f, {f"{Q0}.lora_magnitude_vector": ONE}), "DoRA"),
+    "magnitude": (
+        lambda f: edit_tensors(f, {f"{Q0}.lora_magnitude_vector": ONE}),
+        "although use_dora in adapter_config.json is False",
+    ),
     "B's bias": (lambda f: edit_tensors(f, {f"{Q0}.lora_B.bias": ONE}), "lora_bias"),
     "embedding": (
         lambda f: edit_tensors(f, {"base_model.model.model.embed_tokens.lora_embedding_A": ONE}),
-        "embed_tokens.lora_embedding_A: adapters on an embedding",
+        "embed_tokens.lora_B.weight is missing",
     ),
     "embedding saved": (
         lambda f: edit_tensors(f, {"base_model.model.model.embed_tokens.weight": ONE}),
@@ -149,7 +152,7 @@ def assert_refused_or_same(folder: Path) -> None:
         assert WEIGHTS in str(error)
         return
     assert peft.factors.keys() == whole.factors.keys()
-    for name, (a, b, scale) in whole.factors.items():
+    for name, (a, b, scale, _) in whole.factors.items():
         np.testing.assert_array_equal(peft.factors[name].a, a)
         np.testing.assert_array_equal(peft.factors[name].b, b)
         assert peft.factors[name].scale == scale
@@ -214,6 +217,64 @@ def test_random_bytes_as_configuration_are_refused(damaged, garbage):
             load_peft(damaged)
     finally:
         shutil.copy(RECORDED / CONFIG, damaged)
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner),
+    max_leaves=6,
+)
+FIELDS = st.sampled_from(sorted(json.loads((RECORDED / CONFIG).read_text())))
+
+
+@often
+@given(fields=st.dictionaries(FIELDS, ANYTHING, min_size=1, max_size=3))
+def test_any_value_in_the_configuration_is_refused_or_read(damaged, fields):
+    (damaged / WEIGHTS).write_bytes(WHOLE)
+    shutil.copy(RECORDED / CONFIG, damaged)
+    edit_config(damaged, **fields)
+    try:
+        peft = load_peft(damaged)
+    except ValueError as error:
+        assert str(damaged) in str(error)
+    else:
+        assert peft.factors.keys() == load_peft(RECORDED).factors.keys()
+    finally:
+        shutil.copy(RECORDED / CONFIG, damaged)
+
+
+@often
+@given(
+    pattern=st.dictionaries(st.text("q_projv.*+?()[]{}|\\\\d^$1", max_size=16), st.integers(1, 9))
+)
+def test_any_pattern_is_refused_or_read(damaged, pattern):
+    (damaged / WEIGHTS).write_bytes(WHOLE)
+    shutil.copy(RECORDED / CONFIG, damaged)
+    edit_config(damaged, alpha_pattern=pattern)
+    try:
+        peft = load_peft(damaged)
+    except ValueError as error:
+        assert CONFIG in str(error)
+    else:
+        assert all(one.scale > 0 for one in peft.factors.values())
+    finally:
+        shutil.copy(RECORDED / CONFIG, damaged)
+
+
+def test_a_large_configuration_is_read_without_much_work_or_refused(tmp_path):
+    """A megabyte of names, as keys and as modules to save."""
+    shutil.copytree(RECORDED, tmp_path, dirs_exist_ok=True)
+    names = [f"model.layers.{number}.self_attn.q_proj" for number in range(25_000)]
+    edit_config(tmp_path, modules_to_save=names, target_modules=names)
+    assert load_peft(tmp_path).factors.keys() == load_peft(RECORDED).factors.keys()
+    edit_config(tmp_path, rank_pattern=dict.fromkeys(names, 4))
+    assert (tmp_path / CONFIG).stat().st_size > 2**20
+    with pytest.raises(ValueError, match=r"q_proj.lora_A|rank 4"):  # v_proj has rank 2
+        load_peft(tmp_path)
+    key = ".*" * 30 + "q_proj"
+    edit_config(tmp_path, rank_pattern={}, alpha_pattern={key: 4})
+    with pytest.raises(ValueError, match="could take too long"):
+        load_peft(tmp_path)
 
 
 def test_loaded_arrays_do_not_depend_on_the_file(tmp_path):

@@ -18,10 +18,17 @@ from safetensors.numpy import load_file
 from examples.common.models.llama import LlamaConfig
 from examples.common.models.llama_weights import build_model
 from loft_jax import LoraAxes, LoraPairs
-from loft_jax.adapters import LoraRule, add_lora, lora_pairs
+from loft_jax.adapters import (
+    LoadedAdapter,
+    LoraRule,
+    add_lora,
+    load_into,
+    load_peft,
+    lora_pairs,
+    save_merged,
+    save_peft,
+)
 from loft_jax.adapters._family import Family
-from loft_jax.adapters._peft import PeftAdapter, fill, load_peft, save_peft
-from loft_jax.adapters._safetensors import save_merged
 
 RECORDED = Path(__file__).parent / "data" / "peft_llama"
 CONFIG = "adapter_config.json"
@@ -85,7 +92,7 @@ def test_the_recorded_adapter_gives_the_recorded_logits(report):
     model = add_lora(model, rules, rngs=nnx.Rngs(0))
     pairs = lora_pairs(rules)
     template = nnx.state(model, nnx.LoRAParam)
-    adapter = fill(template, peft, family="llama", pairs=pairs)
+    adapter = load_into(template, peft, family="llama", pairs=pairs)
     nnx.update(model, adapter)
     largest = float(np.abs(model(ids) - logits).max())
     report(f"our llama with the recorded adapter: largest difference {largest:.1e} (at most 1e-04)")
@@ -97,7 +104,7 @@ def test_the_recorded_adapter_is_written_identically(tmp_path):
     ends = ("q_proj", "v_proj", "down_proj")
     scales = tuple((f".*/{end}/.*", peft.scale_of(end)) for end in ends)
     pairs = LoraPairs(scale=scales, axes=LoraAxes(batch=(0,)))
-    adapter = fill(recorded_template(), peft, family="llama", pairs=pairs)
+    adapter = load_into(recorded_template(), peft, family="llama", pairs=pairs)
     save_peft(
         tmp_path,
         adapter,
@@ -111,8 +118,8 @@ def test_the_recorded_adapter_is_written_identically(tmp_path):
     assert {key for key in old | new if old[key] != new[key]} == {
         *("target_modules", "rank_pattern", "alpha_pattern")  # by full names
     }
-    assert new["alpha_pattern"] == {rf"^model\.layers\.{n}\.mlp\.down_proj": 5 for n in range(2)}
-    assert new["rank_pattern"] == {rf"^model\.layers\.{n}\.self_attn\.v_proj": 2 for n in range(2)}
+    assert new["alpha_pattern"] == {f"model.layers.{n}.mlp.down_proj": 5 for n in range(2)}
+    assert new["rank_pattern"] == {f"model.layers.{n}.self_attn.v_proj": 2 for n in range(2)}
     assert (new["r"], new["lora_alpha"]) == (4, 12)
 
 
@@ -167,9 +174,9 @@ def test_every_layout_survives_a_round_trip(tmp_path, layout, dtype):
     factors = peft.factors["model.layers.0.self_attn.q_proj"]
     assert (factors.a.shape, factors.b.shape, factors.scale) == ((6, 3), (3, 8), 1.0)
     assert factors.a.dtype == dtype
-    assert_same(fill(template, peft, family="llama", pairs=pairs), adapter)
+    assert_same(load_into(template, peft, family="llama", pairs=pairs), adapter)
     numpy = jax.tree.map(np.asarray, adapter)
-    filled = fill(numpy, peft, family="llama", pairs=pairs)
+    filled = load_into(numpy, peft, family="llama", pairs=pairs)
     assert_same(filled, numpy)
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(filled))
 
@@ -194,7 +201,7 @@ def test_a_user_defined_family(tmp_path):
     save_peft(tmp_path, adapter, family=mine)
     peft = load_peft(tmp_path)
     assert list(peft.factors) == ["decoder.3.mlp.up_proj"]
-    assert_same(fill(adapter, peft, family=mine), adapter)
+    assert_same(load_into(adapter, peft, family=mine), adapter)
 
 
 def test_a_filled_template_keeps_its_sharding(tmp_path):
@@ -207,7 +214,7 @@ def test_a_filled_template_keeps_its_sharding(tmp_path):
         "lora_a": jax.ShapeDtypeStruct((6, 3), jnp.bfloat16, sharding=over),
         "lora_b": jax.ShapeDtypeStruct((3, 8), jnp.float32, sharding=whole),
     }
-    filled = fill(layer_zero(pair), load_peft(tmp_path), family="llama")
+    filled = load_into(layer_zero(pair), load_peft(tmp_path), family="llama")
     a, b = jax.tree.leaves(filled)
     assert (a.sharding, b.sharding, a.dtype) == (over, whole, jnp.bfloat16)
     np.testing.assert_array_equal(b, jax.tree.leaves(adapter)[1])
@@ -226,10 +233,10 @@ def test_modules_saved_in_full_are_restored(tmp_path):
     assert peft.config["modules_to_save"] == ["lm_head", *norms]
     assert peft.saved["lm_head.weight"].shape == (4, 6)
     assert peft.saved[f"{norms[1]}.weight"].shape == (6,)
-    assert_same(fill(template, peft, family="llama"), adapter)
+    assert_same(load_into(template, peft, family="llama"), adapter)
     short = template | {"lm_head": {"kernel": abstract(6, 5), "bias": abstract(4)}}
     with pytest.raises(ValueError, match=r"lm_head.weight: the shape is \(4, 6\).*needs \(5, 6\)"):
-        fill(short, peft, family="llama")
+        load_into(short, peft, family="llama")
 
 
 # ------------------------------------------------------------------ what cannot be saved
@@ -240,7 +247,6 @@ def test_modules_saved_in_full_are_restored(tmp_path):
     [
         (PLAIN, {}, "the root: the family 'llama' has no such module"),
         ({"nowhere": PLAIN}, {}, "nowhere: the family 'llama' has no such module"),
-        ({"embed_tokens": PLAIN}, {}, "embed_tokens/lora_a: adapters on an embedding"),
         ({"layers": {"self_attn": {"q_proj": PLAIN}}}, {}, "layers/self_attn/q_proj/lora_a.*stack"),
         (layer_zero(STACKED), {}, "it has 1 axes"),
         (
@@ -249,7 +255,7 @@ def test_modules_saved_in_full_are_restored(tmp_path):
             "another adapter is also written as",
         ),
         ({"lora": PLAIN}, {}, "lora: the family 'llama' has no such"),
-        (layer_zero({**PLAIN, "bias": abstract(8)}), {}, "saved in full and .* is adapted"),
+        (layer_zero({**PLAIN, "kernel": abstract(6, 8)}), {}, "saved in full and .* is adapted"),
         (layer_zero(PLAIN), {"family": "opt"}, "unknown family 'opt'. Use one of llama"),
         (layer_zero(PLAIN), {"task_type": "LM"}, "task_type 'LM'. Use one of SEQ_CLS"),
         (layer_zero(PLAIN), {"task_type": "SEQ_CLS"}, "SEQ_CLS.*classifier or score"),
@@ -287,7 +293,7 @@ def test_a_failed_write_keeps_the_old_files(tmp_path, monkeypatch, broken):
         with pytest.raises(OSError, match="no space"):
             save_peft(tmp_path, random_tree(old, seed=1), family="llama")
     assert sorted(file.name for file in tmp_path.iterdir()) == [CONFIG, WEIGHTS]
-    assert_same(fill(old, load_peft(tmp_path), family="llama"), old)
+    assert_same(load_into(old, load_peft(tmp_path), family="llama"), old)
 
 
 def test_a_failed_rename_keeps_the_old_files(tmp_path, monkeypatch):
@@ -378,15 +384,15 @@ def test_save_merged_refuses_factors_by_the_users_names(tmp_path):
             save_merged(tmp_path, weights, family=family, pairs=rule)
 
 
-def test_save_peft_and_fill_accept_rules(tmp_path):
+def test_save_peft_and_load_into_accept_rules(tmp_path):
     rule = LoraRule(path=".*/q_proj", rank=3, alpha=6)
     adapter = random_tree(layer_zero(PLAIN))
     save_peft(tmp_path, adapter, family="llama", pairs=rule)
     peft = load_peft(tmp_path)
     assert peft.scale_of("q_proj") == 2.0
-    assert_same(fill(adapter, peft, family="llama", pairs=[rule]), adapter)
+    assert_same(load_into(adapter, peft, family="llama", pairs=[rule]), adapter)
     with pytest.raises(ValueError, match=r"the scale is 2.0, pairs= has 1.0"):
-        fill(adapter, peft, family="llama", pairs=LoraRule(path=".*/q_proj", rank=3))
+        load_into(adapter, peft, family="llama", pairs=LoraRule(path=".*/q_proj", rank=3))
 
 
 def test_other_files_in_the_folder_are_kept(tmp_path):
@@ -452,10 +458,10 @@ def test_weights_that_cannot_be_saved_are_refused_by_name(tmp_path, weights, mes
 # ------------------------------------------------------------------ templates that do not fit
 
 
-def small(**factors: Any) -> PeftAdapter:
+def small(**factors: Any) -> LoadedAdapter:
     peft = load_peft(RECORDED)
     values = {name: value for name, value in peft.factors.items() if "0.self_attn.q_proj" in name}
-    return PeftAdapter(peft.path, peft.config, values | factors, {})
+    return LoadedAdapter(peft.path, peft.config, values | factors, {})
 
 
 FITTING = {"lora_a": abstract(16, 4), "lora_b": abstract(4, 16)}
@@ -486,7 +492,7 @@ FITTING = {"lora_a": abstract(16, 4), "lora_b": abstract(4, 16)}
 )
 def test_a_template_that_does_not_fit_is_refused_with_the_reason(template, pairs, message):
     with pytest.raises(ValueError, match=message):
-        fill(template, small(), family="llama", pairs=pairs)
+        load_into(template, small(), family="llama", pairs=pairs)
 
 
 def test_stacked_layers_must_have_the_same_scale():
@@ -494,7 +500,7 @@ def test_stacked_layers_must_have_the_same_scale():
     peft = small(**{"model.layers.1.self_attn.q_proj": factors})
     template = {"lora_a": abstract(2, 16, 4), "lora_b": abstract(2, 4, 16)}
     with pytest.raises(ValueError, match=r"scale is 9.0, that of model.layers.0.* is 6.0. Stacked"):
-        fill({"layers": {"self_attn": {"q_proj": template}}}, peft, family="llama")
+        load_into({"layers": {"self_attn": {"q_proj": template}}}, peft, family="llama")
 
 
 def test_a_scale_is_found_by_the_end_of_a_name():

@@ -7,6 +7,7 @@ printed in the paper, with the gradients ``s G V`` and ``s G^T U`` that a framew
 import dataclasses
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -178,6 +179,72 @@ def test_altlora_without_damping_does_not_depend_on_the_factorization(assert_clo
     other = problem.with_factors(problem.u @ x, problem.v @ np.linalg.inv(x).T)
     tx = baselines.altlora(LR, damping=0.0)
     assert_close(follow(tx, [other], STEPS), follow(tx, [problem], STEPS))
+
+
+class LoraRite:
+    """LoRA-RITE for one factor, as released with escaped mass: averages corrected in their decay.
+
+    Its second moment is of the gradients in ``n x n`` coordinates, where a basis is a projector.
+    """
+
+    def __init__(self, scale: float, escaped: bool, b1=0.9, b2=0.999, eps=1e-6, eps_root=0.0):
+        self.scale, self.escaped, self.b1, self.b2 = scale, escaped, b1, b2
+        self.eps, self.eps_root = eps, eps_root
+        self.second = self.first = self.rho = 0.0
+
+    def __call__(self, k: int, g: np.ndarray, partner: np.ndarray) -> np.ndarray:
+        """Takes the full gradient, and returns the step of the factor."""
+        decay = lambda b: b * (1 - b ** (k - 1)) / (1 - b**k)
+        b1, b2, p, r = decay(self.b1), decay(self.b2), projector(partner), partner.shape[1]
+        g = g @ p
+        carried, zeros = p @ self.second @ p if k > 1 else 0 * p, np.zeros_like(p)
+        if self.escaped:
+            values = [np.linalg.eigvalsh(x + zeros)[-r:] for x in (self.second, carried)]
+            # The largest of differences that add up to that of the traces.
+            lost = min((values[0] - values[1]).max(), values[0].sum() - values[1].sum())
+            self.rho = b2 * (self.rho + lost)
+        self.second = b2 * carried + (1 - b2) * g.T @ g / len(g)
+        values, vectors = np.linalg.eigh(self.second)
+        root = np.sqrt(np.maximum(values, 0) + self.rho + self.eps_root) + self.eps
+        self.first = (
+            b1 * (self.first @ p if k > 1 else 0) + (1 - b1) * g @ vectors / root @ vectors.T
+        )
+        return self.first @ np.linalg.pinv(partner).T / self.scale
+
+
+@pytest.mark.parametrize("escaped", [True, False], ids=["escaped mass", "plain"])
+@every_shape
+def test_lora_rite_is_its_rule_in_the_coordinates_of_the_weight(shape, escaped, assert_close):
+    problem = SHAPES[shape]
+    of_u, of_v = (LoraRite(problem.scale, escaped, b2=0.9) for _ in "uv")
+
+    def rule(k, u, v, g_u, g_v):
+        g = problem.gradient(problem.weight(u, v), k - 1)
+        return u - LR * (of_u(k, g, v) + 0.1 * u), v - LR * (of_v(k, g.T, u) + 0.1 * v)
+
+    pairs = LoraPairs(scale=problem.scale)
+    tx = baselines.lora_rite(LR, b2=0.9, weight_decay=0.1, escaped_mass=escaped, pairs=pairs)
+    assert_close(follow(tx, [problem], STEPS), [trajectory(problem, rule)], 1e-10)
+
+
+@pytest.mark.parametrize("escaped", [True, False], ids=["escaped mass", "plain"])
+def test_lora_rite_is_that_of_pytorch_optimizer(escaped, assert_close):
+    """A recorded path, without the clipping and the skipping that only the code has."""
+    recorded = np.load(Path(__file__).parent / "data" / "lora_rite.npz")
+    path = recorded["escaped" if escaped else "plain"]
+    # The settings of `record_lora_rite.py`, which has the square of epsilon inside the root too.
+    options = {"weight_decay": 0.1, "escaped_mass": escaped, "eps_root": 1e-12}
+    tx = baselines.lora_rite(0.02, b2=0.9, **options)
+    assert_close(follow(tx, [Problem(9, 6, 3, seed=1)], len(path)), [path], 1e-9)
+
+
+def test_lora_rite_does_not_depend_on_the_factorization(assert_close):
+    problem = SHAPES["tall"]
+    x = np.random.default_rng(1).normal(size=(3, 3))
+    other = problem.with_factors(30 * problem.u @ x, problem.v @ np.linalg.inv(x).T, scale=1 / 30)
+    pairs = LoraPairs(scale=other.scale)
+    got = follow(baselines.lora_rite(LR, pairs=pairs), [other], STEPS)
+    assert_close(got, follow(baselines.lora_rite(LR), [problem], STEPS))
 
 
 @every_shape

@@ -1,6 +1,5 @@
 """A tiny model and a tiny text for the examples."""
 
-import json
 import zipfile
 from pathlib import Path
 
@@ -18,15 +17,9 @@ def no_network(monkeypatch, tmp_path):
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory) -> Path:
     """A tiny random model in Hugging Face's format."""
-    from safetensors.numpy import save_file
+    from common.stand_in import write_model
 
-    from tests.examples.tiny_llama import CONFIG, byte_tokenizer, random_tensors
-
-    folder = tmp_path_factory.mktemp("tiny-llama")
-    (folder / "config.json").write_text(json.dumps(CONFIG))
-    byte_tokenizer().save(str(folder / "tokenizer.json"))
-    save_file(random_tensors(), folder / "model.safetensors")
-    return folder
+    return write_model(tmp_path_factory.mktemp("model") / "tiny-llama")
 
 
 @pytest.fixture(scope="session")

@@ -84,6 +84,19 @@ def test_the_answer_is_marked_whether_the_prompt_is_cut_or_filled_up(write, leng
     assert len(choices.encode(tokenizer, questions, length, every=False)["tokens"]) == 1
 
 
+class Recorded:
+    """A model with given logits."""
+
+    def __init__(self, logits):
+        self.logits = logits
+
+    def hidden(self, tokens, **_):
+        return self.logits
+
+    def head(self, hidden):
+        return hidden
+
+
 def test_the_loss_sees_the_answer_alone():
     logits = np.random.default_rng(0).normal(size=(1, 4, 7)).astype(np.float32)
     batch = {
@@ -91,9 +104,9 @@ def test_the_loss_sees_the_answer_alone():
         "answer": np.array([[False, False, True, True]]),
     }
     losses = np.log(np.exp(logits).sum(-1))[0] - logits[0, range(4), [2, 3, 4, 5]]
-    loss = choices.answer_loss(lambda ids: logits, batch)
+    loss = choices.answer_loss(Recorded(logits), batch)
     np.testing.assert_allclose(loss, [losses[2:].mean()], rtol=1e-5)
-    nats = choices.answer_nats(lambda ids: logits, batch)["nats"]
+    nats = choices.answer_nats(Recorded(logits), batch)["nats"]
     np.testing.assert_allclose(nats, [losses[2:].sum()], rtol=1e-5)
 
 

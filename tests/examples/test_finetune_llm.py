@@ -125,6 +125,24 @@ def test_other_methods_leave_the_same_results(arguments, tmp_path, capsys, flags
     assert_results(tmp_path / "out", capsys.readouterr().out, leaves)
 
 
+def test_methods_are_compared_at_the_same_learning_rate(finished, arguments, tmp_path, capsys):
+    folder = tmp_path / "out"
+    assert run(*arguments, "--compare", "lora,full", "--output", folder) == 0
+    assert (folder / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert read_metrics(folder) == read_metrics(finished.folder)
+    records = {name: read_metrics(folder / name) for name in (".", "lora", "full")}
+    assert {tuple(r["learning_rate"] for r in x if "loss" in r) for x in records.values()} == {
+        tuple(r["learning_rate"] for r in records["."] if "loss" in r)
+    }
+    starts = [[r["eval_loss"] for r in x if "eval_loss" in r] for x in records.values()]
+    assert starts[0][0] == starts[1][0] == pytest.approx(starts[2][0])
+    assert len({tuple(losses) for losses in starts}) == 3
+    metrics = (folder / "lora" / "metrics.jsonl").read_text()
+    assert run("--resume", "--output", folder) == 0  # also if it stopped between two methods
+    assert (folder / "lora" / "metrics.jsonl").read_text() == metrics
+    assert "comparison in" in capsys.readouterr().out
+
+
 def test_gpt2_is_trained_and_its_adapter_exchanged(arguments, model_folder, tmp_path):
     folder = shutil.copytree(model_folder, tmp_path / "gpt2")
     shape = {"n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 256}
@@ -263,6 +281,8 @@ def test_without_an_output_folder_the_next_free_one_is_taken(tmp_path, monkeypat
         (["--seq-len", "4097"], "--seq-len 4097 is longer than the context of tiny-llama"),
         (["--method", "full", "--quantize", "nf4"], "--method full trains all weights"),
         (["--method", "dora", "--quantize", "nf4"], "--quantize does not support --method dora"),
+        (["--compare", "full", "--quantize", "nf4"], "--method full trains all weights"),
+        (["--compare", "lora,sgd"], "--compare sgd: choose from loft"),
         (["--method", "head"], "has no separate head"),
         (["--method", "full", "--dtype", "bfloat16"], "--method full trains weights"),
         (["--resume"], "--resume needs --output"),

@@ -107,7 +107,7 @@ def test_rows_are_packed_unless_refused(write):
     assert len(padded.train["tokens"]) == 180 > 5 * len(packed.train["tokens"])
     assert packed.train["weights"].sum() >= padded.train["weights"].sum()
     assert (packed.train["segments"] > 0).mean() > 0.9
-    assert "padding, 20 held out" in packed.description
+    assert "in the worst step; 20 held out" in packed.description
 
 
 def test_what_is_too_long_is_counted(write):
@@ -136,14 +136,18 @@ def test_the_script_learns_from_messages_and_answers(write, model_folder, tmp_pa
     (tmp_path / "template").write_text(TEMPLATE)
     flags = [*SMALL.split(), "--model", str(model_folder), "--data", write(chats * 40)]
     flags += ["--chat-template", str(tmp_path / "template"), "--max-new-tokens", "3"]
+    (tmp_path / "boolq").mkdir()
+    flags += ["--test-data", write(chats * 3, "boolq/test.json") + "," + write(chats, "siqa.json")]
     folder = tmp_path / "out"
     assert finetune_llm.main([*flags, "--generate", "2", "--output", str(folder)]) == 0
     printed = capsys.readouterr().out
     assert "36 training examples in" in printed and "perplexity" in printed
-    assert printed.count("2 generated answers, exact match 0.0 %, last number match") == 2
+    assert printed.count("2 answers (held out), exact match 0.0 %, last number match") == 2
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [record["step"] for record in records if "exact_match" in record] == [0, 4]
-    (first, _) = (folder / "answers-4.jsonl").read_text().splitlines()
+    assert [record["step"] for record in records if "exact_match" in record] == [0, 0, 0, 4, 4, 4]
+    assert [r["answered"] for r in records if "answered" in r][3:] == ["held out", "boolq", "siqa"]
+    assert printed.count("mean of 3 sets, exact match 0.0 %") == 2
+    (first, _) = (folder / "answers-4-held-out.jsonl").read_text().splitlines()
     assert json.loads(first)["reference"] == "#### 7"
     assert json.loads(first)["prompt"] == "[user]Hi;"
     capsys.readouterr()
@@ -160,6 +164,19 @@ def test_epochs_give_the_number_of_steps(write, model_folder, tmp_path, capsys):
     settings = json.loads((tmp_path / "out" / "settings.json").read_text())["settings"]
     assert settings["steps"] == -(-rows // 4)
     assert finetune_llm.main(["--resume", "--output", str(tmp_path / "out")]) == 0
+
+
+def test_prompts_that_exceed_the_context_are_refused(write, model_folder, tmp_path, capsys):
+    flags = [*SMALL.split(), "--model", str(model_folder), "--data", write(questions(20))]
+    flags += ["--generate", "2", "--max-new-tokens", "4090", "--output", str(tmp_path / "out")]
+    assert finetune_llm.main(flags) == 1
+    assert "exceed the context of tiny-llama, 4096" in capsys.readouterr().err
+
+
+def test_sets_of_one_name_are_refused(write):
+    data = write(questions(20))
+    with pytest.raises(UserError, match="two sets of the name data: rename a file"):
+        task_of(data, test_data=(data, data))
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,9 @@ def test_every_step_has_the_rows_of_packed_batches():
     some = sequences([n + 1 for n in lengths])
     rows = packing.arrange(some, packing.pack(lengths, 64, 0, repeat=True), 64)
     again = packing.arrange(some, packing.pack(lengths, 64, 0, repeat=True), 64)
+    steps = range(len(rows["tokens"]) // 4)
+    of_steps = [packing.padding(batches.batch_at(rows, 4, 0, step)) for step in steps]
+    assert packing.worst_padding(rows, 4, 0) == pytest.approx(max(of_steps))
     for step in (0, 5, 40):
         batch = batches.batch_at(rows, 4, 0, step)
         assert packing.padding(batch) <= 0.1

@@ -52,9 +52,9 @@ def score(generated: Sequence[str], references: Sequence[str]) -> dict[str, floa
         references: the right answers, as many.
 
     Returns:
-        `exact_match`, the part whose final answer is that of the reference. If all references
-        contain numbers, also `last_number_match`, the part whose last number is that of the
-        reference: it is met by a model that does not know how to mark its final answer.
+        `exact_match`, the fraction whose final answer is that of the reference. If all references
+        contain numbers, also `last_number_match`, the fraction whose last number is that of the
+        reference, which does not require a mark before the final answer.
 
     Example:
         >>> score(["2+2 = 4 #### 4", "That is 5."], ["#### 4", "#### 5"])

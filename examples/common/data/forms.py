@@ -6,7 +6,7 @@
 | `conversations`: a list of `from`, `value` | chat as ShareGPT writes it |
 | `prompt`, `completion` (or `response`) | a text and its continuation, or two lists of messages |
 | `instruction`, `output` (or `response`), optional `input` (or `context`) | as Alpaca writes it |
-| `question`, `answer` | as GSM8K writes it |
+| `question` (or `query`), `answer` | as GSM8K writes it |
 | `text` | a document |
 """
 
@@ -111,7 +111,7 @@ def _form(record: Record) -> str:
         return "completion"
     if has("instruction") and has("output", "response"):
         return "instruction"
-    if has("question") and has("answer"):
+    if has("question", "query") and has("answer"):
         return "question"
     if has("text"):
         return "text"
@@ -174,7 +174,7 @@ def _instruction(record: Record) -> Example:
 
 
 def _question(record: Record) -> Example:
-    question, answer = _string(record, "question"), _string(record, "answer")
+    question, answer = _string(record, "question", "query"), _string(record, "answer")
     return Example(
         where=record.where,
         messages=_exchange(question, answer),

@@ -11,11 +11,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from .. import batches
 from ..losses import token_losses
 from .answers import Tokens
 
 FILLED = 0.9
-"""`pack` repeats sequences in rows that are filled to less than this part."""
+"""`pack` repeats sequences in rows that are filled to less than this fraction."""
 
 
 def pack(
@@ -134,8 +135,16 @@ def arrange(
 
 
 def padding(batch: dict[str, np.ndarray]) -> float:
-    """The part of a batch that is padding."""
+    """The fraction of a batch that is padding."""
     return float((batch["segments"] == 0).mean())
+
+
+def worst_padding(rows: dict[str, np.ndarray], batch_size: int, seed: int) -> float:
+    """The largest fraction of padding in a batch of the first epoch."""
+    of_rows = (rows["segments"] == 0).mean(axis=1)
+    steps = max(1, len(of_rows) // batch_size)
+    epoch = batches.batch_at(of_rows, steps * batch_size, seed, 0)
+    return float(epoch.reshape(steps, batch_size).mean(axis=1).max())
 
 
 def weighted_nats(model: Any, batch: Any) -> dict[str, jax.Array]:

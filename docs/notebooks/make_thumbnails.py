@@ -1,0 +1,39 @@
+"""Writes the pictures of the gallery from the figures in the built site.
+
+python docs/notebooks/make_thumbnails.py docs/_build/html
+"""
+
+import re
+import sys
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+FIGURES = {
+    "quickstart_nnx": 0,
+    "quickstart_linen": 0,
+    "vision": -1,
+    "matrix_factorization": 0,
+    "calibration": 1,
+    "serving": 0,
+}
+"""Which of the figures of each notebook is shown."""
+
+SIZE = (560, 300)
+
+
+def main(site: Path) -> None:
+    """Writes a PNG of at most 40 kB for each notebook."""
+    folder = Path(__file__).parent / "thumbnails"
+    for name, place in FIGURES.items():
+        page = site / "notebooks" / f"{name}.html"
+        figures = re.findall(r'<img[^>]* src="([^"]+_images/[0-9a-f]{64}\.png)"', page.read_text())
+        with Image.open(page.parent / figures[place]) as figure:
+            picture = ImageOps.pad(figure.convert("RGB"), SIZE, Image.Resampling.LANCZOS, "white")
+        target = folder / f"{name}.png"
+        picture.quantize(64, dither=Image.Dither.NONE).save(target, optimize=True)
+        print(f"{target.stat().st_size / 1e3:5.1f} kB  {target}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

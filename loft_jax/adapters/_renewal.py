@@ -1,0 +1,209 @@
+"""Renews adapters in the middle of training: other directions, the same model."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from flax import nnx
+
+from loft_jax.adapters._trees import add_products
+from loft_jax.algorithm.renewal import Directions
+from loft_jax.execution.explicit_mesh import in_auto_axes
+from loft_jax.optimizers.renewal import renew_adapter
+from loft_jax.pairs.spec import PerPair
+
+
+class Renewed(NamedTuple):
+    """What training goes on with after `renew` or `change_rank`.
+
+    Attributes:
+      base: with the changed weights; all other leaves are those that were given.
+      adapter: with the new factors.
+      state: of the optimizer, with its moments in the new bases. Counters, schedules and the active
+        factor are as before.
+    """
+
+    base: Any
+    adapter: Any
+    state: optax.OptState
+
+
+def renew(
+    base: Any,
+    adapter: Any,
+    state: optax.OptState,
+    key: jax.Array,
+    *,
+    pairs: Any = None,
+    keep: PerPair = 0,
+    directions: str | Directions = "momentum",
+    size: float = 0.1,
+    weights: Sequence[tuple[str, str]] = (),
+    transpose: Sequence[tuple[str, Sequence[int]]] = (),
+) -> Renewed:
+    r"""Gives each adapter new directions and goes on with the moments of the old ones.
+
+    An adapter reaches a product of rank ``r`` at most. A renewal adds what it has learned to the
+    frozen weight, ``W0 + s U V^T``, and chooses other factors, so that many renewals reach any
+    rank. The optimizer does not start anew: LoFT's own calibration, ``T = Q_-^T Q``, carries both
+    moments into the new bases. New directions enter with a product of their own, which is taken
+    out of the frozen weight. So the weight of the model does not change, and a renewal that keeps
+    all directions changes nothing.
+
+    It is a pure function of arrays. Call it between two steps, under `jax.jit` or not, at intervals
+    that you choose; a warm-up of the learning rate is not needed.
+
+    Args:
+      base: a pytree that contains the base weights, floating point. Each renewal rounds them once:
+        keep them in float32. In bfloat16 most of a small product is lost.
+      adapter: a pytree of the factors.
+      state: the optimizer's, with a state of `loft_adamw`, `loft_sgd`, `loft_muon` or of their
+        cores inside, chained, masked or injected. Other parts stay as they are. With
+        `optax.MultiSteps` renew where no gradients are accumulated.
+      key: of the random numbers.
+      pairs: as in the optimizers.
+      keep: how many directions of each pair stay, with their part of the product: the leading
+        singular vectors. A number, or ``(regex of the path of a, number)`` entries.
+      directions: the new ones. "random"; "momentum", the leading directions of the first moments,
+        which are sketches of the mean gradient; or a function, see
+        `loft_jax.algorithm.renewal.Directions`.
+      size: the singular values with which new directions enter, relative to the root mean square
+        of those of ``s U V^T``. Small ones turn towards the gradient at once.
+      weights, transpose: as in `merge`.
+
+    Returns:
+      The base, the adapter and the state to go on with, with all shapes and dtypes as before.
+
+    Raises:
+      ValueError: as `merge` (also for quantized weights) and as the optimizers; a ``keep`` above
+        the rank; a state without a LoFT optimizer, of other pairs, or of an ablation; leaves
+        sharded by a shard_map.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from loft_jax import loft_adamw
+      >>> base = {"q": {"kernel": jnp.zeros((6, 5))}}
+      >>> adapter = {"q": {"lora_a": jnp.ones((6, 2)), "lora_b": jnp.eye(2, 5)}}
+      >>> tx = loft_adamw(1e-3)
+      >>> new = renew(base, adapter, tx.init(adapter), jax.random.key(0), directions="random")
+      >>> before, after = (x["q"]["lora_a"] @ x["q"]["lora_b"] for x in (adapter, new.adapter))
+      >>> bool(jnp.allclose(new.base["q"]["kernel"] + after, before, atol=1e-6))
+      True
+    """
+    plan = functools.partial(renew_adapter, keep=keep, rank=None, directions=directions, size=size)
+    return _renew(plan, base, adapter, state, key, pairs, weights, transpose)
+
+
+def change_rank(
+    base: Any,
+    adapter: Any,
+    state: optax.OptState,
+    key: jax.Array,
+    rank: PerPair,
+    *,
+    pairs: Any = None,
+    directions: str | Directions = "momentum",
+    size: float = 0.1,
+    weights: Sequence[tuple[str, str]] = (),
+    transpose: Sequence[tuple[str, Sequence[int]]] = (),
+) -> Renewed:
+    """Changes the rank of adapters in the middle of training, with the moments carried over.
+
+    A larger rank keeps the factors as they are and adds directions: the moments of the old ones are
+    carried exactly. A smaller rank keeps the leading singular vectors of the product; the rest of
+    the product goes to the frozen weight, and the moments are projected. As in `renew`, the weight
+    of the model does not change.
+
+    The adapter's scale has to stay: give the optimizer ``LoraPairs(scale=...)``, as ``alpha / r``
+    of a rule would change with the rank.
+
+    Args:
+      base, adapter, state, key, pairs, directions, size, weights, transpose: as in `renew`.
+      rank: the new one: a number, or ``(regex of the path of a, number)`` entries; pairs that no
+        entry matches keep theirs.
+
+    Returns:
+      The base, the adapter and the state to go on with. Their shapes are new, and so a compiled
+      step is compiled again.
+
+    Raises:
+      ValueError: as `renew`; a rank below 1 or above the smaller size of a weight.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from loft_jax import loft_adamw
+      >>> base = {"q": {"kernel": jnp.zeros((6, 5))}}
+      >>> adapter = {"q": {"lora_a": jnp.ones((6, 2)), "lora_b": jnp.eye(2, 5)}}
+      >>> tx = loft_adamw(1e-3)
+      >>> new = change_rank(base, adapter, tx.init(adapter), jax.random.key(0), 3)
+      >>> new.adapter["q"]["lora_a"].shape, new.state[0].mu["q"]["lora_b"].shape
+      ((6, 3), (3, 5))
+    """
+    plan = functools.partial(renew_adapter, keep=None, rank=rank, directions=directions, size=size)
+    return _renew(plan, base, adapter, state, key, pairs, weights, transpose)
+
+
+def renew_model(
+    model: nnx.Module,
+    optimizer: nnx.Optimizer,
+    key: jax.Array,
+    *,
+    rank: PerPair = None,
+    **options: Any,
+) -> None:
+    """Renews the adapters of an nnx model in place, or changes their rank.
+
+    Args:
+      model: with adapters of `add_lora` or of Flax, whose frozen weights are floating point.
+      optimizer: an `nnx.Optimizer` of these adapters, with a LoFT optimizer inside.
+      key: of the random numbers.
+      rank: a new rank, as in `change_rank`; None calls `renew`.
+      **options: those of `renew` or of `change_rank`.
+
+    Raises:
+      ValueError: as `renew` and `change_rank`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from loft_jax import loft_adamw
+      >>> from loft_jax.adapters import LoraRule, add_lora
+      >>> rule = LoraRule(path="", rank=2, alpha=4, init_b=jax.nn.initializers.normal())
+      >>> model = add_lora(nnx.Linear(6, 5, rngs=nnx.Rngs(0)), rule, rngs=nnx.Rngs(1))
+      >>> optimizer = nnx.Optimizer(model, loft_adamw(1e-3, pairs=rule), wrt=nnx.LoRAParam)
+      >>> before = model(jnp.ones((1, 6)))
+      >>> renew_model(model, optimizer, jax.random.key(0), pairs=rule)
+      >>> bool(jnp.allclose(model(jnp.ones((1, 6))), before, atol=1e-5))
+      True
+    """
+    adapters = optimizer.wrt
+    args = (
+        nnx.as_pure(nnx.state(model, nnx.Not(adapters))),
+        nnx.as_pure(nnx.state(model, adapters)),
+        nnx.as_pure(optimizer.opt_state),
+        key,
+    )
+    new = renew(*args, **options) if rank is None else change_rank(*args, rank, **options)
+    nnx.update(model, new.base)
+    nnx.update(model, new.adapter)
+    nnx.update(optimizer.opt_state, nnx.state(new.state))
+
+
+def _renew(
+    renew_adapter: Callable[..., tuple[Any, optax.OptState]],
+    base: Any,
+    adapter: Any,
+    state: optax.OptState,
+    key: jax.Array,
+    pairs: Any,
+    weights: Sequence[tuple[str, str]],
+    transpose: Sequence[tuple[str, Sequence[int]]],
+) -> Renewed:
+    def on_arrays(base: Any, adapter: Any, state: Any, key: jax.Array) -> tuple[Any, Any, Any]:
+        new, new_state = renew_adapter(adapter, state, key, pairs=pairs)
+        terms = [(1, adapter), (-1, new)]
+        return add_products(base, terms, pairs, weights, transpose), new, new_state
+
+    like = (base, adapter, state)
+    return Renewed(*in_auto_axes(on_arrays, base, adapter, state, key, out_like=like))

@@ -1,0 +1,71 @@
+"""The paper's experiments are commands that parse, and that run on a tiny model."""
+
+import json
+import re
+
+import pytest
+from optimizers import hasty_compiler as hasty_compiler
+
+import recipes
+from common.llm_settings import parse_arguments
+
+
+@pytest.mark.parametrize("name", recipes.RECIPES)
+def test_the_commands_parse_and_name_their_differences(name, capsys):
+    assert recipes.main([name]) == 0
+    printed = capsys.readouterr().out
+    found = list(recipes.RECIPES[name].commands())
+    assert printed.count("python examples/finetune_llm.py") == len(found)
+    assert len({tuple(arguments) for arguments in found}) == len(found)
+    assert "differs from the paper:\n  - " in printed and "data: " in printed
+    for arguments in found:
+        settings, _, _ = parse_arguments(arguments)
+        assert settings.epochs in (1, 3) and settings.model and settings.data
+
+
+def test_the_paper_s_hyper_parameters_are_set():
+    of = lambda name, number: parse_arguments(list(recipes.RECIPES[name].commands())[number])[0]
+    first, dora, last = (of("table-2", number) for number in (0, 1, -1))
+    assert (first.method, first.rank, first.alpha, first.learning_rate) == ("lora", 16, 32, 2e-4)
+    assert (dora.method, dora.rank, dora.alpha) == ("dora", 16, 32)
+    assert (last.method, last.rank, last.alpha, last.learning_rate) == ("loft", 1, 1, 1e-4)
+    assert first.targets == ("q", "k", "v", "up", "down") and first.batch_size == 16
+    assert len(first.test_data) == 8 and not first.packing
+    assert (of("table-14", 0).batch_size, of("table-15", 0).batch_size) == (64, 32)
+    assert of("figure-9", 0).quantize == "nf4"
+    assert {of("table-21", number).seq_len for number in range(4)} == {256, 512}
+
+
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [
+        ("table-2", 3),
+        ("table-10", 1),
+        ("table-14", 0),
+        ("table-15", 5),
+        ("table-16", 3),
+        ("table-17", 0),
+        ("figure-9", 1),
+        ("table-20", 0),
+        ("table-21", 0),
+    ],
+)
+def test_the_stand_in_runs_to_the_end(name, number, tmp_path, capsys):
+    if name == "figure-9":
+        pytest.importorskip("qwix", reason="the base weights are quantized by qwix")
+    recipe = recipes.RECIPES[name]
+    recipes.run_stand_in(recipe, tmp_path / "out", number)
+    records = [json.loads(x) for x in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if "loss" in r] == [1, 2]
+    answered = [r["answered"] for r in records if "answered" in r]
+    # Before and after training; perplexity alone is measured on text.
+    assert bool(answered) == (name not in ("table-14", "table-15"))
+    printed = capsys.readouterr().out
+    assert re.search(r"after 2 steps: held-out loss [\d.]+, perplexity", printed)
+
+
+def test_the_command_line_lists_the_recipes_and_runs_a_stand_in(tmp_path, capsys):
+    assert recipes.main([]) == 0
+    assert "table-2 " in capsys.readouterr().out
+    assert recipes.main(["table-99"]) == 1
+    assert "choose from table-2" in capsys.readouterr().err

@@ -1,0 +1,444 @@
+"""Renewal of adapters: the weight stays, the moments come along, against a dense oracle."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from optimizers import assert_trees_close, random_like, train, types
+from optimizers import hasty_compiler as hasty_compiler
+from oracles import Hyper, MomentumHyper, Problem, adamw, projector
+
+from loft_jax import LoraAxes, LoraPairs, loft_adamw, loft_muon, loft_sgd
+from loft_jax.adapters import LoraRule, add_lora, change_rank, merge, renew, renew_model
+from loft_jax.algorithm.pair import FactorPair
+from loft_jax.algorithm.renewal import RenewalInput, momentum_directions
+
+STEPS = 18
+Factors = tuple[np.ndarray, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Renewal:
+    """A renewal after a step: how many directions stay, and the columns of the new ones."""
+
+    keep: int
+    new: Factors
+    size: float = 1.0
+
+    @classmethod
+    def draw(cls, seed: int, problem: Problem, keep: int, count: int, size=1.0) -> "Renewal":
+        rng = np.random.default_rng(seed)
+        columns = tuple(rng.normal(size=(rows, count)) for rows in (problem.m, problem.n))
+        return cls(keep, columns, size)
+
+    @property
+    def rank(self) -> int:
+        return self.keep + self.new[0].shape[1]
+
+    def factors(self, u: np.ndarray, v: np.ndarray) -> Factors:
+        """The new factors, by singular value and QR decompositions of dense matrices."""
+        x, sigma, y = np.linalg.svd(u @ v.T)
+        r, k = u.shape[1], self.keep
+        root = np.sqrt(sigma[:k])
+        kept = (x[:, :k] * root, y[:k].T * root)
+        length = np.sqrt(self.size * np.sqrt((sigma[:r] ** 2).sum() / r))
+        grown = []
+        for old, new in zip(kept, self.new, strict=True):
+            q, upper = np.linalg.qr(new - projector(old) @ new)
+            grown.append(np.hstack([old, length * q * np.sign(np.diag(upper))]))
+        return tuple(grown)
+
+
+class RowMoments:
+    """The moments of one factor: an ``m x n`` matrix, and an ``n x n`` matrix of each row."""
+
+    def __init__(self, hyper: Hyper, m: int, n: int):
+        self.hyper, self.k = hyper, 0
+        self.first, self.rows = np.zeros((m, n)), np.zeros((m, n, n))
+        self.row_sums, self.gram = np.zeros(m), np.zeros((n, n))
+
+    def renew(self, old: np.ndarray, p: np.ndarray) -> None:
+        """From one span into another; what the old one did not have gets the mean of what it had.
+
+        Args:
+          old: the projector of the partner before the renewal.
+          p: that after it.
+        """
+        self._project(old)
+        r, new = round(np.trace(old)), p - p @ old @ p
+        fill = lambda trace: (trace / r)[..., None, None] * new
+        trace = np.trace(self.rows, axis1=1, axis2=2)
+        total = np.trace(self.gram)
+        self._project(p)
+        shrunk = np.trace(self.gram)
+        self.rows, self.gram = self.rows + fill(trace), self.gram + fill(total)
+        self.row_sums = self.row_sums * np.trace(self.gram) / shrunk
+
+    def see(self, g: np.ndarray, p: np.ndarray) -> None:
+        h, self.k, self.g = self.hyper, self.k + 1, g @ p
+        self._project(p)
+        self.first = h.b1 * self.first + (1 - h.b1) * self.g
+        self.rows = h.b2 * self.rows + (1 - h.b2) * self.g[:, :, None] * self.g[:, None, :]
+        self.gram = h.b2 * self.gram + (1 - h.b2) * self.g.T @ self.g
+        self.row_sums = h.b2 * self.row_sums + (1 - h.b2) * (self.g**2).sum(1)
+
+    def _project(self, p: np.ndarray) -> None:
+        total = np.trace(self.gram)
+        self.first, self.rows, self.gram = self.first @ p, p @ self.rows @ p, p @ self.gram @ p
+        self.row_sums = self.row_sums * (np.trace(self.gram) / total if total > 0 else 0.0)
+
+    def direction(self) -> np.ndarray:
+        h, correction = self.hyper, 1 - self.hyper.b2**self.k
+        m_hat = h.m_hat(self.first, self.g, self.k)
+        if not h.factored:
+            return m_hat / h.root(np.diagonal(self.rows, axis1=1, axis2=2) / correction)
+        rows, columns = self.row_sums / correction, np.diag(self.gram) / correction
+        sizes = rows.size, columns.size
+        whole = h.root(columns.sum() / (sizes[0] * sizes[1]))
+        of_rows, of_columns = h.root(rows / sizes[1]), h.root(columns / sizes[0])
+        return m_hat * whole / of_rows[:, None] / of_columns[None, :]
+
+
+class Momentum:
+    """The moment of LoFT-SGD and of LoFT-Muon."""
+
+    def __init__(self, hyper: MomentumHyper, m: int, n: int):
+        self.hyper, self.moment, self.k = hyper, np.zeros((m, n)), -1
+
+    def renew(self, old: np.ndarray, p: np.ndarray) -> None:
+        self.moment = self.moment @ old @ p
+
+    def see(self, g: np.ndarray, p: np.ndarray) -> None:
+        self.k += 1
+        self.g, self.moment = g @ p, self.hyper.momentum * self.moment @ p + g @ p
+
+    def direction(self) -> np.ndarray:
+        return self.hyper.direction(self.moment, self.g, self.k)
+
+
+def dense_loft(problem: Problem, hyper, renewals: dict[int, Renewal]) -> list[np.ndarray]:
+    """The path of W, with renewals after some steps (counted from 1)."""
+    w, u, v = problem.w0, problem.u, problem.v
+    make = RowMoments if isinstance(hyper, Hyper) else Momentum
+    moments = make(hyper, problem.m, problem.n), make(hyper, problem.n, problem.m)
+    path = []
+    for k in range(STEPS):
+        weight = w + problem.scale * u @ v.T
+        g = problem.gradient(weight, k)
+        moments[0].see(g, projector(v))
+        moments[1].see(g.T, projector(u))
+        if k % 2:
+            u = u - hyper.lr * moments[0].direction() @ np.linalg.pinv(v).T / problem.scale
+        else:
+            v = v - hyper.lr * moments[1].direction() @ np.linalg.pinv(u).T / problem.scale
+        path.append(w + problem.scale * u @ v.T)
+        if renewal := renewals.get(k + 1):
+            old_u, old_v, (u, v) = u, v, renewal.factors(u, v)
+            w = path[-1] - problem.scale * u @ v.T
+            moments[0].renew(projector(old_v), projector(v))
+            moments[1].renew(projector(old_u), projector(u))
+    return path
+
+
+Renew = Callable[..., tuple]
+
+
+def follow(tx, problem: Problem, renewals: dict[int, Renew], dtype=np.float64) -> list[np.ndarray]:
+    """The path of W under the package, with renewals after some steps."""
+    base = {"q": {"kernel": jnp.asarray(problem.w0, dtype)}}
+    adapter = {"q": {"lora_a": jnp.asarray(problem.u, dtype)}}
+    adapter["q"]["lora_b"] = jnp.asarray(problem.v.T, dtype)
+    state, update, path = tx.init(adapter), jax.jit(tx.update), []
+    weight = lambda: problem.scale * adapter["q"]["lora_a"] @ adapter["q"]["lora_b"]
+    weight_of = lambda: np.asarray(base["q"]["kernel"] + weight(), np.float64)
+    for k in range(STEPS):
+        g = problem.scale * problem.gradient(weight_of(), k)
+        u, v = adapter["q"]["lora_a"], adapter["q"]["lora_b"].T
+        gradients = {"q": {"lora_a": jnp.asarray(g @ v), "lora_b": jnp.asarray(u.T @ g)}}
+        updates, state = update(gradients, state, adapter)
+        adapter = optax.apply_updates(adapter, updates)
+        path.append(weight_of())
+        if change := renewals.get(k + 1):
+            base, adapter, state = jax.jit(change)(base, adapter, state, jax.random.key(k))
+            np.testing.assert_allclose(weight_of(), path[-1], atol=1e-13 * abs(path[-1]).max())
+    return path
+
+
+def by_package(renewals: dict[int, Renewal], pairs: LoraPairs, rank: int) -> dict[int, Renew]:
+    """The same renewals, as calls of the package."""
+    calls: dict[int, Renew] = {}
+    for k, of in sorted(renewals.items()):
+        new = FactorPair(*map(jnp.asarray, of.new))
+        options = {"pairs": pairs, "size": of.size, "directions": lambda *_, new=new: new}
+        if of.rank == rank:
+            calls[k] = functools.partial(renew, keep=of.keep, **options)
+        else:
+            calls[k] = functools.partial(change_rank, rank=of.rank, **options)
+        rank = of.rank
+    return calls
+
+
+TALL, SCALED = Problem(14, 6, 3, seed=1), Problem(8, 10, 4, seed=8, scale=2.5)
+SCHEDULES = {
+    "renewed": lambda p: {
+        7: Renewal.draw(7, p, 0, p.r),
+        12: Renewal.draw(12, p, 2, p.r - 2, size=0.1),
+    },
+    "shrunk and grown": lambda p: {
+        5: Renewal.draw(5, p, 2, 0),
+        12: Renewal.draw(12, p, 2, 3, size=0.01),
+    },
+}
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("method", ["calibrated", "factored", "nesterov", "sgd", "muon"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_renewals_are_those_of_the_dense_method(schedule, method, assert_close):
+    problem = TALL if schedule == "renewed" else SCALED
+    renewals, pairs = SCHEDULES[schedule](problem), LoraPairs(scale=problem.scale)
+    nesterov = method == "nesterov"
+    hyper = Hyper(factored=method == "factored", nesterov=nesterov, b2=0.99)
+    name = "factored" if hyper.factored else "calibrated"
+    tx = loft_adamw(
+        hyper.lr, b2=0.99, weight_decay=0.0, nesterov=nesterov, second_moment=name, pairs=pairs
+    )
+    if method == "sgd":
+        hyper, tx = MomentumHyper(), loft_sgd(0.02, 0.95, pairs=pairs)
+    elif method == "muon":
+        hyper = MomentumHyper(muon=True)
+        tx = loft_muon(0.02, weight_decay=0.0, pairs=pairs)
+    got = follow(tx, problem, by_package(renewals, pairs, problem.r))
+    assert_close(got, dense_loft(problem, hyper, renewals), 1e-10, f"renewals, {method}")
+
+
+METHODS = {
+    name: functools.partial(loft_adamw, 0.05, weight_decay=0.1, second_moment=name)
+    for name in ("calibrated", "factored", "diagonal")
+} | {"muon": functools.partial(loft_muon, 0.02), "sgd": functools.partial(loft_sgd, 0.02, 0.9)}
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("method", METHODS)
+def test_a_renewal_that_keeps_all_directions_changes_nothing(method, assert_close):
+    pairs = LoraPairs(scale=SCALED.scale)
+    tx = METHODS[method](pairs=pairs)
+    call = functools.partial(renew, keep=SCALED.r, pairs=pairs)
+    got = follow(tx, SCALED, dict.fromkeys((5, 10, 11), call))
+    assert_close(got, follow(tx, SCALED, {}), 1e-10, "renewals that keep all directions")
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("factored", [False, True], ids=["calibrated", "factored"])
+def test_at_full_rank_a_run_with_renewals_is_adamw(factored, assert_close):
+    problem = Problem(8, 8, 8, seed=11)
+    hyper = Hyper(factored=factored, eps=0.0 if factored else 1e-8)
+    name = "factored" if factored else "calibrated"
+    tx = loft_adamw(hyper.lr, eps=hyper.eps, weight_decay=0.0, second_moment=name)
+    calls = {
+        3: functools.partial(renew, directions="random"),
+        8: functools.partial(renew, directions="momentum", size=0.1),
+        13: functools.partial(renew, directions="random", keep=5),
+    }
+    expected = adamw(problem, hyper, STEPS)
+    assert_close(follow(tx, problem, calls), expected, 1e-10, "renewals at full rank are AdamW")
+
+
+@pytest.mark.usefixtures("x64")
+def test_moments_point_along_the_leading_directions_of_a_gradient(assert_close):
+    """As one step of the power iteration."""
+    rng = np.random.default_rng(0)
+    gradient, v, u = rng.normal(size=(9, 7)), rng.normal(size=(7, 3)), rng.normal(size=(9, 3))
+    moments = FactorPair(jnp.asarray(gradient @ v), jnp.asarray(gradient.T @ u))
+    given = RenewalInput(FactorPair(jnp.asarray(u), jnp.asarray(v)), moments)
+    found = momentum_directions(jax.random.key(0), given, 2)
+    for columns, moment in zip(found, moments, strict=True):
+        expected = np.linalg.svd(moment)[0][:, :2]
+        # But for a thousandth of noise.
+        assert_close(abs(expected.T @ columns), np.eye(2), 5e-3, "leading directions")
+    more = momentum_directions(jax.random.key(0), given, 5)
+    assert all(np.linalg.matrix_rank(x) == 5 for x in more)
+
+
+# Trees: stacks, layouts, meshes, frameworks, errors.
+
+KERNELS = {"q": (8, 16), "stack": (8, 6, 10), "heads": (8, 2, 4)}
+PAIRS = LoraPairs(
+    axes=(("stack/.*", LoraAxes(batch=(0,))), ("heads/.*", LoraAxes())), scale=(("q/.*", 2.0),)
+)
+SPECS = {
+    "q": (P("x", None), P("x", None), P(None, None)),
+    "stack": (P("x"), P("x"), P("x")),
+    "heads": (P("x"), P("x", None), P()),
+}
+
+
+RENEW = jax.jit(functools.partial(renew, pairs=PAIRS, keep=1))
+
+
+@functools.cache
+def model_tree() -> tuple:
+    """Base, adapter and a state with moments: plain, stacked and of several heads."""
+    factors = {
+        "q": ((8, 2), (2, 16)),
+        "stack": ((8, 6, 2), (8, 2, 10)),
+        "heads": ((8, 2), (2, 2, 4)),
+    }
+    base = {name: {"kernel": jnp.zeros(shape)} for name, shape in KERNELS.items()}
+    adapter = {n: {"lora_a": jnp.zeros(a), "lora_b": jnp.zeros(b)} for n, (a, b) in factors.items()}
+    base, adapter = random_like(base, 0), random_like(adapter, 1)
+    tx = optax.chain(optax.clip(1e6), loft_adamw(0.1, second_moment="factored", pairs=PAIRS))
+    adapter, state = train(tx, adapter, [random_like(adapter, seed) for seed in (2, 3)])
+    return base, adapter, state
+
+
+def test_stacks_and_heads_are_renewed_as_plain_matrices():
+    base, adapter, state = model_tree()
+    new = RENEW(base, adapter, state, jax.random.key(0))
+    assert types(new) == types((base, adapter, state))
+    assert_trees_close(merge(*new[:2], PAIRS), merge(base, adapter, PAIRS))
+    leading = lambda tree: jnp.linalg.svd(
+        jnp.einsum("lmr,lrn->lmn", *tree["stack"].values()), compute_uv=False
+    )[:, 0]
+    # Which of the two new singular values is the larger depends on the layer.
+    np.testing.assert_array_less(0.99 * leading(adapter), leading(new.adapter))
+    moments = [jnp.linalg.norm(x) for x in jax.tree.leaves(new.state[1][0].mu)]
+    assert all(x > 0 for x in moments)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_a_mesh_changes_no_renewal_and_no_sharding(axis_type):
+    base, adapter, state = model_tree()
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(axis_type,))
+    expected = RENEW(base, adapter, state, jax.random.key(0))
+    specs_base = {n: {"kernel": s[0]} for n, s in SPECS.items()}
+    specs = {n: {"lora_a": s[1], "lora_b": s[2]} for n, s in SPECS.items()}
+    put = lambda tree, specs: jax.device_put(
+        tree, jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+    )
+    core, *others = state[1]
+    with jax.set_mesh(mesh):
+        core = core._replace(**{f: put(getattr(core, f), specs) for f in ("basis", "mu", "nu")})
+        placed = (state[0], (core, *others))
+        got = RENEW(put(base, specs_base), put(adapter, specs), placed, jax.random.key(0))
+    assert_trees_close(jax.device_get(got), jax.device_get(expected))
+    for name, entry in got.adapter.items():
+        split = entry["lora_a"].sharding.shard_shape(entry["lora_a"].shape)
+        assert split != entry["lora_a"].shape, name
+
+
+def test_ranks_may_differ_between_adapters():
+    base, adapter, state = model_tree()
+    ranks = (("q/.*", 4), ("stack/.*", 1))
+    change = jax.jit(functools.partial(change_rank, rank=ranks, pairs=PAIRS))
+    new = change(base, adapter, state, jax.random.key(0))
+    found = {name: entry["lora_a"].shape[-1] for name, entry in new.adapter.items()}
+    assert found == {"q": 4, "stack": 1, "heads": 2}
+    assert_trees_close(merge(*new[:2], PAIRS), merge(base, adapter, PAIRS))
+    tx = loft_adamw(0.1, second_moment="factored", pairs=PAIRS)
+    updates, after = tx.update(random_like(new.adapter, 5), new.state[1], new.adapter)
+    assert types(updates) == types(new.adapter)
+    assert types(after) == types(new.state[1])
+
+
+def test_an_nnx_model_is_renewed_in_place():
+    rule = LoraRule(path=".*", rank=2, alpha=4, init_b=jax.nn.initializers.normal(0.3))
+    layers = [nnx.Linear(6, 5, rngs=nnx.Rngs(0)), nnx.Linear(5, 4, rngs=nnx.Rngs(1))]
+    model = add_lora(nnx.Sequential(*layers), rule, rngs=nnx.Rngs(2))
+    pairs = rule.lora_pairs()
+    tx = loft_adamw(1e-2, pairs=pairs)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)
+    x = jnp.ones((3, 6))
+
+    def step():
+        loss = lambda model: jnp.sum(model(x) ** 2)
+        graph = nnx.DiffState(0, nnx.LoRAParam)
+        optimizer.update(model, nnx.grad(loss, argnums=graph)(model))
+
+    step()
+    before, kernel = model(x), model.layers[0].base.kernel[...]
+    for rank, expected in ((None, 2), (3, 3), (1, 1)):
+        renew_model(model, optimizer, jax.random.key(0), rank=rank, pairs=pairs)
+        np.testing.assert_allclose(model(x), before, atol=2e-5)
+        assert model.layers[0].lora_a.shape == (6, expected)
+        assert float(jnp.abs(model.layers[0].base.kernel[...] - kernel).max()) > 1e-3
+        step()
+        before = model(x)
+
+
+BAD = {
+    "no LoFT state": (
+        lambda base, adapter, state: renew(base, adapter, optax.adam(1.0).init(adapter), KEY),
+        "holds none of a LoFT optimizer",
+    ),
+    "a frozen pair": (
+        lambda base, adapter, state: renew(base, adapter, masked(adapter, NOTHING), KEY),
+        "q/lora_a: no LoFT optimizer",
+    ),
+    "a hidden subtree": (
+        lambda base, adapter, state: renew(base, adapter, masked(adapter, {"q": False}), KEY),
+        "put optax.MaskedNode",
+    ),
+    "an ablation": (
+        lambda base, adapter, state: renew(
+            base, adapter, loft_adamw(1.0, calibrate=False).init(adapter), KEY
+        ),
+        "calibrate=False",
+    ),
+    "keep": (
+        lambda base, adapter, state: renew(base, adapter, state, KEY, keep=3),
+        "q/lora_a: keep must be from 0 to 2",
+    ),
+    "rank": (
+        lambda base, adapter, state: change_rank(base, adapter, state, KEY, 9),
+        "q/lora_a: the new rank must be from 1 to 6",
+    ),
+    "directions": (
+        lambda base, adapter, state: renew(base, adapter, state, KEY, directions="gradient"),
+        "'random', 'momentum'",
+    ),
+    "no moments": (
+        lambda base, adapter, state: renew(base, adapter, loft_sgd(1.0).init(adapter), KEY),
+        "needs a first moment",
+    ),
+    "a quantized weight": (
+        lambda base, adapter, state: renew({"q": {"kernel": QUANTIZED}}, adapter, state, KEY),
+        "A quantized weight cannot be merged into",
+    ),
+}
+KEY = jax.random.key(0)
+NOTHING = {"q": {"lora_a": False, "lora_b": False}}
+
+
+def masked(adapter, mask):
+    """A state that is of no pair."""
+    return optax.masked(loft_adamw(1.0, pairs=LoraPairs(required=False)), mask).init(adapter)
+
+
+QUANTIZED = jnp.zeros((8, 6), jnp.int8)
+
+
+@pytest.mark.parametrize("mistake", BAD)
+def test_mistakes_are_named_with_their_remedy(mistake):
+    adapter = {"q": {"lora_a": jnp.ones((8, 2)), "lora_b": jnp.ones((2, 6))}}
+    base = {"q": {"kernel": jnp.zeros((8, 6))}}
+    call, message = BAD[mistake]
+    with pytest.raises(ValueError, match=message):
+        call(base, adapter, loft_adamw(1.0).init(adapter))
+
+
+def test_an_adapter_that_was_never_trained_keeps_its_zero_factor():
+    adapter = {"q": {"lora_a": jnp.ones((8, 2)), "lora_b": jnp.zeros((2, 6))}}
+    state = loft_adamw(1.0).init(adapter)
+    new = renew({"q": {"kernel": jnp.zeros((8, 6))}}, adapter, state, KEY)
+    assert not new.adapter["q"]["lora_b"].any()
+    lengths = jnp.linalg.norm(new.adapter["q"]["lora_a"], axis=0)
+    np.testing.assert_allclose(lengths, 8**0.5, rtol=1e-5)
