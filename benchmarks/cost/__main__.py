@@ -11,6 +11,7 @@ COMMANDS = (
     "growth",
     "peak-memory",
     "beside-peft",
+    "load-memory",
     "compile-time",
     "precision",
     "low-precision",

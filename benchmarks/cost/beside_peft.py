@@ -103,8 +103,9 @@ class Process:
         flags = ["--batch", batch, "--rank", str(options.rank), "--method", options.method]
         flags += ["--recompute"] if options.recompute else []
         command = [sys.executable, "-m", "benchmarks.cost", "beside-peft", "--side", side, *flags]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        self._process = subprocess.Popen(command, cwd=ROOT, text=True, **pipes)
+        self._process = subprocess.Popen(
+            command, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
 
     def __call__(self) -> None:
         self._ask("step")
