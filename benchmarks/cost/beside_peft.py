@@ -6,8 +6,8 @@
 Both sides train adapters of rank 8 on q, k, v, up and down of a model with SmolLM2-135M's shapes
 and random weights, on random tokens, with AdamW. Each side is a process of its own, so that its
 peak resident memory is its own too, and the processes take their steps in alternation. Ours is the
-step of `finetune_llm.py` with the method of `--method`. `--recompute` compares recomputation by
-layer with PEFT's gradient checkpointing.
+step of `finetune_llm.py` with `--method` and `--dtype`; PEFT's is in float32. `--recompute` compares
+recomputation by layer with PEFT's gradient checkpointing.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from flax import nnx
 
@@ -45,6 +46,8 @@ def our_step(options: argparse.Namespace) -> Callable[[], Any]:
     @nnx.jit
     def make() -> Llama:
         model = Llama(LlamaConfig(), rngs=nnx.Rngs(0), remat=options.recompute)
+        weights = nnx.state(model)
+        nnx.update(model, jax.tree.map(lambda x: x.astype(options.dtype), weights))
         return add_lora(model, rule, rngs=nnx.Rngs(1))
 
     model, pairs = make(), lora_pairs(rule)
@@ -101,6 +104,7 @@ class Process:
     def __init__(self, side: str, options: argparse.Namespace):
         batch = "x".join(map(str, options.batch))
         flags = ["--batch", batch, "--rank", str(options.rank), "--method", options.method]
+        flags += ["--dtype", options.dtype]
         flags += ["--recompute"] if options.recompute else []
         command = [sys.executable, "-m", "benchmarks.cost", "beside-peft", "--side", side, *flags]
         self._process = subprocess.Popen(
@@ -149,6 +153,7 @@ def measure(options: argparse.Namespace) -> list[Row]:
             "method": options.method if side == "ours" else "lora",
             "batch": "x".join(map(str, options.batch)),
             "rank": options.rank,
+            "dtype": options.dtype if side == "ours" else "float32",
             "recompute": options.recompute,
             "step_ms": quartiles(times[side]),
             "ratio": paired_ratio(times[side], times["peft"]),
@@ -169,9 +174,19 @@ def table(rows: list[Row]) -> str:
         ratio = "{1:.2f} ({0:.2f} to {2:.2f})".format(*row["ratio"])
         recompute = "yes" if row["recompute"] else "no"
         peak = f"{row['peak_mb'] / 1e3:.2f}"
-        return [row["side"], row["method"], recompute, times, ratio, peak, row["peak_ratio"]]
+        names = [row["side"], row["method"], row["dtype"], recompute]
+        return [*names, times, ratio, peak, row["peak_ratio"]]
 
-    heads = ["side", "method", "recomputed", "step, s (quartiles)", "ratio", "peak, GB", "ratio"]
+    heads = [
+        "side",
+        "method",
+        "dtype",
+        "recomputed",
+        "step, s (quartiles)",
+        "ratio",
+        "peak, GB",
+        "ratio",
+    ]
     return markdown.table(heads, map(cells, rows))
 
 
@@ -180,6 +195,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch", type=batch_shape, default=(4, 512), metavar="ROWSxTOKENS")
     add("--rank", type=int, default=8)
     add("--method", choices=METHODS, default="loft")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of our weights")
     add("--recompute", action="store_true", help="recompute each layer in the backward pass")
     add("--side", choices=SIDES, help="take the steps of one side, on request from stdin")
     add_runs(parser, 5)
