@@ -14,7 +14,9 @@ COMMANDS = (
     "compile-time",
     "precision",
     "low-precision",
+    "bfloat16-training",
     "casts",
+    "factor-condition",
     "method-costs",
     "figures",
 )
