@@ -17,6 +17,7 @@ COMMANDS = (
     "bfloat16-training",
     "casts",
     "factor-condition",
+    "order-of-sums",
     "method-costs",
     "figures",
 )
