@@ -236,10 +236,10 @@ def run(options: argparse.Namespace) -> None:
         pretrained = llama_weights.load(None)
         data = load_data(options.data, pretrained.tokenizer, {cell.length for cell in cells})
         base = pretrained.build()
-        bases = {dtype: in_dtype(base, dtype) for dtype in ("float32", "bfloat16")}
+        del pretrained  # its arrays are as large as the model
         for cell in cells:
             rule = llama.lora_rule(TARGETS, cell.rank, cell.rank)
-            new = train(bases[cell.dtype], data, rule, cell)
+            new = train(in_dtype(base, cell.dtype), data, rule, cell)
             append(path, new)
             rows += new
             print(cell, [row["final"] for row in new], flush=True)
