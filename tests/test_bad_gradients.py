@@ -161,3 +161,19 @@ def test_a_mixed_tree_under_float16_loss_scaling_skips_overflows_and_goes_on():
     expected, clean = train([fits] * 4)
     assert_trees_identical((got, state.inner_state), (expected, clean.inner_state))
     assert int(clean.inner_state[0].active) == 0
+
+
+@pytest.mark.parametrize("options", [{}, SQUARES["factored"]], ids=["calibrated", "factored"])
+def test_a_count_at_its_largest_stays_there_and_training_goes_on(options):
+    """As `optax.safe_increment` has it. The bias corrections are 1 long before."""
+    params = {"layer": small_params()["layer0"]}
+    tx = loft_adamw(1e-2, nu_dtype="bfloat16", **options)
+    state = tx.init(params)
+    largest = jnp.int32(2**31 - 1)
+    state = (state[0]._replace(count=largest - 1), *state[1:])
+    update = jax.jit(tx.update)
+    for gradient in small_gradients(params, 3):
+        updates, state = update(gradient, state, params)
+        sizes = [float(jnp.abs(x).max()) for x in jax.tree.leaves(updates)]
+        assert all(np.isfinite(sizes)) and 0 < max(sizes) < 1
+    assert state[0].count == largest
