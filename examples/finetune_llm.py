@@ -253,7 +253,7 @@ def compare(
             title(method, settings.rank): read_records(of_method)
             for method, of_method in folders.items()
         }
-        heading = f"The same learning rate, {settings.peak:g}, for each method"
+        heading = f"Learning rate {settings.peak:g} for each method, and perplexity at the end"
         draw_comparison(curves, folder / "comparison.png", heading)
         print(f"\ncomparison in {folder / 'comparison.png'}")
 

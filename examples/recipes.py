@@ -258,7 +258,8 @@ def run_stand_in(recipe: Recipe, output: Path, number: int = 0) -> None:
         # An epoch of the paper is many steps: the stand-in has two.
         place = arguments.index("--epochs")
         kept = arguments[:place] + arguments[place + 2 :]
-        replaced += ["--steps", "2", "--generate", "2"]
+        replaced += ["--steps", "2"]
+        replaced += [] if isinstance(rows[0], str) else ["--generate", "2"]
         settings, folder_, resume = finetune_llm.parse_arguments([*kept, *map(str, replaced)])
         finetune_llm.finetune(settings, folder_, resume)
 

@@ -597,11 +597,64 @@ def test_a_leaf_that_is_no_real_float_is_refused(make, leaf):
 
 
 @every_optimizer
-@pytest.mark.parametrize("broken", ["params", "gradients"])
-def test_nan_goes_in_and_nan_comes_out(make, broken):
+@pytest.mark.parametrize(
+    ("broken", "bad"),
+    [("params", np.nan), ("gradients", np.nan), ("gradients", np.inf), ("gradients", -np.inf)],
+)
+def test_what_is_not_finite_shows_in_the_updates(make, broken, bad):
+    """A finite update beside a state that is broken would go unnoticed."""
     args = {"params": small_params(), "gradients": random_like(small_params(), 1)}
-    args[broken] = jax.tree.map(lambda x: x.at[0, 0].set(jnp.nan), args[broken])
+    args[broken] = jax.tree.map(lambda x: x.at[0, 0].set(bad), args[broken])
     state = make().init(args["params"])
     updates, _ = quick(make).update(args["gradients"], state, args["params"])
     for layer in ("layer0", "layer1"):
-        assert any(np.isnan(x).any() for x in jax.tree.leaves(updates[layer]))
+        assert any(~np.isfinite(x).all() for x in jax.tree.leaves(updates[layer]))
+
+
+_layer = {"lora_a": jnp.ones((6, 2)), "lora_b": jnp.ones((2, 5))}
+CHANGED = {
+    "grown": ({"layer2": _layer}, "layer2/lora_[ab]"),
+    "shrunk": ({"layer1": None}, "layer1/lora_[ab]"),
+    "a layer renamed": ({"layer1": None, "other": _layer}, "other/lora_[ab]"),
+    "factors renamed": (
+        {"layer1": {"lora_A": _layer["lora_a"], "lora_B": _layer["lora_b"]}},
+        "layer1/lora_[ABab]",
+    ),
+    "a leaf became a tree": ({"head": {"kernel": jnp.ones((5, 3))}}, "head"),
+    "a tree became a leaf": ({"layer1": jnp.ones((6, 2))}, "layer1"),
+}
+
+
+@every_optimizer
+@pytest.mark.parametrize(("change", "path"), CHANGED.values(), ids=CHANGED)
+def test_a_tree_that_changed_between_steps_is_refused_by_path(make, change, path):
+    params = small_params()
+    changed = {k: v for k, v in {**params, **change}.items() if v is not None}
+    tx = make()
+    with pytest.raises(ValueError, match=f"(?m)(of |^  |/){path}"):
+        jax.eval_shape(tx.update, changed, tx.init(params), params)
+    state = tx.init(params)
+    if jax.tree.structure(state) == jax.tree.structure(jax.eval_shape(tx.init, changed)):
+        return  # it has no state of leaves
+    with pytest.raises(ValueError, match=f"(?m)(of |^  |/){path}"):
+        jax.eval_shape(tx.update, changed, state, changed)
+
+
+@every_kind
+def test_no_two_arrays_of_parameters_and_state_share_a_buffer(make):
+    """A buffer that serves twice cannot be donated."""
+    params, tx = small_params(), make()
+    state = tx.init(params)
+    after = quick(make).update(params, state, params)
+    for arrays in (jax.tree.leaves((params, state)), jax.tree.leaves(after)):
+        assert len({x.unsafe_buffer_pointer() for x in arrays}) == len(arrays)
+
+
+@every_kind
+def test_parameters_that_are_one_array_are_trained_as_copies(make):
+    a, b = jnp.eye(4), random_like(jnp.zeros((4, 4)), 3)
+    shared = {"layer0": {"lora_a": b, "lora_b": b}, "layer1": {"lora_a": b, "lora_b": a}, "w": b}
+    copied = jax.tree.map(jnp.array, shared)
+    gradients = small_gradients(copied, 2)
+    tx = quick(make)
+    assert_trees_identical(train(tx, shared, gradients)[0], train(tx, copied, gradients)[0])

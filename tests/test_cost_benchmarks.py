@@ -8,9 +8,12 @@ import pytest
 from optimizers import hasty_compiler as hasty_compiler
 
 from benchmarks.cost import (
+    bfloat16_training,
     compile_time,
+    factor_condition,
     floor,
     growth,
+    low_precision,
     method_costs,
     optimizer_step,
     precision,
@@ -114,3 +117,41 @@ def test_compile_time_of_separate_layers():
     assert row["instructions"] > 1000
     assert row["trace_s"] > 0
     assert row["compile_s"] > 0
+
+
+def test_training_in_bfloat16_is_resumed_and_compared_by_seed():
+    cells = [bfloat16_training.Cell(1, 16, 4, dtype) for dtype in ("float32", "bfloat16")]
+    assert [len(cell.arms()) for cell in cells] == [2, 4]
+    assert len(bfloat16_training.Cell(2, 32, 4, "bfloat16").arms()) == 2
+
+    def row(cell, final, seed=0, balance=True):
+        arm = {"second_moment": "factored", "balance": balance, "seed": seed}
+        return {**cell._asdict(), **arm, "final": final, "largest": 2.0}
+
+    rows = [row(cells[0], 3.5), row(cells[0], 3.6, seed=1)]
+    assert bfloat16_training.missing(cells, rows) == cells[1:]
+    rows += [row(cells[1], 3.51), row(cells[1], 3.58, seed=1)]
+    rows.append(row(cells[1], None, balance=False))
+    lines = bfloat16_training.table(rows).splitlines()[2:]
+    assert lines == [
+        "| 1 x 16 | factored | 4 | float32 | 3.5500 |  | 2 |",
+        "| 1 x 16 | factored | 4 | bfloat16 | 3.5450 | +0.0100, -0.0200 | 2 |",
+        "| 1 x 16 | factored | 4 | bfloat16, balance=False | NaN | NaN | 2 |",
+    ]
+
+
+def test_problems_in_low_precision_are_counted_by_their_excess():
+    losses = lambda *final: np.array([[[2.0, x] for x in final]])
+    exact = low_precision.Descents(losses(1.0, 1e-9, 0.1, 0.2), np.ones((1, 4)))
+    low = low_precision.Descents(losses(1.04, 1e-6, 0.2, np.inf), np.ones((1, 4)))
+    rows = low_precision.row_of("sgd", 4, "bfloat16", [8], low, exact)
+    counted = {name: rows[0][name] for name in ("problems", "within", "rounded", "excess")}
+    assert counted == {"problems": 4, "within": 1, "rounded": 1, "excess": np.inf}
+    (line,) = low_precision.summary(rows).splitlines()[2:]
+    assert line == "| sgd | bfloat16 | 4 | 1 | 1 | 2 | inf | inf | 1 |"
+
+
+def test_the_condition_of_factors_is_measured():
+    row = factor_condition.measure("lora", True, steps=3)
+    assert row["condition"] > 1
+    assert "| lora |" in factor_condition.table([row])

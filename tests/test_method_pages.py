@@ -10,10 +10,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from optimizers import hasty_compiler as hasty_compiler
 
 import loft_jax
 from loft_jax import baselines
-from optimizers import hasty_compiler as hasty_compiler
 
 DOCS = Path(__file__).parents[1] / "docs"
 METHODS = sorted((DOCS / "methods").glob("*.md"))

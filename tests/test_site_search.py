@@ -32,7 +32,7 @@ QUESTIONS = {
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
 waits = pytest.importorskip("selenium.webdriver.support.wait")
 if not (SITE / "searchindex.js").exists():
-    pytest.skip("the site is not built: sphinx-build docs docs/_build/html", allow_module_level=True)
+    pytest.skip("the site is not built (see above)", allow_module_level=True)
 if not (shutil.which("chromium") and shutil.which("chromedriver")):
     pytest.skip("Chromium or its driver is not installed", allow_module_level=True)
 

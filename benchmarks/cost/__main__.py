@@ -15,7 +15,11 @@ COMMANDS = (
     "compile-time",
     "precision",
     "low-precision",
+    "bfloat16-training",
     "casts",
+    "export",
+    "factor-condition",
+    "order-of-sums",
     "method-costs",
     "figures",
 )

@@ -48,20 +48,23 @@ def _renewed(interval: int, **renewal: Any) -> Method:
     return Method(label=label, optimizer=_loft, interval=interval, renewal=renewal)
 
 
+def _drawn_anew(interval: int, name: str, optimizer: Any) -> Method:
+    label = f"{name}, drawn anew every {interval}, without its moments"
+    return Method(label=label, optimizer=optimizer, interval=interval)
+
+
 METHODS = {
     "full": Method(label="full fine-tuning", optimizer=_adamw, full=True),
     "lora": Method(label="LoRA", optimizer=_adamw),
-    "lora-drawn-anew": Method(
-        label="LoRA, drawn anew every 250, without its moments", optimizer=_adamw, interval=250
-    ),
+    "lora-drawn-anew": _drawn_anew(250, "LoRA", _adamw),
+    "lora-drawn-anew-25": _drawn_anew(25, "LoRA", _adamw),
     "lora-rite": Method(
         label="LoRA-RITE", optimizer=functools.partial(baselines.lora_rite, pairs=PAIRS)
     ),
     "lora-muon": Method(label="LoRA, Muon on the factors", optimizer=optax.contrib.muon),
     "loft": Method(label="LoFT, factored", optimizer=_loft),
-    "loft-drawn-anew": Method(
-        label="LoFT, drawn anew every 250, without its moments", optimizer=_loft, interval=250
-    ),
+    "loft-drawn-anew": _drawn_anew(250, "LoFT", _loft),
+    "loft-drawn-anew-25": _drawn_anew(25, "LoFT", _loft),
     "random-250": _renewed(250, directions="random"),
     "momentum-250": _renewed(250, directions="momentum"),
     "kept-250": _renewed(250, directions="momentum", keep=2),

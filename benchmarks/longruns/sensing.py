@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> None:
         label, spread = METHODS[name].label, of_best.std(ddof=1)
         lines.append([label, f"{of_best.mean():.3f} ± {spread:.3f}", f"{RATES[best]:g}"])
         print(*lines[-1], f"{seconds:.0f} s", flush=True)
-        row = {"method": name, "rates": RATES, "errors": errors.round(5).tolist()}
+        row = {"method": name, "rates": RATES, "errors": errors.astype(float).round(5).tolist()}
         records.append(options.results, [row])
     print(markdown.table(["method", "error", "rate"], lines))
 

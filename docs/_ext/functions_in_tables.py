@@ -1,4 +1,4 @@
-"""Links ``folder/file.py: function`` in the table of algorithm.md to the function and its source."""
+"""Links the functions in the table of algorithm.md to their documentation and source."""
 
 import re
 from typing import Any

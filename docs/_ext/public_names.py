@@ -43,8 +43,10 @@ def missing_sections(value: Any) -> list[str]:
         needs_args = not is_record and inspect.signature(value).parameters
         wanted = [] if is_record else ["Example:", *(["Args:"] if needs_args else [])]
     elif inspect.isfunction(value):
-        wanted += ["Args:"] if inspect.signature(value).parameters else []
-        wanted += ["Returns:", "Raises:"]
+        signature = inspect.signature(value)
+        wanted += ["Args:"] if signature.parameters else []
+        wanted += ["Returns:"] if signature.return_annotation is not None else []
+        wanted += ["Raises:"]
     return [section for section in wanted if section not in doc]
 
 

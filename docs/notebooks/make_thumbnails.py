@@ -19,20 +19,24 @@ FIGURES = {
 }
 """Which of the figures of each notebook is shown."""
 
-SIZE = (560, 300)
+SIZE = (560, 270)
+
+
+def write(figure: Path, thumbnail: Path) -> None:
+    """Writes a figure as a PNG of at most 40 kB."""
+    with Image.open(figure) as image:
+        picture = ImageOps.pad(image.convert("RGB"), SIZE, Image.Resampling.LANCZOS, color="white")
+    picture.quantize(200, dither=Image.Dither.NONE).save(thumbnail, optimize=True)
+    print(f"{thumbnail.stat().st_size / 1e3:5.1f} kB  {thumbnail}")
 
 
 def main(site: Path) -> None:
-    """Writes a PNG of at most 40 kB for each notebook."""
+    """Writes the thumbnail of each notebook."""
     folder = Path(__file__).parent / "thumbnails"
     for name, place in FIGURES.items():
         page = site / "notebooks" / f"{name}.html"
         figures = re.findall(r'<img[^>]* src="([^"]+_images/[0-9a-f]{64}\.png)"', page.read_text())
-        with Image.open(page.parent / figures[place]) as figure:
-            picture = ImageOps.pad(figure.convert("RGB"), SIZE, Image.Resampling.LANCZOS, "white")
-        target = folder / f"{name}.png"
-        picture.quantize(64, dither=Image.Dither.NONE).save(target, optimize=True)
-        print(f"{target.stat().st_size / 1e3:5.1f} kB  {target}")
+        write(page.parent / figures[place], folder / f"{name}.png")
 
 
 if __name__ == "__main__":

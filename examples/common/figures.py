@@ -90,7 +90,7 @@ def draw_comparison(
             fontweight="bold",
         )
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold", pad=12)
-    axes.set_ylabel("held-out loss (nats per token), perplexity at the end")
+    axes.set_ylabel("held-out loss (nats per token)")
     _style(axes)
     _write(figure, path)
 

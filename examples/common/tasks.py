@@ -234,11 +234,29 @@ def language_task(settings: LlmSettings, tokenizer: Tokenizer, config: Tokenizer
     else:
         content = sources.read(settings.data)
     task = settings.task or _task_of(content)
+    if task != "instructions":
+        _refuse_answer_flags(settings, task)
     if task == "text":
         return language_modelling(settings, tokenizer, content)
     if task == "multiple-choice":
         return multiple_choice(settings, tokenizer, content)
     return instructions(settings, tokenizer, config, content)
+
+
+def _refuse_answer_flags(settings: LlmSettings, task: str) -> None:
+    """Raises an error if a flag is given that has an effect on `--task instructions` only."""
+    values = {
+        "--generate": settings.generate,
+        "--test-data": settings.test_data,
+        "--chat-template": settings.chat_template,
+        "--train-on all": settings.train_on == "all",
+        "--no-packing": not settings.packing,
+    }
+    if given := [flag for flag, value in values.items() if value]:
+        raise UserError(
+            f"{given[0]} is for --task instructions, but the task is {task}: remove the flag, or "
+            "add --task instructions if the data have answers."
+        )
 
 
 def _task_of(content: Content) -> str:

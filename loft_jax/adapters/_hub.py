@@ -115,6 +115,10 @@ def push_to_hub(
       ValueError: the folder contains nothing that the exporters write, or no README.md.
       ConnectionError: the hub is offline (``HF_HUB_OFFLINE``). The folder is unchanged.
       ImportError: huggingface_hub is not installed.
+
+    Example:
+      >>> push_to_hub("out", "me/my-adapter")  # doctest: +SKIP
+      'https://huggingface.co/me/my-adapter/commit/...'
     """
     folder = Path(folder)
     _format_of(folder)

@@ -169,8 +169,9 @@ def renew_model(
       >>> import jax.numpy as jnp
       >>> from loft_jax import loft_adamw
       >>> from loft_jax.adapters import LoraRule, add_lora
-      >>> rule = LoraRule(path="", rank=2, alpha=4, init_b=jax.nn.initializers.normal())
-      >>> model = add_lora(nnx.Linear(6, 5, rngs=nnx.Rngs(0)), rule, rngs=nnx.Rngs(1))
+      >>> model = nnx.Sequential(nnx.Linear(6, 5, rngs=nnx.Rngs(0)), nnx.relu)
+      >>> rule = LoraRule(path="layers/0", rank=2, alpha=4, init_b=jax.nn.initializers.normal())
+      >>> model = add_lora(model, rule, rngs=nnx.Rngs(1))
       >>> optimizer = nnx.Optimizer(model, loft_adamw(1e-3, pairs=rule), wrt=nnx.LoRAParam)
       >>> before = model(jnp.ones((1, 6)))
       >>> renew_model(model, optimizer, jax.random.key(0), pairs=rule)

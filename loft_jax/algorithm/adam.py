@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from loft_jax.algorithm.sharded_dim import ShardedDim
+
 
 class MomentumScalars(NamedTuple):
     """The scalars of one step of plain momentum, as `AdamScalars` for the first moment alone."""
@@ -94,6 +96,28 @@ def adam_scalars(
     slack = 1 + 16 * jnp.finfo(dtype).eps
     bound, limit = jnp.sqrt(squared) * slack, jnp.sqrt(limit) * slack
     return AdamScalars(correction1, correction2, ahead, bound, limit, eps, eps_root)
+
+
+def drop_overflowing_rows(h: Float[Array, "m r"], dim: ShardedDim) -> Float[Array, "m r"]:
+    """Returns the scaled gradient with zeros for finite rows whose squares would overflow.
+
+    An infinite second moment stays infinite, and NaN when it is calibrated, while the step still
+    looks finite. Such a row does not count for the step, neither in the first moment. Rows with
+    infinity or NaN are left as they are, for the step to show them.
+
+    The limit leaves room for the sum of the squares over all rows and for products of ``r x r``
+    matrices: ``sqrt(largest / (m r^2))``, 1e16 to 1e18 in float32.
+
+    Example:
+      >>> drop_overflowing_rows(jnp.array([[1.0, 2.0], [3.0, 1e19], [jnp.inf, 1.0]]), ShardedDim())
+      Array([[ 1.,  2.],
+             [ 0.,  0.],
+             [inf,  1.]], dtype=float32)
+    """
+    m, r = dim.size(h.shape[0]), h.shape[1]
+    limit = math.sqrt(float(jnp.finfo(h.dtype).max) / (m * r**2))
+    largest = jnp.max(jnp.abs(h), axis=1, keepdims=True)
+    return jnp.where((largest > limit) & (largest < jnp.inf), 0, h)
 
 
 def first_moment_estimate(

@@ -105,8 +105,6 @@ class Factored:
         of_column = root(_raise_to_rounding(column_sums, columns) / m, scalars)
         of_all = root(jnp.maximum(jnp.trace(gram), 0) / (m * n), scalars)
         weighted = columns.sum((q / jnp.where(of_column > 0, of_column, 1)[:, None]).T @ q)
-        # Squares that overflow stop the step, as they stop Adam's.
-        of_all = jnp.where(jnp.isinf(of_all), 0, of_all)
         scale = of_all / jnp.where(of_row > 0, of_row, 1)
         return project(scale[:, None] * (m_hat @ weighted), basis)
 

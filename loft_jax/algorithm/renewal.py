@@ -99,7 +99,7 @@ def renew_factors(
       >>> new = renew_factors(key, given, 1, 2, random_directions, 1.0)
       >>> new.a.shape, new.b.shape
       ((3, 3), (4, 3))
-      >>> bool(jnp.allclose(new.a[:, :1] @ new.b[:, :1].T, 3 * jnp.eye(3, 4)[:1].T @ jnp.eye(1, 4)))
+      >>> bool(jnp.allclose(new.a[:, :1] @ new.b[:, :1].T, jnp.diag(3 * jnp.eye(4)[0])[:3]))
       True
       >>> singular = jnp.linalg.svd(new.a @ new.b.T, compute_uv=False)[:3]
       >>> (singular**2).round(2)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from loft_jax.algorithm.adam import first_moment_estimate
+from loft_jax.algorithm.adam import drop_overflowing_rows, first_moment_estimate
 from loft_jax.algorithm.basis import Basis, calibration_matrix, scale_gradient, to_factor
 from loft_jax.algorithm.pair import Blocks, CalibratedBasis, FactorPair, MomentRule, Moments
 from loft_jax.algorithm.sharded_dim import ShardedDim
@@ -52,6 +52,8 @@ def loft_step(
         basis, calibration, changed = partner
         # Block 2, gradient scaling: h = g (V^T V)^-1 in the basis (eq. 5).
         h = scale_gradient(gradient, basis) if blocks.scale_gradient else gradient
+        if rule.b2 is not None:
+            h = drop_overflowing_rows(h, dim)
         # Block 3, first moment: M <- b1 M T + (1 - b1) h (eqs. 7, 8).
         mu = before.mu
         if mu is not None and rule.decay is not None:

@@ -31,19 +31,30 @@ def checked(tx: optax.GradientTransformation, pairs: Any) -> optax.GradientTrans
 
 def check_shapes(tree: PairedTree, state: Any, expected: Any) -> None:
     """Raises ValueError unless the arrays of a state have the shapes of the expected state."""
-    found = jax.tree_util.tree_leaves_with_path(state)
-    shapes = [x.shape for x in jax.tree.leaves(expected)]
-    if [jnp.shape(x) for _, x in found] == shapes:
+    found, wanted = _shapes(state), _shapes(expected)
+    if found == wanted:
         return
-    for (where, x), shape in zip(found, shapes, strict=False):
-        key = jax.tree_util.keystr(where, simple=True, separator="/")
+    for key in (*wanted, *found):
+        shape, needed = found.get(key), wanted.get(key)
+        if shape == needed:
+            continue
         for path, leaf in zip(tree.paths, tree.leaves, strict=True):
-            if jnp.shape(x) != shape and f"/{key}".endswith(f"/{path}"):
+            if f"/{key}".endswith(f"/{path}"):
+                what = "is missing" if shape is None else f"has shape {shape}, not {needed}"
                 raise ValueError(
-                    f"The state of {path} is not for a leaf of shape {jnp.shape(leaf)}: {key} has "
-                    f"shape {jnp.shape(x)}, not {shape}. After a change of rank or of the pairs, "
-                    "make it anew with init"
+                    f"The state of {path} is not for a leaf of shape {jnp.shape(leaf)}: {key} "
+                    f"{what}. After a change of rank or of the pairs, make it anew with init"
                 )
-    raise ValueError(
-        "The state is not that of these parameters: make it anew with init after a change"
-    )
+        raise ValueError(
+            f"The state is not that of these parameters: {key} "
+            f"{'is missing' if shape is None else 'belongs to none of them'}. Make it anew with "
+            "init after a change"
+        )
+
+
+def _shapes(state: Any) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of each array of a state by path."""
+    return {
+        jax.tree_util.keystr(where, simple=True, separator="/"): jnp.shape(x)
+        for where, x in jax.tree_util.tree_leaves_with_path(state)
+    }

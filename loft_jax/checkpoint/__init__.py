@@ -1,6 +1,6 @@
 """Checkpoints of a LoRA or LoFT fine-tuning run, without the frozen base weights.
 
-A thin layer over Orbax's `CheckpointManager`. Only this package imports Orbax; `import loft_jax`
+A layer over Orbax's `AsyncCheckpointer`. Only this package imports Orbax; `import loft_jax`
 does not. `docs/checkpoints.md` lists the guarantees and the behavior under each fault.
 """
 
@@ -13,4 +13,7 @@ from loft_jax.checkpoint._errors import CheckpointDamaged as CheckpointDamaged
 from loft_jax.checkpoint._errors import CheckpointError as CheckpointError
 from loft_jax.checkpoint._errors import CheckpointMismatch as CheckpointMismatch
 from loft_jax.checkpoint._errors import DamagedCheckpointWarning as DamagedCheckpointWarning
+from loft_jax.checkpoint._errors import (
+    UndeletedCheckpointWarning as UndeletedCheckpointWarning,
+)
 from loft_jax.checkpoint._preemption import Preemption as Preemption

@@ -4,13 +4,13 @@ import contextlib
 import operator
 import os
 import warnings
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, SupportsIndex
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
 from loft_jax.checkpoint import _folder, _processes, _reading
 from loft_jax.checkpoint._base import BaseReference
@@ -18,6 +18,7 @@ from loft_jax.checkpoint._errors import (
     CheckpointDamaged,
     CheckpointError,
     DamagedCheckpointWarning,
+    UndeletedCheckpointWarning,
     brief,
     listing,
 )
@@ -27,10 +28,11 @@ from loft_jax.checkpoint._leaves import (
     options_by_path,
     records,
 )
-from loft_jax.checkpoint._manager import close_failed, open_manager
+from loft_jax.checkpoint._lock import Lock
 from loft_jax.checkpoint._reading import Restored
 from loft_jax.checkpoint._record import Damaged, Record, encode_data, parse
 from loft_jax.checkpoint._retention import Retention
+from loft_jax.checkpoint._saving import Save
 
 # How many times to list the folder anew when all listed checkpoints were deleted meanwhile.
 _ATTEMPTS = 5
@@ -41,7 +43,8 @@ class Checkpoints:
 
     A checkpoint contains the adapter, the optimizer state, the step, the position in the data, the
     random key and metrics. It identifies the frozen base by name and checksums. Only one run writes
-    to a folder; others can read it with ``read_only=True``. In a multi-process run, the folder must
+    to a folder, and holds a lock on it until it is closed; others can read it with
+    ``read_only=True``. In a multi-process run, the folder must
     be on a shared file system, and all processes must call each method together with the same
     arguments.
 
@@ -56,9 +59,10 @@ class Checkpoints:
       asynchronous: write in the background. The next steps may donate the saved arrays.
       read_only: never change the folder.
       timeout_s: how long a background save may wait for the other processes, in seconds.
+      take_over: take the lock of the folder from another run without asking whether it is alive.
 
     Raises:
-      CheckpointError: the folder cannot be created or is not writable.
+      CheckpointError: the folder cannot be created or is not writable, or another run writes to it.
       ValueError: an argument is out of range.
 
     Example:
@@ -86,6 +90,7 @@ class Checkpoints:
         asynchronous: bool = True,
         read_only: bool = False,
         timeout_s: int = 600,
+        take_over: bool = False,
     ):
         if keep < 1 or save_every < 1 or timeout_s < 1:
             raise ValueError(
@@ -99,11 +104,15 @@ class Checkpoints:
         self._retention = Retention(self.folder, keep, best, best_mode)
         self._save_every, self._asynchronous = save_every, asynchronous
         self._read_only, self._timeout_s = read_only, timeout_s
-        self._manager: ocp.CheckpointManager | None = None
-        self._failed: ocp.CheckpointManager | None = None
-        self._saving: int | None = None
+        self._take_over = take_over
+        self._lock: Lock | None = None
+        self._saving: Save | None = None
         if not read_only:
-            self._open()
+            try:
+                self._open()
+            except BaseException:
+                self.close()
+                raise
 
     def save(
         self,
@@ -169,7 +178,7 @@ class Checkpoints:
         named = {item: named_leaves(tree, item) for item, tree in trees.items()}
         # Listed from disk: another run may have saved there, and Orbax would overwrite it.
         steps = self.steps()
-        manager = self._open()
+        self._open()
         measured = _processes.on_first_process(lambda: measured)
         described = {item: records(*leaves) for item, leaves in named.items()}
         check_equal_everywhere(named, described)
@@ -177,23 +186,16 @@ class Checkpoints:
         record = Record(step, described, options, data, measured, self._base)
         if not self._is_new(record, steps):
             return False
-        # No copy is needed: JAX does not reuse a donated buffer while Orbax still reads it.
         # Orbax accepts neither empty arrays nor empty trees. The record describes those in full.
         arrays = {
             item: {path: x for path, x in leaves.items() if x.size}
             for item, (leaves, _) in named.items()
         }
-        parts = {item: ocp.args.StandardSave(leaves) for item, leaves in arrays.items() if leaves}
+        arrays = {item: leaves for item, leaves in arrays.items() if leaves}
         self._retention.add(record)
-        self._saving = step
-        try:
-            manager.save(
-                step,
-                args=ocp.args.Composite(**parts, meta=ocp.args.JsonSave(record.to_json())),
-                force=True,
-            )
-        except Exception as error:
-            raise self._not_saved(error) from error
+        self._saving = Save(self.folder, record, arrays, self._timeout_s, self._check_lock)
+        if not self._asynchronous:
+            self.wait()
         return True
 
     def restore(
@@ -245,7 +247,7 @@ class Checkpoints:
                 except _reading.Vanished:
                     vanished = True  # deleted by its run, which saved a newer one
                 except Damaged as damage:
-                    if self._read_only and candidate not in self.steps():
+                    if self._read_only and self._has_changed(candidate, steps):
                         vanished = True  # read while it was being deleted
                         continue
                     reasons[candidate] = self._set_aside(candidate, str(damage))
@@ -298,28 +300,36 @@ class Checkpoints:
         return self._retention.best_of(self.steps())
 
     def wait(self) -> None:
-        """Waits until the background save is complete.
+        """Waits until the background save is complete, then deletes checkpoints not to be kept.
+
+        Warns of those that could not be deleted (`UndeletedCheckpointWarning`).
 
         Raises:
-          CheckpointError: the save failed.
+          CheckpointError: the save failed, in this or another process.
         """
-        if self._manager is None:
+        if self._saving is None:
             return
-        try:
-            self._manager.wait_until_finished()
-        except Exception as error:
-            raise self._not_saved(error) from error
+        step, error = self._saving.step, self._saving.result()
+        self._saving = None
+        failed = _processes.worst(int(error is not None))
+        if failed:
+            self._retention.remove(step)
+            reason = "it failed in another process" if error is None else brief(error)
+            raise CheckpointError(
+                f"step {step} could not be saved to {self.folder}: {reason}\nEarlier checkpoints "
+                "are intact. Check that the disk has space, that the folder exists and is "
+                "writable, and that all processes are alive. Then save again."
+            ) from error
+        self._delete_obsolete()
 
     def close(self) -> None:
         """Waits for the background save and releases all resources. Raises as `wait`."""
         try:
             self.wait()
         finally:
-            if self._manager is not None:
-                self._manager.close()
-            if self._failed is not None:
-                close_failed(self._failed)
-            self._manager = self._failed = None
+            if self._lock is not None:
+                self._lock.release()
+            self._lock = None
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -332,17 +342,66 @@ class Checkpoints:
                 raise
             error.add_note(str(of_close))
 
-    def _open(self) -> ocp.CheckpointManager:
-        """Returns Orbax's manager, after a failure a new one. Opening deletes unfinished saves."""
-        if self._manager is not None:
-            return self._manager
-        if self._failed is not None:
-            close_failed(self._failed)
-            self._failed = None
-        self._manager = open_manager(
-            self.folder, self._retention, self._asynchronous, self._timeout_s
-        )
-        return self._manager
+    def _open(self) -> None:
+        """Creates the folder if needed, takes its lock, and deletes unfinished saves."""
+        try:
+            _processes.on_first_process(lambda: _folder.make(self.folder))
+            if _processes.on_first_process(lambda: self._lock is None):
+                holder = _processes.on_first_process(self._acquire)
+                if holder is not None:
+                    raise CheckpointError(
+                        f"{self.folder} is in use by {holder}, and only one run may write to a "
+                        "folder. Use another folder, open this one with read_only=True, or, if "
+                        "that run is dead for certain, with take_over=True."
+                    )
+            elif (holder := _processes.on_first_process(self._lock_lost_to)) is not None:
+                raise CheckpointError(_lost(self.folder, holder))
+            left = _processes.on_first_process(lambda: _folder.clear_unfinished(self.folder))
+        except OSError as error:
+            raise CheckpointError(
+                f"Cannot write checkpoints to {self.folder} ({error}). Use a writable folder, or "
+                "open this one with read_only=True."
+            ) from error
+        self._warn_of_undeleted(left)
+
+    def _acquire(self) -> str | None:
+        lock = Lock(self.folder)
+        holder = lock.acquire(self._take_over)
+        if holder is None:
+            self._lock = lock
+            weakref.finalize(self, lock.release)  # also at the end of the program
+        return holder
+
+    def _lock_lost_to(self) -> str | None:
+        assert self._lock is not None
+        return self._lock.lost_to()
+
+    def _check_lock(self) -> None:
+        """Raises an error if another run has taken the folder over."""
+        if self._lock is not None and (holder := self._lock.lost_to()) is not None:
+            raise CheckpointError(_lost(self.folder, holder))
+
+    def _has_changed(self, step: int, steps: Sequence[int]) -> bool:
+        """Whether the run deleted this step, or saved a newer one, since the steps were listed."""
+        now = self.steps()
+        return step not in now or max(now) > max(steps)
+
+    def _delete_obsolete(self) -> None:
+        try:
+            steps = _processes.on_first_process(lambda: _folder.steps(self.folder))
+            obsolete = self._retention.obsolete(steps)
+            left = _processes.on_first_process(lambda: _folder.delete(self.folder, obsolete))
+        except OSError as error:
+            left = [str(error)]
+        self._warn_of_undeleted(left)
+
+    def _warn_of_undeleted(self, left: Sequence[str]) -> None:
+        if left:
+            headline = (
+                f"{self.folder}: these could not be deleted and take up space. It is tried again "
+                "at the next save. What was saved is complete:"
+            )
+            warnings.warn(listing(headline, left), UndeletedCheckpointWarning, stacklevel=4)
 
     def _is_new(self, record: Record, steps: Sequence[int]) -> bool:
         newest = max(steps, default=-1)
@@ -364,16 +423,6 @@ class Checkpoints:
             "are never overwritten: restore before continuing, or save to another folder."
         )
 
-    def _not_saved(self, error: Exception) -> CheckpointError:
-        # Orbax's list of steps now differs from the disk. `_open` opens a new manager.
-        self._failed, self._manager = self._manager, None
-        self._retention.remove(self._saving)
-        return CheckpointError(
-            f"step {self._saving} could not be saved to {self.folder}: {brief(error)}\n"
-            "Earlier checkpoints are intact. Check that the disk has space, that the folder exists "
-            "and is writable, and that all processes are alive. Then save again."
-        )
-
     def _set_aside(self, step: int, reason: str) -> str:
         message = f"{self.folder / str(step)} is damaged and was skipped: {reason}"
         if not self._read_only:
@@ -385,7 +434,12 @@ class Checkpoints:
                 ) from error
             message = f"{message}\nIt was moved to {to}."
             self._retention.remove(step)
-            if self._manager is not None:
-                self._manager.reload()
         warnings.warn(message, DamagedCheckpointWarning, stacklevel=3)
         return reason
+
+
+def _lost(folder: Path, holder: str) -> str:
+    return (
+        f"{folder} was taken over by {holder}, and this run may not write to it anymore. Stop one "
+        "of the two."
+    )

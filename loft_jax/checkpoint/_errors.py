@@ -19,6 +19,10 @@ class DamagedCheckpointWarning(UserWarning):
     """A damaged checkpoint was skipped. `Checkpoints.restore` tries the next older one."""
 
 
+class UndeletedCheckpointWarning(UserWarning):
+    """A checkpoint that is not kept anymore could not be deleted. It takes up space."""
+
+
 def brief(error: BaseException) -> str:
     """Returns the message of an error without the pages of settings that TensorStore appends."""
     return str(error).partition(" [tensorstore_spec")[0][:500] or type(error).__name__

@@ -18,6 +18,16 @@ from loft_jax.checkpoint._digest import digests
 from loft_jax.checkpoint._errors import listing
 from loft_jax.pairs.find import path_string
 
+# What Orbax can store.
+_FLOAT8 = ("e3m4", "e4m3b11fnuz", "e4m3fn", "e4m3fnuz", "e5m2", "e5m2fnuz", "e8m0fnu")
+_STORABLE = {
+    "bool",
+    *(f"int{bits}" for bits in (2, 4, 8, 16, 32, 64)),
+    *(f"uint{bits}" for bits in (8, 16, 32, 64)),
+    *(f"float8_{kind}" for kind in _FLOAT8),
+    *("float4_e2m1fn", "bfloat16", "float16", "float32", "float64", "complex64", "complex128"),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class LeafRecord:
@@ -84,13 +94,17 @@ def named_leaves(tree: Any, item: str) -> tuple[dict[str, Any], dict[str, str]]:
     jit) become NumPy arrays. A checkpoint keeps those of process 0.
 
     Raises:
-      ValueError: two leaves have the same path.
-      TypeError: a leaf is not an array or a number.
+      ValueError: two leaves have the same path, or a leaf was donated.
+      TypeError: a leaf is not an array or a number, or has a dtype that cannot be stored.
     """
     arrays, impls = {}, {}
     for path, leaf in by_path(tree, item).items():
         if isinstance(leaf, jax.ShapeDtypeStruct):
             raise TypeError(f"{item}: {path} is abstract and has no values to save")
+        if isinstance(leaf, jax.Array) and leaf.is_deleted():
+            raise ValueError(
+                f"{item}: {path} was deleted: it was donated to a step. Save what the step returned"
+            )
         if impl := key_impl(leaf):
             impls[path], leaf = impl, jax.random.key_data(leaf)
         if isinstance(leaf, jax.Array):
@@ -103,7 +117,7 @@ def named_leaves(tree: Any, item: str) -> tuple[dict[str, Any], dict[str, str]]:
                 f"{item}: {path} is not an array or a number, but a {type(leaf).__name__}"
             )
         dtype = arrays[path].dtype
-        if dtype.kind in "OUSMm":
+        if dtype.name not in _STORABLE:
             raise TypeError(f"{item}: {path} has dtype {dtype}, which cannot be saved")
         if not dtype.isnative:  # stored in this machine's byte order
             arrays[path] = arrays[path].astype(dtype.newbyteorder("="))

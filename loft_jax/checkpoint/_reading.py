@@ -1,6 +1,7 @@
 """Reading one checkpoint, and checking that it is intact and fits the targets."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,12 @@ from loft_jax.checkpoint._leaves import (
     read_sharding,
 )
 from loft_jax.checkpoint._record import Damaged, Record, parse
+
+_ITEMS = ("adapter", "opt_state", "key")
+# What Orbax adds to a folder of several items.
+_OF_ORBAX = ("_CHECKPOINT_METADATA", "commit_success.txt")
+
+_BATCH_BYTES = 2**28
 
 _GOOD, _DAMAGED, _UNREADABLE = range(3)
 
@@ -104,7 +111,8 @@ def _read_record(folder: Path, step: int) -> Record:
             names = _processes.on_first_process(lambda: _folder.names(folder / str(step)))
             if names is None:
                 raise Vanished
-            if names and not {"meta", "adapter", "opt_state"} & set(names):
+            # A part of ours may be left: deleted halfway, by hand or by an older version.
+            if not {*names} <= {"meta", *_ITEMS, *_OF_ORBAX}:
                 raise CheckpointMismatch(
                     f"{folder / str(step)} was not written by loft_jax.checkpoint: it contains "
                     f"{', '.join(names)}. Use another folder."
@@ -218,6 +226,51 @@ def _read_arrays(
         f"{f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''} do not match their checksums",
     )
     return arrays
+
+
+def verify(
+    folder: Path, record: Record, arrays: Mapping[str, Mapping[str, np.ndarray]] | None
+) -> None:
+    """Reads a checkpoint that was just written, and compares it with what it should be.
+
+    Args:
+      folder: of the checkpoint.
+      record: of the checkpoint, with the digests of all arrays.
+      arrays: the arrays themselves, if they are at hand: they compare faster than digests.
+
+    Raises:
+      ValueError: an array cannot be read or has other values.
+    """
+    for item, leaves in record.items.items():
+        for batch in _batches(leaves):
+            found = _restore(folder / item, batch, dict.fromkeys(batch))
+            if arrays is None:
+                digest = digests(found)
+                wrong = [path for path, leaf in batch.items() if digest[path] != leaf.digest]
+            else:
+                written = arrays.get(item, {})
+                wrong = [path for path in written if path in found]
+                wrong = [path for path in wrong if not _same_bits(found[path], written[path])]
+            if wrong:
+                raise ValueError(f"{item}: {wrong[0]} has other values when it is read back")
+
+
+def _batches(leaves: Mapping[str, LeafRecord]) -> Iterator[dict[str, LeafRecord]]:
+    """Splits leaves into groups that need a limited memory."""
+    batch, size = {}, 0
+    for path, leaf in leaves.items():
+        batch[path] = leaf
+        size += math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize
+        if size > _BATCH_BYTES:
+            yield batch
+            batch, size = {}, 0
+    if batch:
+        yield batch
+
+
+def _same_bits(x: np.ndarray, y: np.ndarray) -> bool:
+    as_bytes = lambda array: np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    return np.array_equal(as_bytes(x), as_bytes(y))
 
 
 def _whole_on_the_host(folder: Path, saved: Mapping[str, LeafRecord]) -> bool:

@@ -3,16 +3,14 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
-
-import orbax.checkpoint as ocp
+from typing import Literal
 
 from loft_jax.checkpoint import _folder, _processes
 from loft_jax.checkpoint._record import Damaged, Record, parse
 
 
-class Retention(ocp.checkpoint_managers.PreservationPolicy):
-    """Orbax's policy of what to keep. Orbax asks when a save begins and deletes after it is done.
+class Retention:
+    """Which checkpoints are kept.
 
     Orbax's own ``LatestN`` and ``BestN`` read metrics from files without a checksum. This policy
     reads them from the record, and keeps checkpoints whose record it cannot read.
@@ -52,9 +50,8 @@ class Retention(ocp.checkpoint_managers.PreservationPolicy):
         ranked = [(score, step) for score, step in scores if score is not None]
         return min(ranked)[1] if ranked else None
 
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
-        """Returns for each checkpoint whether to keep it."""
-        steps = sorted(checkpoint.step for checkpoint in checkpoints)
+    def obsolete(self, steps: Sequence[int]) -> list[int]:
+        """Returns which of the saved steps to delete."""
         # An unreadable one may be the best, or of a later version; `restore` reports it.
-        kept = {*steps[-self._keep :], self.best_of(steps), *self._unread}
-        return [checkpoint.step in kept for checkpoint in checkpoints]
+        kept = {*sorted(steps)[-self._keep :], self.best_of(steps), *self._unread}
+        return [step for step in steps if step not in kept]

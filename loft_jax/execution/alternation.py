@@ -1,7 +1,7 @@
 """Block 1, alternating updates: which factor is active.
 
 The other factor becomes active after every step that had a gradient for an adapter. A step without
-one (an all-zero gradient) leaves the active factor as it is. So where a model starts with a zero
+one (all zero, or not finite) leaves the active factor as it is. So where a model starts with a zero
 head above the adapters, whose gradient at step 1 is zero, the first factor moves at step 2. A
 strict alternation would spend step 2 on the factor whose partner is still zero.
 
@@ -44,6 +44,9 @@ def next_active(
 ) -> jax.Array:
     """Returns the active factor of the next step: the other one, if any factor has a gradient.
 
+    It stays with gradients that are not all finite: a wrapper such as `optax.apply_if_finite`
+    refuses the step, and a `clip_by_projected_global_norm` around it has to keep the same factor.
+
     Args:
       active: that of this step.
       tree, groups: the pairs.
@@ -52,11 +55,14 @@ def next_active(
     if not groups:
         return active
     # The largest, and not whether any entry differs from zero: compilers would put zeros beside
-    # each gradient, the array in which it began to be summed. NaN differs from zero.
-    # As integers: devices that hold different shards of the factors need to know of the others'.
-    seen = [
-        tree.sharded(leaves[0]).max((jnp.max(jnp.abs(stack)) != 0).astype(active.dtype))
+    # each gradient, the array in which it began to be summed. 0 for none, 1 for a gradient, 2 for
+    # infinity and NaN, as integers: devices that hold different shards of the factors need to know
+    # of the others'.
+    kind = lambda largest: 2 - (largest < jnp.inf).astype(active.dtype) - (largest == 0)
+    found = [
+        tree.sharded(leaves[0]).max(kind(jnp.max(jnp.abs(stack))))
         for group, stacks in zip(groups, gradients, strict=True)
         for leaves, stack in zip(group.leaves, stacks, strict=True)
     ]
-    return jnp.where(jnp.stack(seen).any(), A_IS_ACTIVE + B_IS_ACTIVE - active, active)
+    moves = jnp.stack(found).max() == 1
+    return jnp.where(moves, A_IS_ACTIVE + B_IS_ACTIVE - active, active)

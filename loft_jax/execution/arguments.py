@@ -1,6 +1,7 @@
 """Checks of what a user passes to `update`, with errors that name the path."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from loft_jax.pairs.find import PairedTree, find_pairs
+from loft_jax.pairs.find import PairedTree, find_pairs, listing, path_string
 
 State = TypeVar("State")
 
@@ -59,11 +60,29 @@ def leaves_like(tree: PairedTree, other: Any, name: str) -> list[Any]:
     try:
         return tree.treedef.flatten_up_to(other)
     except ValueError as error:
-        raise ValueError(
-            f"The {name} do not have the structure of the parameters: {error}. Take gradients with "
-            "respect to the parameters that the optimizer was given, and after a change of the "
-            "parameters make its state anew with init."
-        ) from error
+        # Containers of other types may have the same paths: then JAX's message has to do.
+        lines = _differing_paths(tree, other, name) or [str(error)[:500]]
+        headline = (
+            f"The {name} do not have the structure of the parameters. Take gradients with respect "
+            "to the parameters that the optimizer was given, and after a change of the parameters "
+            "make its state anew with init:"
+        )
+        raise ValueError(listing(headline, lines)) from error
+
+
+def _differing_paths(tree: PairedTree, other: Any, name: str) -> list[str]:
+    """Returns what only the parameters have, and what only the other tree has, one line each."""
+    is_masked = lambda x: isinstance(x, optax.MaskedNode)
+    found = [
+        path_string(keys)
+        for keys, _ in jax.tree_util.tree_leaves_with_path(other, is_leaf=is_masked)
+    ]
+    parents = lambda path: {path[: match.start()] for match in re.finditer("/", path)} | {path}
+    above = {parent for path in found for parent in parents(path)}
+    lines = [f"{path}: not in the {name}" for path in tree.paths if path not in above]
+    known = set(tree.paths)
+    lines += [f"{path}: only in the {name}" for path in found if not known & parents(path)]
+    return lines
 
 
 def state_of_type(state: Any, expected: type[State]) -> State:
@@ -103,7 +122,7 @@ def read_state(
             wide = [(*shape[:rank], w(rows, pair.r), *shape[rank + 1 :]) for w in widths]
             expected[k] = [shape, *wide]
     for k, shapes in expected.items():
-        found = [getattr(x, "shape", None) for x in (basis[k], *(m[k] for m in moments))]
+        found = [_shape_of_state(x) for x in (basis[k], *(m[k] for m in moments))]
         if found != shapes:
             kind = "leaf" if shapes[0] is None else "factor"
             raise ValueError(
@@ -113,6 +132,11 @@ def read_state(
                 "with init"
             )
     return leaves
+
+
+def _shape_of_state(x: Any) -> Any:
+    """Returns the shape of an array, None for a leaf without state."""
+    return getattr(x, "shape", "a subtree" if jax.tree.leaves(x) else None)
 
 
 def check_rank_axes(tree: PairedTree) -> None:

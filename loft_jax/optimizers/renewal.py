@@ -53,6 +53,7 @@ class _Leaves(NamedTuple):
         return bool(self.basis) and not isinstance(self.basis[factor], optax.MaskedNode)
 
 
+@jax.default_matmul_precision("highest")
 def renew_adapter(
     adapter: optax.Params,
     state: optax.OptState,

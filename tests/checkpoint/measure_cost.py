@@ -1,8 +1,13 @@
-"""Cost of a checkpoint of a 5M-parameter adapter: the figures of docs/checkpoints.md.
+"""Cost of a checkpoint: the figures of docs/checkpoints.md.
 
-python tests/checkpoint/measure_cost.py
+python tests/checkpoint/measure_cost.py [wide | smollm2] [--saves N]
+
+The adapters: "wide" has 24 layers of six kernels of width 2048 at rank 8, "smollm2" the 150 pairs
+of SmolLM2-135M at rank 16.
 """
 
+import argparse
+import resource
 import shutil
 import statistics
 import tempfile
@@ -17,14 +22,25 @@ import jax
 from loft_jax import loft_adamw
 from loft_jax.checkpoint import Checkpoints, digests
 
-LAYERS, KERNELS, WIDTH, RANK = 24, "qkvogu", 2048, 8
+# Rows and columns of the adapted kernels of a layer.
+KERNELS = {
+    "wide": (24, 8, dict.fromkeys("qkvogu", (2048, 2048))),
+    "smollm2": (
+        30,
+        16,
+        {"q": (576, 576), "k": (576, 192), "v": (576, 192), "up": (576, 1536), "down": (1536, 576)},
+    ),
+}
 
 
-def random_adapter() -> Any:
-    shapes = {"lora_a": (WIDTH, RANK), "lora_b": (RANK, WIDTH)}
-    draw = lambda key: {name: jax.random.normal(key, shape) for name, shape in shapes.items()}
-    keys = jax.random.split(jax.random.key(0), (LAYERS, len(KERNELS)))
-    return [{name: draw(keys[i, j]) for j, name in enumerate(KERNELS)} for i in range(LAYERS)]
+def random_adapter(name: str) -> Any:
+    layers, rank, kernels = KERNELS[name]
+    shapes = {
+        kernel: {"lora_a": (m, rank), "lora_b": (rank, n)} for kernel, (m, n) in kernels.items()
+    }
+    is_shape = lambda x: isinstance(x, tuple)
+    zeros = [jax.tree.map(jax.numpy.zeros, shapes, is_leaf=is_shape) for _ in range(layers)]
+    return random_like(zeros)
 
 
 def random_like(tree: Any) -> Any:
@@ -33,47 +49,59 @@ def random_like(tree: Any) -> Any:
     return jax.tree.map(draw, tree)
 
 
-def seconds(fn: Callable[[], Any], times: int = 5) -> float:
-    """Returns the median of a few calls."""
+def seconds(fn: Callable[[], Any], times: int = 5) -> list[float]:
     taken = []
     for _ in range(times):
         start = time.perf_counter()
         fn()
         taken.append(time.perf_counter() - start)
-    return statistics.median(taken)
+    return taken
+
+
+def median(times: list[float]) -> str:
+    return f"{statistics.median(times):.3f} s ({min(times):.3f} to {max(times):.3f})"
 
 
 def main() -> None:
-    adapter = jax.jit(random_adapter)()
+    parser = argparse.ArgumentParser()
+    parser.add_argument("adapter", nargs="?", choices=KERNELS, default="smollm2")
+    parser.add_argument("--saves", type=int, default=10)
+    arguments = parser.parse_args()
+    adapter = jax.jit(lambda: random_adapter(arguments.adapter))()
     for second_moment in ("factored", "calibrated"):
         state = jax.jit(random_like)(loft_adamw(0.1, second_moment=second_moment).init(adapter))
         arrays = {str(k): x for k, x in enumerate(jax.tree.leaves((adapter, state)))}
+        in_memory = sum(x.nbytes for x in arrays.values())
         count = lambda tree: sum(x.size for x in jax.tree.leaves(tree)) / 1e6
         print(
             f"{second_moment}: adapter {count(adapter):.1f} M numbers, state {count(state):.1f} M, "
-            f"{sum(x.nbytes for x in arrays.values()) / 1e6:.0f} MB in {len(arrays)} arrays"
+            f"{in_memory / 1e6:.1f} MB in {len(arrays)} arrays"
         )
-        first = seconds(lambda arrays=arrays: digests(arrays), 1)
-        print(
-            f"  digests   {seconds(lambda arrays=arrays: digests(arrays)):.2f} s, first {first:.2f}"
-        )
+        (first,) = seconds(lambda arrays=arrays: digests(arrays), 1)
+        print(f"  digests   {median(seconds(lambda arrays=arrays: digests(arrays)))}")
+        print(f"            {first:.2f} s the first time")
         folder = Path(tempfile.mkdtemp())
         blocked, whole = [], []
         with Checkpoints(folder) as checkpoints:
-            for step in range(6):
+            for step in range(arguments.saves + 1):
                 start = time.perf_counter()
                 checkpoints.save(step, adapter=adapter, opt_state=state)
                 blocked.append(time.perf_counter() - start)
                 checkpoints.wait()
                 whole.append(time.perf_counter() - start)
-            restore = seconds(partial(checkpoints.restore, adapter=adapter, opt_state=state))
-        size = sum(p.stat().st_size for p in (folder / "5").rglob("*") if p.is_file())
-        record = (folder / "5" / "meta" / "metadata").stat().st_size
-        print(f"  save      blocks {statistics.median(blocked[1:]):.2f} s, whole after ", end="")
-        print(f"{statistics.median(whole[1:]):.2f} s")
-        print(f"  restore   {restore:.2f} s")
-        print(f"  on disk   {size / 1e6:.0f} MB, of which the record {record / 1e6:.2f} MB")
+            restored = seconds(partial(checkpoints.restore, adapter=adapter, opt_state=state))
+        newest = folder / str(arguments.saves)
+        size = sum(p.stat().st_size for p in newest.rglob("*") if p.is_file())
+        record = (newest / "meta" / "metadata").stat().st_size
+        print(f"  save      blocks {median(blocked[1:])}")
+        print(f"            complete after {median(whole[1:])}")
+        print(f"  restore   {median(restored)}")
+        print(
+            f"  on disk   {size / 1e6:.1f} MB, {size / in_memory:.3f}x of the arrays', of which "
+            f"the record {record / 1e6:.2f} MB"
+        )
         shutil.rmtree(folder)
+    print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3:.0f} MB")
 
 
 if __name__ == "__main__":

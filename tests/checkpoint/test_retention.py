@@ -204,14 +204,38 @@ def test_a_best_whose_record_cannot_be_read_now_is_not_deleted(tmp_path, monkeyp
 
 def test_a_step_that_another_run_has_saved_is_not_overwritten(tmp_path):
     """A run that hung, and the run that replaced it."""
-    with Checkpoints(tmp_path, keep=4) as hung, Checkpoints(tmp_path, keep=4) as successor:
+    with Checkpoints(tmp_path, keep=4) as hung:
         save_all(hung, {1: None})
         hung.wait()
-        save_all(successor, {2: None})
-        successor.wait()
+        with Checkpoints(tmp_path, keep=4, take_over=True) as successor:
+            save_all(successor, {2: None})
+            successor.wait()
+            with pytest.raises(CheckpointError, match="was taken over by process"):
+                hung.save(3, **state_of(7))
+            assert_trees_identical(successor.restore(**state_of(0)).adapter, state_of(2)["adapter"])
         with pytest.raises(CheckpointError, match="step 2 was saved already, with other values"):
             hung.save(2, **state_of(7))
-        assert_trees_identical(successor.restore(**state_of(0)).adapter, state_of(2)["adapter"])
+        assert hung.steps() == (1, 2)
+
+
+def test_a_run_that_is_taken_over_while_it_saves_does_not_finish(tmp_path, monkeypatch):
+    written, taken_over = threading.Event(), threading.Event()
+    with Checkpoints(tmp_path) as hung:
+        check = hung._check_lock
+
+        def late_check():
+            written.set()
+            taken_over.wait(20)
+            check()
+
+        monkeypatch.setattr(hung, "_check_lock", late_check)
+        hung.save(3, **state_of(3))
+        assert written.wait(20)
+        with Checkpoints(tmp_path, take_over=True) as successor:
+            taken_over.set()
+            with pytest.raises(CheckpointError, match="(?s)step 3 could not be saved.*taken over"):
+                hung.wait()
+            assert successor.steps() == ()
 
 
 def test_a_position_that_moves_on_at_once_is_saved_as_it_was(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import optax
 import pytest
@@ -138,7 +139,9 @@ class Fields(NamedTuple):
     right: object
 
 
-DTYPES = "bool int4 int8 uint8 int16 int32 uint32 float8_e4m3fn bfloat16 float16 float32 complex64"
+DTYPES = (
+    "bool int2 int4 int8 uint8 int16 int32 uint32 float8_e4m3fn bfloat16 float16 float32 complex64"
+)
 
 
 @pytest.mark.parametrize("dtype", DTYPES.split())
@@ -151,6 +154,30 @@ def test_every_dtype_and_shape(dtype, shape, tmp_path):
     assert_trees_identical(found.adapter, tree)
     assert isinstance(found.adapter["numpy"], np.ndarray)
     assert isinstance(found.adapter["jax"], jax.Array)
+
+
+UNSTORABLE = ["uint4", "int1", "uint2", "float6_e2m3fn", "float8_e4m3", "float128", "datetime64[s]"]
+
+
+@pytest.mark.parametrize("dtype", UNSTORABLE)
+def test_a_dtype_that_cannot_be_stored_is_refused_by_path(dtype, tmp_path):
+    x = np.zeros(3, getattr(ml_dtypes, dtype, dtype))
+    with (
+        Checkpoints(tmp_path) as checkpoints,
+        pytest.raises(TypeError, match=r"adapter: layer/x has dtype .*, which cannot be saved"),
+    ):
+        checkpoints.save(1, adapter={"layer": {"x": x}}, opt_state=())
+
+
+def test_a_leaf_that_was_donated_is_refused_by_path(tmp_path):
+    step = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
+    before = {"layer": {"x": jnp.ones(3)}}
+    step(before)
+    with (
+        Checkpoints(tmp_path) as checkpoints,
+        pytest.raises(ValueError, match="adapter: layer/x was deleted: it was donated to a step"),
+    ):
+        checkpoints.save(1, adapter=before, opt_state=())
 
 
 def test_float64_and_numbers_that_jax_would_shorten(tmp_path, x64):
@@ -336,13 +363,16 @@ def test_what_the_host_reads_is_never_donated_in_place():
 def test_the_folder_is_readable_by_orbax_alone(tmp_path):
     """No pickles, no classes of this package: plain Orbax reads the adapter by path."""
     import orbax.checkpoint as ocp
+    from orbax.checkpoint.experimental import v1
 
-    adapter = {"layer": {"lora_a": jnp.ones((3, 2)), "lora_b": jnp.zeros((2, 3))}}
+    layer = {"lora_a": jnp.ones((3, 2)), "lora_b": jnp.zeros((2, 3))}
+    adapter = {"layer": layer}
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, adapter=adapter, opt_state=loft_adamw(0.1).init(adapter))
     with ocp.StandardCheckpointer() as checkpointer:
         found = checkpointer.restore(os.fspath(tmp_path / "1" / "adapter"))
-    assert set(found) == {"layer/lora_a", "layer/lora_b"}
+    for read in (found, v1.load(tmp_path / "1", checkpointable_name="adapter")):
+        assert_trees_identical(read, {f"layer/{k}": np.asarray(x) for k, x in layer.items()})
 
 
 def test_all_optimizers_of_the_table_are_covered():

@@ -81,6 +81,22 @@ def test_a_task_can_be_chosen_against_the_fields(write):
         task_of(None, task="instructions")
 
 
+@pytest.mark.parametrize(
+    ("flag", "settings"),
+    [
+        ("--generate", {"generate": 3}),
+        ("--test-data", {"test_data": ("x",)}),
+        ("--chat-template", {"chat_template": "x"}),
+        ("--train-on all", {"train_on": "all"}),
+        ("--no-packing", {"packing": False}),
+    ],
+)
+def test_flags_without_an_effect_are_refused(write, flag, settings):
+    data = write([{"text": "Some words, again and again: the thin thieves."}] * 20)
+    with pytest.raises(UserError, match=f"{flag} is for --task instructions.*the task is text"):
+        task_of(data, **settings)
+
+
 def test_only_answers_are_trained_by_default(write):
     data = write(questions(20))
     decode = lambda task: byte_tokenizer().decode(

@@ -12,14 +12,7 @@ from optimizers import hasty_compiler as hasty_compiler
 from common.models import llama_weights
 from common.models.llama import TARGETS, LlamaConfig, lora_rule
 from common.models.llama_weights import build_model, read_config
-from loft_jax.adapters import (
-    add_lora,
-    load_into,
-    load_peft,
-    lora_pairs,
-    remove_lora,
-    save_peft,
-)
+from loft_jax.adapters import add_lora, load_into, load_peft, lora_pairs, remove_lora, save_peft
 from tests.examples import record_llama_logits as hugging_face
 from tests.examples.tiny_llama import byte_tokenizer
 

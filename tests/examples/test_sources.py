@@ -101,6 +101,14 @@ def test_parquet_is_read_or_needs_pyarrow(write, tmp_path, monkeypatch):
     assert forms.example(record).messages == tuple(CHAT)
 
 
+def test_tables_are_refused_and_missing_files_named(write):
+    with pytest.raises(UserError, match="data.csv is a table.*convert it to JSON Lines"):
+        sources.read(str(write("a,b\n1,2\n", "data.csv")))
+    for name in ("no/data.parquet", "no/data.jsonl", "no/data.csv"):
+        with pytest.raises(UserError, match=f"--data {name}: there is no such file"):
+            sources.read(name)
+
+
 def test_a_hub_dataset_needs_a_package_and_the_network(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match="--data openai/gsm8k:main:test .*pip install datasets"):

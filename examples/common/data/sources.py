@@ -15,6 +15,10 @@ from typing import Any
 from ..errors import UserError
 
 _JSON_NAMES = (".json", ".jsonl", ".ndjson")
+_TABLE_NAMES = (".csv", ".tsv", ".xlsx")
+_FILE_NAMES = (*_JSON_NAMES, *_TABLE_NAMES, ".txt", ".gz", ".parquet")
+"""Names that are files, not hub datasets."""
+
 _HUB_ID = r"[\w.-]+/[\w.-]+(:[\w.-]*){0,2}"
 
 
@@ -37,7 +41,7 @@ def read(source: str, flag: str = "--data") -> str | list[Record]:
     path = Path(source)
     if path.is_file():
         return read_file(path)
-    if re.fullmatch(_HUB_ID, source) and path.suffix not in (*_JSON_NAMES, ".txt", ".gz"):
+    if re.fullmatch(_HUB_ID, source) and path.suffix not in _FILE_NAMES:
         return _read_hub(source, flag)
     raise UserError(
         f"{flag} {source}: there is no such file, and it is not a hub dataset "
@@ -47,6 +51,11 @@ def read(source: str, flag: str = "--data") -> str | list[Record]:
 
 def read_file(path: Path) -> str | list[Record]:
     """The records of a JSON, JSON Lines or Parquet file, else its text; gzip is unpacked."""
+    if path.suffix in _TABLE_NAMES:
+        raise UserError(
+            f"{path} is a table, which is not supported: convert it to JSON Lines, for example "
+            "with pandas' read_csv(...).to_json(..., orient='records', lines=True)."
+        )
     try:
         data = path.read_bytes()
         if data.startswith(b"PAR1"):
