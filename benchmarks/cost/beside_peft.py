@@ -6,8 +6,8 @@
 Both sides train adapters of rank 8 on q, k, v, up and down of a model with SmolLM2-135M's shapes
 and random weights, on random tokens, with AdamW. Each side is a process of its own, so that its
 peak resident memory is its own too, and the processes take their steps in alternation. Ours is the
-step of `finetune_llm.py` (`--method`, `--dtype`); PEFT's is in float32. `--recompute` compares
-recomputation by layer with PEFT's gradient checkpointing.
+step of `finetune_llm.py` with `--method` and `--dtype`; PEFT's is in float32. With `--recompute`
+ours recomputes layers and PEFT checkpoints gradients.
 """
 
 import argparse
