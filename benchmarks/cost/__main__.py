@@ -15,6 +15,7 @@ COMMANDS = (
     "precision",
     "low-precision",
     "casts",
+    "export",
     "method-costs",
     "figures",
 )
