@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from loft_jax.adapters._cast_modules import cast_modules
 from loft_jax.adapters._collect import collect
 from loft_jax.adapters._families import as_family
 from loft_jax.adapters._family import LAYER, Family
@@ -57,7 +58,8 @@ def save_gguf(
         compared too.
       pairs: names, axes and scale of the factors, as in `save_peft`. Scales that differ are
         multiplied into ``lora_b``; ranks may differ.
-      dtype: ``float32``, ``float16``, ``bfloat16`` or ``q8_0``. Q8_0 stores blocks of 32 numbers of
+      dtype: ``float32``, ``float16``, ``bfloat16`` or ``q8_0``. For 16 bits the factors are cast as
+        in `cast_factors`. Q8_0 stores blocks of 32 numbers of
         a row; a factor whose rows are no multiple of 32 becomes float16.
 
     Returns:
@@ -103,12 +105,15 @@ def save_gguf(
     alpha = float(np.float32(most_common(one.scale * one.rank for one in factors.values())))
     if not 0 < abs(alpha) < float("inf"):
         raise ValueError(f"alpha, scale times rank, is {alpha} in float32. Rescale the factors")
+    for module, one in factors.items():
+        _check_shape(module, names[module], one, model)
+        factors |= fold_scales({module: one}, alpha / one.rank)
+    if dtype in ("float16", "bfloat16"):
+        factors, _ = cast_modules(factors, dtype)
     tensors = {}
     for module, one in factors.items():
-        folded = fold_scales({module: one}, alpha / one.rank)[module]
         heads = model.heads_of(module)
-        _check_shape(module, names[module], one, model)
-        a, b = folded.a.T, folded.b.T
+        a, b = one.a.T, one.b.T
         if family.kind(module) == "embedding":
             a = a.T  # llama.cpp reads rows of it by token
         elif heads is not None:

@@ -15,8 +15,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
+from loft_jax.adapters._cast_modules import cast_modules
 from loft_jax.adapters._collect import collect
 from loft_jax.adapters._families import as_family
 from loft_jax.adapters._family import Family
@@ -38,6 +40,7 @@ def save_mlx(
     family: Family | str,
     pairs: Any = None,
     base_model: str | None = None,
+    dtype: jax.typing.DTypeLike | None = None,
 ) -> Path:
     """Writes an adapter that mlx-lm loads: ``mlx_lm.generate --adapter-path``.
 
@@ -48,13 +51,17 @@ def save_mlx(
       pairs: names, axes and scale of the factors, as in `save_peft`. Scales that differ are
         multiplied into ``lora_b``, and ranks that differ are padded with zeros.
       base_model: the hub id or folder of the base model, for the reader of the configuration.
+      dtype: float32, float16 or bfloat16, to cast the factors as in `cast_factors`; None keeps
+        their dtypes.
 
     Returns:
       The folder.
 
     Raises:
-      ValueError: a module is neither in a block of a language model nor its output head, or a
-        parameter is saved in full. The message names the module.
+      ValueError: a module is neither in a block of a language model nor its output head, a
+        parameter is saved in full, or a product is too large for float16. The message names the
+        module.
+      TypeError: another `dtype`.
       ImportError: safetensors is not installed.
 
     Example:
@@ -74,7 +81,8 @@ def save_mlx(
             "the adapter and use save_merged, or omit them"
         )
     scale = most_common(one.scale for one in factors.values())
-    factors = pad_ranks(fold_scales(factors, scale))
+    factors, metadata = cast_modules(fold_scales(factors, scale), dtype)
+    factors = pad_ranks(factors)
     dora = {one.magnitude is not None for one in factors.values()}
     if len(dora) > 1:
         raise ValueError(
@@ -97,7 +105,7 @@ def save_mlx(
         "num_layers": -1,
     }
     with replacing(Path(path)) as temporary:
-        write_tensors(temporary / WEIGHTS, tensors)
+        write_tensors(temporary / WEIGHTS, tensors, metadata)
         text = json.dumps(config, indent=4, sort_keys=True)
         (temporary / CONFIG).write_text(text, encoding="utf-8")
     return Path(path)

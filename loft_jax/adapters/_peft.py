@@ -6,16 +6,14 @@ PEFT stores an adapter as a folder with two files. ``adapter_model.safetensors``
 
 import itertools
 import os
-import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from loft_jax.adapters._cast import cast_factors
+from loft_jax.adapters._cast_modules import cast_modules
 from loft_jax.adapters._collect import collect
 from loft_jax.adapters._families import as_family
 from loft_jax.adapters._family import Family
@@ -88,8 +86,7 @@ def save_peft(
 
     Example:
       >>> import tempfile
-      >>> import jax.numpy as jnp
-      >>> from loft_jax import LoraPairs
+      >>>       >>> from loft_jax import LoraPairs
       >>> layer = {"q_proj": {"lora_a": jnp.ones((2, 6, 3)), "lora_b": jnp.ones((2, 3, 4))}}
       >>> adapter = {"layers": {"self_attn": layer}}  # two layers, stacked
       >>> with tempfile.TemporaryDirectory() as folder:
@@ -107,12 +104,12 @@ def save_peft(
         raise ValueError(
             f"unknown task_type {task_type!r}. Use one of {', '.join(TASK_TYPES)}, or None"
         )
-    metadata: dict[str, str] = {}
-    if dtype is not None:
-        adapter, metadata = _cast(adapter, dtype, pairs)
     factors, saved = collect(adapter, family, pairs)
     if fold_scales:
-        factors = pad_ranks(fold(factors))
+        factors = fold(factors)
+    factors, metadata = cast_modules(factors, dtype)
+    if fold_scales:
+        factors = pad_ranks(factors)
     tensors: dict[str, np.ndarray] = {}
     for module, one in factors.items():
         tensors |= _tensors(module, one, family.kind(module))
@@ -155,20 +152,6 @@ def _tensors(module: str, one: LoraFactors, kind: str) -> dict[str, np.ndarray]:
     if kind == "conv2d":  # (r, in, height, width), (out, r, 1, 1)
         a, b = one.a.transpose(3, 2, 0, 1), b[..., None, None]
     return {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b} | dora
-
-
-def _cast(adapter: Any, dtype: jax.typing.DTypeLike, pairs: Any) -> tuple[Any, dict[str, str]]:
-    """Returns the adapter in a dtype, and what the file states about it."""
-    cast = cast_factors(adapter, dtype, pairs)
-    if lossy := [path for path, error in cast.errors.items() if error > jnp.finfo(dtype).eps]:
-        worst = max(lossy, key=lambda path: cast.errors[path])
-        warnings.warn(
-            f"{jnp.dtype(dtype)} loses {cast.errors[worst]:.2g} of the product of {worst} and its "
-            f"partner, {len(lossy)} of {len(cast.errors)} pairs lose more than a cast usually "
-            "does. The product may be too small for the dtype: save bfloat16 or float32",
-            stacklevel=3,
-        )
-    return cast.adapter, {"largest_product_error": f"{cast.largest_error:.2g}"}
 
 
 def _has_magnitudes(factors: Mapping[str, LoraFactors]) -> bool:

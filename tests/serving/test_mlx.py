@@ -162,6 +162,18 @@ def test_the_round_trip_is_exact(tmp_path, family):
     assert load_file(tmp_path / WEIGHTS)[f"{name}.lora_a"].shape == (16, 4)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_the_dtype_is_chosen(tmp_path, dtype):
+    q = factors(16, 8, 4)
+    adapter = {"layers": {"0": {"self_attn": {"q_proj": q}}}}
+    save_mlx(tmp_path, adapter, family="llama", pairs=LoraPairs(scale=1.75), dtype=dtype)
+    (one,) = load_mlx(tmp_path, family="llama").factors.values()
+    assert one.a.dtype == one.b.dtype == dtype
+    wide = [x.astype(np.float64) for x in (one.a, one.b)]
+    expected = q["lora_a"] @ q["lora_b"]
+    assert np.abs(wide[0] @ wide[1] - expected).max() < 0.02 * np.abs(expected).max()
+
+
 @pytest.mark.parametrize(
     ("adapter", "message"),
     [
