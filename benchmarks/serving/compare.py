@@ -27,6 +27,7 @@ from safetensors.numpy import load_file, save_file
 from benchmarks import markdown
 from examples.common import downloads
 from examples.common.models import llama_weights
+from examples.common.models.llama_config import LlamaConfig
 from loft_jax import LoraPairs
 from loft_jax.adapters import (
     Family,
@@ -109,12 +110,14 @@ def write_files(
 ) -> None:
     """Writes the base, the adapter and the merged model for each program."""
     config = pretrained.config
+    assert isinstance(config, LlamaConfig)
     base = folder / "base"
     base.mkdir(parents=True, exist_ok=True)
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
     names += ("num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps")
-    names += ("rope_theta", "max_position_embeddings", "tie_word_embeddings")
+    names += ("max_position_embeddings", "tie_word_embeddings")
     fields = {name: getattr(config, name) for name in names}
+    fields["rope_theta"] = config.layer_kinds[0].rope_theta
     fields |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
     (base / "config.json").write_text(json.dumps(fields))
     pretrained.tokenizer.save(str(base / "tokenizer.json"))

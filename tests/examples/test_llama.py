@@ -12,7 +12,7 @@ from optimizers import hasty_compiler as hasty_compiler
 from common.models import llama_weights
 from common.models.llama import TARGETS, LlamaConfig, lora_rule
 from common.models.llama_weights import build_model, read_config
-from loft_jax.adapters import add_lora, fill, load_peft, lora_pairs, remove_lora, save_peft
+from loft_jax.adapters import add_lora, load_into, load_peft, lora_pairs, remove_lora, save_peft
 from tests.examples import record_llama_logits as hugging_face
 from tests.examples.tiny_llama import byte_tokenizer
 
@@ -69,7 +69,7 @@ def test_peft_reads_and_writes_the_adapters_of_each_family(case, tmp_path):
 
     with_adapter.save_pretrained(tmp_path / "theirs")
     zeros = jax.tree.map(jnp.zeros_like, adapter)
-    read = fill(zeros, load_peft(tmp_path / "theirs"), family=pretrained.family, pairs=pairs)
+    read = load_into(zeros, load_peft(tmp_path / "theirs"), family=pretrained.family, pairs=pairs)
     for one, other in zip(jax.tree.leaves(read), jax.tree.leaves(adapter), strict=True):
         np.testing.assert_array_equal(one, other)
 
