@@ -117,7 +117,9 @@ def write_files(
     names += ("num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps")
     names += ("max_position_embeddings", "tie_word_embeddings")
     fields = {name: getattr(config, name) for name in names}
-    fields["rope_theta"] = config.layer_kinds[0].rope_theta
+    rope = config.layer_kinds[0].rope
+    assert rope is not None
+    fields["rope_theta"] = rope.theta
     fields |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
     (base / "config.json").write_text(json.dumps(fields))
     pretrained.tokenizer.save(str(base / "tokenizer.json"))
