@@ -20,6 +20,7 @@ COMMANDS = (
     "export",
     "factor-condition",
     "order-of-sums",
+    "drift",
     "method-costs",
     "figures",
 )
