@@ -55,7 +55,7 @@ suppress_warnings = ["myst.header"]
 # A notebook is a Markdown page with code cells. All of them run when the site is built.
 nb_execution_mode = "cache"
 nb_execution_cache_path = str(HERE / "_build" / "notebooks")
-nb_execution_timeout = 180
+nb_execution_timeout = 900  # for a cell, on a busy machine
 nb_execution_raise_on_error = True
 nb_execution_show_tb = True
 nb_merge_streams = True

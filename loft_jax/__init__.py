@@ -27,7 +27,7 @@ from loft_jax.pairs.spec import LoraPairs
 if TYPE_CHECKING:
     from loft_jax import adapters, baselines, checkpoint, sharding
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "DEFAULT_RULES",

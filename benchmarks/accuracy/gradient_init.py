@@ -31,8 +31,12 @@ def lora_ga(model: Any, loss: Loss, batch: Any, rule: LoraRule) -> Any:
 
     @jax.jit
     def gradient(kernels: nnx.State, factors: nnx.State, rest: nnx.State) -> nnx.State:
-        of = lambda kernels: loss(nnx.merge(graphdef, kernels, factors, rest), batch).mean()
-        return jax.grad(of)(kernels)
+        def mean_loss(kernels: nnx.State) -> jax.Array:
+            found = loss(nnx.merge(graphdef, kernels, factors, rest), batch)
+            # A loss may come with weights, see `examples.common.training.Loss`.
+            return found[0].sum() / found[1].sum() if isinstance(found, tuple) else found.mean()
+
+        return jax.grad(mean_loss)(kernels)
 
     gradients = dict(nnx.to_flat_state(gradient(kernels, factors, rest)))
     flat_kernels, flat_factors = (dict(nnx.to_flat_state(x)) for x in (kernels, factors))

@@ -1,6 +1,6 @@
 """Checkpoints of a LoRA or LoFT fine-tuning run, without the frozen base weights.
 
-A layer over Orbax's `AsyncCheckpointer`. Only this package imports Orbax; `import loft_jax`
+A layer over Orbax. Only this package imports Orbax; `import loft_jax`
 does not. `docs/checkpoints.md` lists the guarantees and the behavior under each fault.
 """
 

@@ -12,8 +12,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-import torch
-import transformers
 from serving.programs import llama_cpp_log_probs, mlx_log_probs
 from serving.test_recorded import RECORDED, read_base, read_both, save_both
 from serving.tiny_models import TinyModel, save_folder, save_gguf_model
@@ -21,6 +19,9 @@ from serving.tiny_models import TinyModel, save_folder, save_gguf_model
 
 def main() -> None:
     """Writes the file."""
+    import torch
+    import transformers
+
     config, tensors, ids = read_base()
     module = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))
     tensors = {name: torch.tensor(tensor) for name, tensor in tensors.items()}
