@@ -243,6 +243,7 @@ def llama_cpp_program(model: Path, adapter: Path | None, count: int) -> Program:
     params = xllamacpp.CommonParams()
     params.model.path = str(model)
     params.n_gpu_layers, params.n_ctx, params.n_parallel = 0, 256, 1
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
     params.warmup = params.fit_params = False
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
