@@ -53,7 +53,7 @@ def renew(
     all directions changes nothing.
 
     It is a pure function of arrays. Call it between two steps, under `jax.jit` or not, at intervals
-    that you choose; a warm-up of the learning rate is not needed.
+    that you choose. docs/longruns.md has where this helped, and where it did harm.
 
     Args:
       base: a pytree that contains the base weights, floating point. Each renewal rounds them once:
