@@ -42,7 +42,8 @@ _loft = functools.partial(loft_adamw, weight_decay=0.0, second_moment="factored"
 _lora_rite = functools.partial(baselines.lora_rite, pairs=PAIRS)
 
 
-def _renewed(interval: int, **renewal: Any) -> Method:
+def _renewed(interval: int, size: float = 0.1, **renewal: Any) -> Method:
+    renewal["size"] = size
     options = ", ".join(f"{name}={value!r}" for name, value in renewal.items())
     label = f"LoFT, renewed every {interval}: {options}"
     return Method(label=label, optimizer=_loft, interval=interval, renewal=renewal)

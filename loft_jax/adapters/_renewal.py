@@ -39,7 +39,7 @@ def renew(
     pairs: Any = None,
     keep: PerPair = 0,
     directions: str | Directions = "momentum",
-    size: float = 0.1,
+    size: float = 1.0,
     weights: Sequence[tuple[str, str]] = (),
     transpose: Sequence[tuple[str, Sequence[int]]] = (),
 ) -> Renewed:
@@ -70,7 +70,8 @@ def renew(
         which are sketches of the mean gradient; or a function, see
         `loft_jax.algorithm.renewal.Directions`.
       size: the singular values with which new directions enter, relative to the root mean square
-        of those of ``s U V^T``. Small ones turn towards the gradient at once.
+        of those of ``s U V^T``. Small ones turn towards the gradient at once, which does harm
+        where gradients are noisy.
       weights, transpose: as in `merge`.
 
     Returns:
@@ -105,7 +106,7 @@ def change_rank(
     *,
     pairs: Any = None,
     directions: str | Directions = "momentum",
-    size: float = 0.1,
+    size: float = 1.0,
     weights: Sequence[tuple[str, str]] = (),
     transpose: Sequence[tuple[str, Sequence[int]]] = (),
 ) -> Renewed:
