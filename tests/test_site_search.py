@@ -20,7 +20,7 @@ QUESTIONS = {
     "change rank": "howto/rules.html",
     "learning rate": "howto/choose.html",
     "serve adapter": "serving.html",
-    "resume run": "howto/resume.html",
+    "resume a run": "howto/resume.html",
     "NaN": "start/faq.html",
     "install GPU": "start/install.html",
     "several devices": "meshes.html",
