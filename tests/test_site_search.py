@@ -19,7 +19,7 @@ SITE = Path(__file__).parents[1] / "docs" / "_build" / "html"
 QUESTIONS = {
     "change rank": "howto/rules.html",
     "learning rate": "howto/choose.html",
-    "serve adapter": "serving.html",
+    "serve adapters": "serving.html",
     "resume a run": "howto/resume.html",
     "NaN": "start/faq.html",
     "install GPU": "start/install.html",
