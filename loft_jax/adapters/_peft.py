@@ -86,7 +86,8 @@ def save_peft(
 
     Example:
       >>> import tempfile
-      >>>       >>> from loft_jax import LoraPairs
+      >>> import jax.numpy as jnp
+      >>> from loft_jax import LoraPairs
       >>> layer = {"q_proj": {"lora_a": jnp.ones((2, 6, 3)), "lora_b": jnp.ones((2, 3, 4))}}
       >>> adapter = {"layers": {"self_attn": layer}}  # two layers, stacked
       >>> with tempfile.TemporaryDirectory() as folder:

@@ -117,7 +117,8 @@ def drop_overflowing_rows(h: Float[Array, "m r"], dim: ShardedDim) -> Float[Arra
     m, r = dim.size(h.shape[0]), h.shape[1]
     limit = math.sqrt(float(jnp.finfo(h.dtype).max) / (m * r**2))
     largest = jnp.max(jnp.abs(h), axis=1, keepdims=True)
-    return jnp.where((largest > limit) & (largest < jnp.inf), 0, h)
+    # A product with a column: XLA would make zeros of the size of the gradient an array.
+    return h * jnp.where((largest > limit) & (largest < jnp.inf), 0, 1).astype(h.dtype)
 
 
 def first_moment_estimate(

@@ -58,7 +58,7 @@ def base_reference(name: str, params: Any) -> BaseReference:
       >>> base_reference("tiny", {"w": jnp.ones((2, 3))}).leaves["w"]
       LeafRecord(shape=(2, 3), dtype='float32', digest='46c7ed5b99a1a44d', key=None)
     """
-    leaves, impls = named_leaves(params, "base")
+    leaves, impls = named_leaves(params, "base", stored=False)
     return BaseReference(name, records(leaves, impls))
 
 

@@ -87,11 +87,14 @@ def options_by_path(tree: Any) -> dict[str, str]:
     return {path_string(keys) or "value": str(x) for keys, x in found if is_options(x)}
 
 
-def named_leaves(tree: Any, item: str) -> tuple[dict[str, Any], dict[str, str]]:
+def named_leaves(
+    tree: Any, item: str, *, stored: bool = True
+) -> tuple[dict[str, Any], dict[str, str]]:
     """Returns the arrays of a tree by path, and the implementations of typed keys by path.
 
     In a multi-process run, arrays that are local to a process (such as scalars created outside of
-    jit) become NumPy arrays. A checkpoint keeps those of process 0.
+    jit) become NumPy arrays. A checkpoint keeps those of process 0. With ``stored=False`` they are
+    only digested, so that any dtype is allowed, as the integers of a quantized base.
 
     Raises:
       ValueError: two leaves have the same path, or a leaf was donated.
@@ -117,7 +120,7 @@ def named_leaves(tree: Any, item: str) -> tuple[dict[str, Any], dict[str, str]]:
                 f"{item}: {path} is not an array or a number, but a {type(leaf).__name__}"
             )
         dtype = arrays[path].dtype
-        if dtype.name not in _STORABLE:
+        if stored and dtype.name not in _STORABLE:
             raise TypeError(f"{item}: {path} has dtype {dtype}, which cannot be saved")
         if not dtype.isnative:  # stored in this machine's byte order
             arrays[path] = arrays[path].astype(dtype.newbyteorder("="))

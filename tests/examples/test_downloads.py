@@ -23,6 +23,7 @@ def wheel(tmp_path):
         sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
         member="package/words.txt",
         megabytes=1,
+        licence="MIT",
         instead="pass --data with a file of your own",
     )
 
