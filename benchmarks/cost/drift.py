@@ -8,6 +8,7 @@ relative to the way from the start, and "basis" how far the bases are from ortho
 """
 
 import argparse
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,11 +42,12 @@ def weights(second_moment: str, steps: int, dtype: type) -> tuple[list[np.ndarra
         return (optax.apply_updates(params, updates), state), None
 
     tenth = jax.jit(lambda carry, at: jax.lax.scan(step, carry, at)[0])
-    carry, found = (params, tx.init(params)), [params["lora_a"] @ params["lora_b"]]
+    carry: Any = (params, tx.init(params))
+    found = [params["lora_a"] @ params["lora_b"]]
     for at in np.split(np.arange(steps), 10):
         carry = tenth(carry, jnp.asarray(at))
         found.append(carry[0]["lora_a"] @ carry[0]["lora_b"])
-    state = carry[1][0]
+    state: Any = carry[1][0]
     bases = (np.asarray(state.basis["lora_a"]), np.asarray(state.basis["lora_b"]).T)
     off = max(float(np.abs(q.T @ q - np.eye(RANK)).max()) for q in bases)
     return [np.asarray(w, np.float64) for w in found], int(state.count), off
