@@ -21,9 +21,6 @@ from loft_jax.algorithm.pair import FactorPair
 _CORRELATION = 0.5
 # |U|^2 |V|^2 may be this many times r |U V^T|^2; balanced, it is at most r |U V^T|^2.
 _EXCESS = 8.0
-# One factor may be a hundred times as long as the other. Beyond it float16 and bfloat16 overflow or
-# lose the shorter one; the excess does not see it, since it compares with the product.
-_LENGTHS = 100.0
 # A singular value below this part of the largest gives one factor the root of this part. So a
 # direction of one factor that the other does not have yet stays alive.
 _FLOOR = 1e-3
@@ -33,8 +30,6 @@ Grams = FactorPair[Float[Array, "r r"]]
 
 def is_unbalanced(grams: Grams) -> Bool[Array, ""]:
     """Returns whether columns of a factor are nearly dependent, or too long for the product.
-
-    Also where one factor is far longer than the other.
 
     Args:
       grams: ``U^T U`` and ``V^T V``.
@@ -51,10 +46,8 @@ def is_unbalanced(grams: Grams) -> Bool[Array, ""]:
     correlation = jnp.maximum(_correlation(a), _correlation(b))
     excess = 1 / (_EXCESS * a.shape[-1]) > jnp.sum(a * b)
     # A product without a column has nothing to balance. Infinite factors are left as they are.
-    traces = jnp.trace(grams.a), jnp.trace(grams.b)
-    far = jnp.maximum(*traces) > _LENGTHS**2 * jnp.minimum(*traces)
     columns = jnp.sum(jnp.diagonal(a) * jnp.diagonal(b))
-    return ((correlation > _CORRELATION) | excess | far) & (columns > 0) & jnp.isfinite(columns)
+    return ((correlation > _CORRELATION) | excess) & (columns > 0) & jnp.isfinite(columns)
 
 
 def balancing_matrices(grams: Grams) -> FactorPair[Float[Array, "r r"]]:
