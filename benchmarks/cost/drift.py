@@ -19,18 +19,21 @@ from benchmarks import markdown
 from benchmarks.command_line import add_results
 from benchmarks.records import Row, append
 from loft_jax import loft_adamw
+from loft_jax.algorithm.second_moment import SecondMomentName
 
 M, N, RANK, BATCHES, ROWS = 12, 8, 2, 64, 6
 
 
-def weights(second_moment: str, steps: int, dtype: type) -> tuple[list[np.ndarray], int, float]:
+def weights(
+    second_moment: SecondMomentName, steps: int, dtype: type
+) -> tuple[list[np.ndarray], int, float]:
     """The product at the tenths of the run, the last count, and the error of the bases."""
     draw = np.random.default_rng(1)
     array = lambda *shape: jnp.asarray(draw.normal(size=shape), dtype)
     x, y, base = array(BATCHES, ROWS, M), array(BATCHES, ROWS, N), array(M, N) / M**0.5
     params = {"lora_a": array(M, RANK) / M**0.5, "lora_b": array(RANK, N) / N**0.5}
     schedule = optax.cosine_decay_schedule(1e-2, steps)
-    tx = loft_adamw(schedule, second_moment=second_moment)  # type: ignore[arg-type]
+    tx = loft_adamw(schedule, second_moment=second_moment)
 
     def loss(params: dict, k: jax.Array) -> jax.Array:
         error = x[k] @ (base + params["lora_a"] @ params["lora_b"]) - y[k]
@@ -53,7 +56,7 @@ def weights(second_moment: str, steps: int, dtype: type) -> tuple[list[np.ndarra
     return [np.asarray(w, np.float64) for w in found], int(state.count), off
 
 
-def measure(second_moment: str, steps: int) -> Row:
+def measure(second_moment: SecondMomentName, steps: int) -> Row:
     with jax.enable_x64(True):
         exact, count, _ = weights(second_moment, steps, np.float64)
     single, count32, off = weights(second_moment, steps, np.float32)

@@ -131,6 +131,7 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     safetensors = import_safetensors()
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
+            # An open file of safetensors has keys() and is not iterable.
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path}: not a complete safetensors file ({error})") from error

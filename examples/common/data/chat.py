@@ -106,7 +106,7 @@ def _compiled(template: str) -> Any:
     class Generation(Extension):
         """{% generation %} marks answers for transformers; here it renders its content."""
 
-        tags = {"generation"}  # noqa: RUF012
+        tags = {"generation"}  # noqa: RUF012  # as Jinja declares it
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno
