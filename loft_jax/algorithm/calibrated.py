@@ -42,7 +42,7 @@ class Calibrated:
         return packed_size(r)
 
     def peak_elements(self, m: int, n: int, r: int) -> int:
-        return m * n
+        return m * max(n, packed_size(r))
 
     def advance(
         self,

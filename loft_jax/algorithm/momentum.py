@@ -15,7 +15,7 @@ class FollowMoment(NamedTuple):
     """LoFT-SGD: the full weight moves along the calibrated momentum, ``M Q^T``."""
 
     def peak_elements(self, m: int, n: int, r: int) -> int:
-        return m * r
+        return 0
 
     def advance(
         self, nu: None, h: Any, calibration: Any, basis_changed: Any, b2: Any, dim: Any
@@ -49,7 +49,7 @@ class OrthogonalizeMoment(NamedTuple):
     consistent_rms: float | jax.Array | None
 
     def peak_elements(self, m: int, n: int, r: int) -> int:
-        return m * r
+        return 0
 
     def advance(
         self, nu: None, h: Any, calibration: Any, basis_changed: Any, b2: Any, dim: Any

@@ -21,7 +21,10 @@ class Direction(Protocol):
     """What turns the moments of a factor ``U`` (``m x r``) into its step; ``V`` has ``n`` rows."""
 
     def peak_elements(self, m: int, n: int, r: int) -> int:
-        """Returns how many numbers `direction` would make at once if it worked on all rows."""
+        """Returns the size of the largest array that a step of all rows would make.
+
+        0 where it is no larger than a factor.
+        """
         ...
 
     def advance(
@@ -119,7 +122,7 @@ class Diagonal:
         return r
 
     def peak_elements(self, m: int, n: int, r: int) -> int:
-        return m * r
+        return 0
 
     def advance(
         self,
@@ -177,7 +180,7 @@ class Entrywise:
         return self.kept.width(m, r)
 
     def peak_elements(self, m: int, n: int, r: int) -> int:
-        return m * r
+        return m * self.width(m, r)
 
     def advance(
         self,

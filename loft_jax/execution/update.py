@@ -147,7 +147,7 @@ def update_leaves(
             group.kind,
             rule,
             blocks,
-            _chunks_of_group(group.kind, rule, arrays),
+            _chunks_of_group(group.kind, rule),
             method.count,
             a_is_active,
             arrays,
@@ -202,12 +202,12 @@ class GroupArrays(NamedTuple):
     moments: tuple[Stacks, ...]
 
 
-def _chunks_of_group(kind: PairKind, rule: MomentRule, arrays: GroupArrays) -> int:
+def _chunks_of_group(kind: PairKind, rule: MomentRule) -> int:
     """Returns in how many chunks to take the layers of a group."""
     (m, r), (n, _) = (factor.matrix_shape for factor in kind.factors)
     peak = rule.second_moment.peak_elements
-    widest = [x.size // math.prod(kind.batch) for x in jax.tree.leaves(arrays.moments)]
-    return num_chunks(kind.batch, peak=max(peak(m, n, r), peak(n, m, r), *widest))
+    largest = max(peak(m, n, r), peak(n, m, r))
+    return num_chunks(kind.batch, factor=kind.factor_elements, peak=largest)
 
 
 def _step_of_group(
