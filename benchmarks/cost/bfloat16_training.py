@@ -38,7 +38,7 @@ from loft_jax.algorithm.second_moment import SecondMomentName
 STEPS, PEAK, MAX_NORM = 60, 1e-3, 1.0
 TARGETS = ("q", "v")
 SEEDS = (0, 1, 2)
-SIZES = ((1, 16), (2, 32), (2, 16))
+SIZES = ((4, 128), (1, 16), (2, 16))
 """Sequences of a step, and tokens of each."""
 UNBALANCED = ((1, 16), (2, 16))
 """The sizes at which balance=False is measured too."""
