@@ -135,11 +135,11 @@ def adapt(rules: Rules) -> Iterator[None]:
         module = context.module
         nonlocal initializing, inside
         initializing |= module.is_initializing()
-        path = "/".join(module.path)
         if inside or not isinstance(module, ADAPTED) or context.method_name != "__call__":
-            if not inside and not isinstance(module, ADAPTED):
-                others[path] = type(module).__name__
+            if not inside and not isinstance(module, ADAPTED) and module.scope is not None:
+                others["/".join(module.path)] = type(module).__name__
             return call(*args, **kwargs)
+        path = "/".join(module.path)
         seen.append(path)
         if (rule := rule_for(path, rules)) is None:
             return call(*args, **kwargs)
