@@ -67,5 +67,4 @@ html_css_files = ["loft.css"]
 html_show_sphinx = False
 html_show_sourcelink = False
 html_theme_options = {"navigation_with_keys": True, "top_of_page_buttons": []}
-pygments_style = "friendly"
-pygments_dark_style = "native"
+pygments_dark_style = "a11y-high-contrast-dark"  # the default underlines modules like links

@@ -379,6 +379,16 @@ BAD = {
         lambda base, adapter, state: renew(base, adapter, optax.adam(1.0).init(adapter), KEY),
         "holds none of a LoFT optimizer",
     ),
+    "the state of an nnx optimizer": (
+        lambda base, adapter, state: change_rank(
+            base, jax.tree.map(nnx.LoRAParam, adapter), state, KEY, 3
+        ),
+        r"For an nnx\.Optimizer use loft_jax\.adapters\.renew_model",
+    ),
+    "nnx.state of an optimizer": (
+        lambda base, adapter, state: change_rank(base, adapter, {"opt_state": {"0": {}}}, KEY, 3),
+        r"for an nnx\.Optimizer use loft_jax\.adapters\.renew_model",
+    ),
     "a frozen pair": (
         lambda base, adapter, state: renew(base, adapter, masked(adapter, NOTHING), KEY),
         "q/lora_a: no LoFT optimizer",

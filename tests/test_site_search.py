@@ -23,7 +23,7 @@ QUESTIONS = {
     "resume a run": "howto/resume.html",
     "NaN": "start/faq.html",
     "install GPU": "start/install.html",
-    "several devices": "meshes.html",
+    "several devices": "howto/meshes.html",
     "accumulate gradients": "howto/accumulation.html",
     "quantized base": "howto/quantized.html",
     "classifier head": "howto/head.html",

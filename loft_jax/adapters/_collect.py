@@ -9,7 +9,8 @@ import numpy as np
 from loft_jax.adapters._family import Family, each_layer
 from loft_jax.adapters._loaded import LoraFactors
 from loft_jax.pairs.axes import FactorLayout
-from loft_jax.pairs.find import Pair, PairedTree, find_pairs
+from loft_jax.pairs.find import Pair, PairedTree, adapted_weights, find_pairs, listing
+from loft_jax.pairs.init_checks import check_as_made
 from loft_jax.pairs.spec import as_pairs
 
 MAGNITUDE = "lora_magnitude"
@@ -43,6 +44,7 @@ def collect(
       (['transformer.h.0.mlp.c_fc'], {})
     """
     tree = find_named_pairs(adapter, pairs)
+    check_as_made(tree, pairs, "The exporter", "the products differ", stacklevel=4)
     factors: dict[str, LoraFactors] = {}
     magnitudes = magnitude_positions(tree)
     for pair in tree.pairs:
@@ -73,9 +75,21 @@ def collect(
 
 
 def find_named_pairs(adapter: Any, pairs: Any) -> PairedTree:
-    """Finds the pairs of a tree that may also contain the weights next to them."""
-    # A weight next to its own adapter gets the message of the exporter.
-    return find_pairs(adapter, dataclasses.replace(as_pairs(pairs), train_weights=True))
+    """Finds the pairs of an adapter that is written to a file or read from one.
+
+    Raises:
+      ValueError: as `find_pairs`; the tree has the frozen weights too, as a whole model has.
+    """
+    tree = find_pairs(adapter, dataclasses.replace(as_pairs(pairs), train_weights=True))
+    if weights := adapted_weights(tree):
+        headline = (
+            "These weights lie next to their own adapters, and a file holds only one of the two. "
+            "Pass the adapter alone: nnx.state(model, nnx.LoRAParam) of an nnx model, or the first "
+            "result of loft_jax.adapters.split, with a trained head beside it. If the weights are "
+            "trained too, merge the adapter and use save_merged:"
+        )
+        raise ValueError(listing(headline, weights))
+    return tree
 
 
 def modules_of(tree: PairedTree, pair: Pair, family: Family) -> tuple[str, ...]:

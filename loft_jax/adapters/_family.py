@@ -28,8 +28,9 @@ class Family:
 
     Attributes:
       name: the name in messages.
-      prefix: the attribute that contains the backbone in models with a task head. It is empty for
-        the backbone alone: ``dataclasses.replace(FAMILIES["bert"], prefix="")`` is for `BertModel`.
+      prefix: the attribute that contains the backbone in models with a task head, such as
+        ``model``, without a dot. It is empty for the backbone alone:
+        ``dataclasses.replace(FAMILIES["bert"], prefix="")`` is for `BertModel`.
       modules: ``(regex, template)`` entries, of which the first that matches is used. The regex
         matches the whole path of our module, keys joined by ``/``, without leading ``params/``,
         ``model/`` and ``prefix/``. The template is the name in transformers. In it ``{group}`` is
@@ -41,7 +42,8 @@ class Family:
         ``embedding``.
 
     Raises:
-      ValueError: an entry is not a pair of a valid regex and a template, or a kind is unknown.
+      ValueError: an entry is not a pair of a valid regex and a template, a kind is unknown, or the
+        prefix begins or ends with a dot.
       TypeError: a field is not hashable; use tuples.
 
     Example:
@@ -67,6 +69,11 @@ class Family:
             raise TypeError(
                 f"Family: modules and kinds must be tuples of pairs, got {self}"
             ) from error
+        if self.prefix != self.prefix.strip("."):
+            raise ValueError(
+                f"Family: prefix {self.prefix!r} begins or ends with a dot. Omit it: {{prefix}} "
+                "adds the dot between the names"
+            )
         for entry in (*self.modules, *self.kinds):
             if not isinstance(entry, tuple) or len(entry) != 2:
                 raise ValueError(

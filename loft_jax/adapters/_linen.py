@@ -125,6 +125,7 @@ def adapt(rules: Rules) -> Iterator[None]:
     rules = as_rules(rules)
     used: list[LoraRule] = []
     seen: list[str] = []
+    others: dict[str, str] = {}
     initializing = False
     inside = False  # an adapter, which may itself consist of layers
 
@@ -135,6 +136,8 @@ def adapt(rules: Rules) -> Iterator[None]:
         nonlocal initializing, inside
         initializing |= module.is_initializing()
         if inside or not isinstance(module, ADAPTED) or context.method_name != "__call__":
+            if not inside and not isinstance(module, ADAPTED) and module.scope is not None:
+                others["/".join(module.path)] = type(module).__name__
             return call(*args, **kwargs)
         path = "/".join(module.path)
         seen.append(path)
@@ -156,7 +159,7 @@ def adapt(rules: Rules) -> Iterator[None]:
     with nn.intercept_methods(intercept):
         yield
     if initializing:  # `apply` may call only a part of the model
-        check_all_used(rules, used, seen)
+        check_all_used(rules, used, seen, others)
 
 
 def _path_of_a(layer: str) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +21,9 @@ from loft_jax.adapters._families import FAMILIES, as_family
 from loft_jax.adapters._family import Family
 from loft_jax.adapters._loaded import LoadedAdapter, LoraFactors, few
 from loft_jax.pairs.axes import FactorLayout
-from loft_jax.pairs.find import Pair, PairedTree
+from loft_jax.pairs.declared import declared_scale
+from loft_jax.pairs.find import Pair, PairedTree, listing
+from loft_jax.pairs.init_checks import check_batch_axes
 
 
 def load_into(
@@ -37,8 +40,9 @@ def load_into(
         `jax.ShapeDtypeStruct` as leaves, such as ``nnx.state(model, nnx.LoRAParam)``.
       loaded: the result of `load_peft`, `load_gguf` or `load_mlx`.
       family: the names of the modules, as in `save_peft`.
-      pairs: names, axes and scale of the factors, as in `save_peft`. The scale must be the file's.
-        With None the scale is not compared; the model needs ``loaded.scale_of(module)``.
+      pairs: names, axes and scale of the factors, as in `save_peft`. The scale must be the file's,
+        which is ``loaded.scale_of(module)``. With None it is compared with that of adapters which
+        `add_lora`, `LoraModel` or qwix made in this process, and a difference is warned of.
 
     Returns:
       The template's tree with the template's dtypes. Leaves are NumPy arrays if the template's
@@ -61,6 +65,7 @@ def load_into(
     """
     family = as_family(family)
     tree = find_named_pairs(template, pairs)
+    check_batch_axes(tree, pairs)
     named = [(pair, modules_of(tree, pair, family)) for pair in tree.pairs]
     _compare_names(tree, family, loaded)
     magnitudes = magnitude_positions(tree)
@@ -99,6 +104,8 @@ def load_into(
             leaves[position] = _like(leaf, value)
     if problems:
         raise ValueError("\n  ".join([f"{loaded.path} does not fit the template:", *problems]))
+    if pairs is None:
+        _warn_of_scales(tree, named, loaded)
     return jax.tree.unflatten(tree.treedef, leaves)
 
 
@@ -184,6 +191,25 @@ def _misfits(
                 "Stacked layers must have the same scale; unstack them"
             )
     return wrong
+
+
+def _warn_of_scales(
+    tree: PairedTree, named: Sequence[tuple[Pair, tuple[str, ...]]], loaded: LoadedAdapter
+) -> None:
+    """Warns of adapters that were made with another scale than the file's."""
+    wrong = []
+    for pair, modules in named:
+        made, of_file = declared_scale(tree.paths[pair.a]), loaded.factors[modules[0]].scale
+        if made is not None and not math.isclose(made, of_file, rel_tol=1e-6):
+            wrong.append(
+                f"{tree.paths[pair.a]}: made with scale {made:g}, the file has {of_file:g}"
+            )
+    if wrong:
+        headline = (
+            f"The model multiplies these adapters by another scale than {loaded.path}, so that it "
+            "computes something else. Make the model's with alpha = rank * loaded.scale_of(module):"
+        )
+        warnings.warn(listing(headline, wrong), stacklevel=3)
 
 
 def _like(

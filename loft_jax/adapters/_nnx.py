@@ -161,15 +161,17 @@ def add_lora(model: Model, rules: Rules, *, rngs: nnx.Rngs) -> Model:
     rules = as_rules(rules)
     used: list[LoraRule] = []
     seen: list[str] = []
+    others: dict[str, str] = {}
     made: dict[str, LoraLayer] = {}
     adapted = {
         (*path, "base") for path, node in nnx.iter_modules(model) if isinstance(node, LoraLayer)
     }
 
     def wrap(path: tuple[Any, ...], node: Any) -> Any:
-        if not isinstance(node, (*PLAIN, QuantizedLayer)):
-            return node
         name = "/".join(map(str, path))
+        if not isinstance(node, (*PLAIN, QuantizedLayer)):
+            others[name] = type(node).__name__
+            return node
         seen.append(name)
         if (rule := rule_for(name, rules)) is None:
             return node
@@ -185,7 +187,7 @@ def add_lora(model: Model, rules: Rules, *, rngs: nnx.Rngs) -> Model:
         return made[name]
 
     result = nnx.recursive_map(wrap, model)
-    check_all_used(rules, used, seen)
+    check_all_used(rules, used, seen, others)
     for name, layer in made.items():
         path = re.escape(f"{name}/lora_a" if name else "lora_a")
         declare_scale(path, layer.scale)

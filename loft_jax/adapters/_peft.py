@@ -60,6 +60,7 @@ def save_peft(
         ``vit``, ``dinov2``, or a `Family`.
       pairs: names, axes and scale of the factors, as in the optimizers: a `LoraPairs`, or the
         `LoraRule` with which the model was adapted. The scale is written to the configuration.
+        None is a scale of 1, with a warning for adapters that are known to be scaled otherwise.
       base_model: the hub id or folder of the base model, for AutoPeftModel of PEFT.
       task_type: PEFT's task type, such as ``CAUSAL_LM`` or ``SEQ_CLS``, which selects its model
         class.

@@ -8,10 +8,11 @@ import jax
 import optax
 from flax import nnx
 
-from loft_jax.adapters._trees import add_products
+from loft_jax.adapters._trees import add_products, find_with_weights
 from loft_jax.algorithm.renewal import Directions
 from loft_jax.execution.explicit_mesh import in_auto_axes
 from loft_jax.optimizers.renewal import renew_adapter
+from loft_jax.pairs.init_checks import check_as_made
 from loft_jax.pairs.spec import PerPair
 
 
@@ -202,6 +203,9 @@ def _renew(
     weights: Sequence[tuple[str, str]],
     transpose: Sequence[tuple[str, Sequence[int]]],
 ) -> Renewed:
+    tree = find_with_weights(adapter, pairs)
+    check_as_made(tree, pairs, "The renewal", "the weights differ", stacklevel=4)
+
     def on_arrays(base: Any, adapter: Any, state: Any, key: jax.Array) -> tuple[Any, Any, Any]:
         new, new_state = renew_adapter(adapter, state, key, pairs=pairs)
         terms = [(1, adapter), (-1, new)]

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -180,7 +180,10 @@ def rule_for(path: str, rules: Sequence[LoraRule]) -> LoraRule | None:
 
 
 def check_all_used(
-    rules: Sequence[LoraRule], used: Sequence[LoraRule], seen: Sequence[str]
+    rules: Sequence[LoraRule],
+    used: Sequence[LoraRule],
+    seen: Sequence[str],
+    others: Mapping[str, str],
 ) -> None:
     """Refuses rules that apply to no layer, which are usually misspelled.
 
@@ -188,6 +191,7 @@ def check_all_used(
       rules: all rules.
       used: those that some layer has followed.
       seen: the paths of the layers that can be adapted.
+      others: the types of all other modules, by their paths.
 
     Raises:
       ValueError: a rule was not used. The message lists the layers and suggests a path.
@@ -200,13 +204,16 @@ def check_all_used(
     raise ValueError(
         f"no layer follows the rule {' and '.join(repr(rule.path) for rule in unused)}. A rule "
         "must match a layer's whole path, and the first rule that matches is used"
-        f"{''.join(_suggestion(rule.path, seen) for rule in unused)}. The layers that can be "
+        f"{''.join(_suggestion(rule, seen, others) for rule in unused)}. The layers that can be "
         f"adapted: {layers or 'none'}"
     )
 
 
-def _suggestion(path: str | Sequence[str], seen: Sequence[str]) -> str:
-    """Names the path that was probably meant, where layers have it as the end of theirs."""
+def _suggestion(rule: LoraRule, seen: Sequence[str], others: Mapping[str, str]) -> str:
+    """Names what the rule matches instead, or the path that was probably meant."""
+    path = rule.path
+    if path != ALL_LINEAR and (name := next(filter(rule.matches, others), None)) is not None:
+        return f". {name or 'The model'} has the type {others[name]}, which cannot be adapted"
     if not isinstance(path, str):
         return ""
     ends = [layer for layer in seen if re.fullmatch(rf".*/(?:{path})", layer)]

@@ -14,7 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from loft_jax.pairs.find import Pair, find_pairs, match_names, path_string
+from loft_jax.pairs.find import Pair, PairedTree, find_pairs, match_names, path_string
+from loft_jax.pairs.init_checks import check_as_made
 from loft_jax.pairs.names import weight_paths
 from loft_jax.pairs.spec import as_pairs
 
@@ -89,7 +90,8 @@ def merge(
       base: a pytree that contains the base weights. Its other leaves, also factors, are kept.
       adapter: a pytree that contains the factors. It may be the same tree as `base`.
       pairs: names, axes and scale of the factors, as in the optimizers: a `LoraPairs`, or the
-        `LoraRule` with which the model was adapted. The scale changes the result.
+        `LoraRule` with which the model was adapted. The scale changes the result. None is a scale
+        of 1, with a warning for adapters that are known to be scaled otherwise.
       weights: ``(regex of the path of a, path of its weight)`` entries, for names other than those
         of Flax, qwix, gemma.peft, MaxText and Keras. The path may refer to groups of the regex.
       transpose: ``(regex of the path of a, permutation)`` entries. The permutation takes the axes
@@ -116,6 +118,9 @@ def merge(
       >>> merge(base, adapter, LoraPairs(scale=2.0))["q"]["kernel"].tolist()
       [[2.0, 2.0], [2.0, 2.0], [2.0, 2.0]]
     """
+    check_as_made(
+        find_with_weights(adapter, pairs), pairs, "merge", "the weights differ", stacklevel=3
+    )
     return add_products(base, [(1, adapter)], pairs, weights, transpose)
 
 
@@ -147,7 +152,15 @@ def unmerge(
       >>> unmerge(base, adapter, LoraPairs(scale=2.0))["q"]["kernel"].tolist()
       [[0.0, 0.0], [0.0, 0.0], [0.0, 0.0]]
     """
+    check_as_made(
+        find_with_weights(adapter, pairs), pairs, "unmerge", "the weights differ", stacklevel=3
+    )
     return add_products(base, [(-1, adapter)], pairs, weights, transpose)
+
+
+def find_with_weights(adapter: Any, pairs: Any) -> PairedTree:
+    """Finds the pairs of an adapter, which may contain the weights too."""
+    return find_pairs(adapter, dataclasses.replace(as_pairs(pairs), train_weights=True))
 
 
 def add_products(
@@ -163,9 +176,8 @@ def add_products(
       base, pairs, weights, transpose: as in `merge`.
       terms: ``(sign, adapter)`` entries; the ranks of the adapters may differ.
     """
-    # An adapter may contain the weights too.
-    spec = dataclasses.replace(as_pairs(pairs), train_weights=True)
-    signs, trees = [sign for sign, _ in terms], [find_pairs(adapter, spec) for _, adapter in terms]
+    signs = [sign for sign, _ in terms]
+    trees = [find_with_weights(adapter, pairs) for _, adapter in terms]
     tree = trees[0]
     with_paths, treedef = jax.tree_util.tree_flatten_with_path(base)
     leaves = [leaf for _, leaf in with_paths]

@@ -23,6 +23,7 @@ from loft_jax.checkpoint._errors import (
     listing,
 )
 from loft_jax.checkpoint._leaves import (
+    by_path,
     check_equal_everywhere,
     named_leaves,
     options_by_path,
@@ -33,6 +34,7 @@ from loft_jax.checkpoint._reading import Restored
 from loft_jax.checkpoint._record import Damaged, Record, encode_data, parse
 from loft_jax.checkpoint._retention import Retention
 from loft_jax.checkpoint._saving import Save
+from loft_jax.checkpoint._scales import known_scales
 
 # How many times to list the folder anew when all listed checkpoints were deleted meanwhile.
 _ATTEMPTS = 5
@@ -52,6 +54,9 @@ class Checkpoints:
       folder: a local or mounted folder, created if it does not exist.
       base: reference to the frozen base, from `base_reference`. Checkpoints of another base are
         refused; None skips the comparison.
+      pairs: names and scales of the factors, as in the optimizers: a `LoraPairs`, or the
+        `LoraRule` with which the model was adapted. Checkpoints of adapters with other scales are
+        refused. None compares those that `add_lora`, `LoraModel` or qwix made in this process.
       keep: number of newest checkpoints to keep. With 2, the run survives one damaged checkpoint.
       best: name of a metric. The checkpoint with its best value is kept in addition.
       best_mode: "min" or "max".
@@ -83,6 +88,7 @@ class Checkpoints:
         folder: str | os.PathLike[str],
         *,
         base: BaseReference | None = None,
+        pairs: Any = None,
         keep: int = 2,
         best: str | None = None,
         best_mode: Literal["min", "max"] = "min",
@@ -101,6 +107,8 @@ class Checkpoints:
             raise ValueError(f"best_mode must be 'min' or 'max', got {best_mode!r}.")
         self.folder = Path(folder).absolute()
         self._base, self._best = base, best
+        self._pairs = pairs
+        self._scales: dict[tuple[str, ...], dict[str, float]] = {}
         self._retention = Retention(self.folder, keep, best, best_mode)
         self._save_every, self._asynchronous = save_every, asynchronous
         self._read_only, self._timeout_s = read_only, timeout_s
@@ -183,7 +191,8 @@ class Checkpoints:
         described = {item: records(*leaves) for item, leaves in named.items()}
         check_equal_everywhere(named, described)
         options = {item: options_by_path(tree) for item, tree in trees.items()}
-        record = Record(step, described, options, data, measured, self._base)
+        scales = self._scales_of(adapter, tuple(named["adapter"][0]))
+        record = Record(step, described, options, data, measured, self._base, scales=scales)
         if not self._is_new(record, steps):
             return False
         # Orbax accepts neither empty arrays nor empty trees. The record describes those in full.
@@ -235,6 +244,7 @@ class Checkpoints:
         """
         targets = {"adapter": adapter, "opt_state": opt_state, "key": key}
         targets = {item: tree for item, tree in targets.items() if tree is not None}
+        scales = self._scales_of(adapter, tuple(by_path(adapter, "adapter")))
         reasons: dict[int, str] = {}
         for _ in range(_ATTEMPTS):
             steps, vanished = self.steps(), False
@@ -243,7 +253,7 @@ class Checkpoints:
                 raise CheckpointError(f"{self.folder} has no step {step}. Saved steps: {found}.")
             for candidate in reversed(steps) if step is None else [step]:
                 try:
-                    return _reading.read(self.folder, candidate, targets, self._base)
+                    return _reading.read(self.folder, candidate, targets, self._base, scales)
                 except _reading.Vanished:
                     vanished = True  # deleted by its run, which saved a newer one
                 except Damaged as damage:
@@ -363,6 +373,12 @@ class Checkpoints:
                 "open this one with read_only=True."
             ) from error
         self._warn_of_undeleted(left)
+
+    def _scales_of(self, adapter: Any, paths: tuple[str, ...]) -> Mapping[str, float]:
+        """Returns the known scales of an adapter, searched for once for each set of paths."""
+        if paths not in self._scales:
+            self._scales[paths] = known_scales(adapter, paths, self._pairs)
+        return self._scales[paths]
 
     def _acquire(self) -> str | None:
         lock = Lock(self.folder)

@@ -5,7 +5,7 @@ the classes, and the dtype and sharding of each array.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -235,6 +235,32 @@ def rank_hint(saved: Mapping[str, LeafRecord], wanted: Mapping[str, Any]) -> str
         return None
     ((before, after),) = changes
     return f"rank {before} saved, {after} wanted"
+
+
+def nesting_hint(saved: Collection[str], wanted: Collection[str]) -> str | None:
+    """Returns a message if one optimizer state is an entry of the other, such as of a tuple.
+
+    Args:
+      saved, wanted: the paths of the leaves.
+
+    Example:
+      >>> nesting_hint({"0/mu": 1, "1": 2}, {"mu": 1})
+      "the saved opt_state is a tree whose entry '0' is this one: pass the whole tree"
+    """
+    for outer, inner, message in (
+        (
+            saved,
+            wanted,
+            "the saved opt_state is a tree whose entry {!r} is this one: pass the whole tree",
+        ),
+        (wanted, saved, "only the entry {!r} of this opt_state was saved: pass that entry alone"),
+    ):
+        for key in sorted({path.partition("/")[0] for path in outer if "/" in path}):
+            start = f"{key}/"
+            entry = {path.removeprefix(start) for path in outer if path.startswith(start)}
+            if entry == set(inner):
+                return message.format(key)
+    return None
 
 
 def _kind(dtype: np.dtype) -> str:

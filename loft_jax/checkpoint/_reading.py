@@ -19,6 +19,7 @@ from loft_jax.checkpoint._leaves import (
     LeafRecord,
     by_path,
     differences,
+    nesting_hint,
     options_by_path,
     options_differences,
     put_back,
@@ -26,6 +27,7 @@ from loft_jax.checkpoint._leaves import (
     read_sharding,
 )
 from loft_jax.checkpoint._record import Damaged, Record, parse
+from loft_jax.checkpoint._scales import scale_differences
 
 _ITEMS = ("adapter", "opt_state", "key")
 # What Orbax adds to a folder of several items.
@@ -60,7 +62,11 @@ class Vanished(Exception):
 
 
 def read(
-    folder: Path, step: int, targets: Mapping[str, Any], base: BaseReference | None
+    folder: Path,
+    step: int,
+    targets: Mapping[str, Any],
+    base: BaseReference | None,
+    scales: Mapping[str, float],
 ) -> Restored:
     """Reads the checkpoint of a step.
 
@@ -69,6 +75,7 @@ def read(
       step: the step to read.
       targets: the target tree of each item.
       base: the run's base; None skips the comparison.
+      scales: of the adapter's pairs in this run, by path, as far as known.
 
     Raises:
       Damaged: the checkpoint is damaged.
@@ -86,6 +93,16 @@ def read(
             listing(
                 f"{where} belongs to another base. Load the weights it was trained on, or use "
                 "another folder for the new run.",
+                lines,
+            )
+        )
+    if lines := scale_differences(record.scales, scales):
+        raise CheckpointMismatch(
+            listing(
+                f"{where} is of adapters with another scale alpha / rank, so that this model would "
+                "compute something else. Make the adapters with the LoraRule that they were "
+                "trained with, or use another folder for the new run. (Checkpoints(pairs=...) "
+                "states the scales where this process knows others.)",
                 lines,
             )
         )
@@ -158,6 +175,8 @@ def _check_trees(
                 lines,
             )
         )
+    elif found.get("opt_state"):
+        hint = nesting_hint(record.items.get("opt_state", {}), leaves["opt_state"])
     raise CheckpointMismatch(
         listing(
             f"{where} is intact, but of another setup{f': {hint}' if hint else ''}. Restore it "

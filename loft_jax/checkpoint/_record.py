@@ -32,6 +32,7 @@ class Record:
       metrics: by name.
       base: the frozen base; None if the run did not specify one.
       version: version of the package that wrote the checkpoint.
+      scales: of the adapter's pairs by path, as far as known, see `known_scales`.
     """
 
     step: int
@@ -41,6 +42,7 @@ class Record:
     metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
     base: BaseReference | None = None
     version: str = loft_jax.__version__
+    scales: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Returns a JSON object that `parse` reads."""
@@ -56,6 +58,7 @@ class Record:
                 for item, leaves in self.items.items()
             },
             "options": self.options,
+            "scales": dict(self.scales),
         }
         return {"content": content, "sha256": _checksum(content)}
 
@@ -93,6 +96,7 @@ def parse(text: str, step: int) -> Record:
         content["metrics"],
         None if base is None else BaseReference.from_json(base),
         content["loft_jax"],
+        content.get("scales", {}),  # earlier versions did not record them
     )
 
 

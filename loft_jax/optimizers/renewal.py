@@ -140,9 +140,10 @@ def _read(tree: PairedTree, state: Any) -> _Leaves:
             return [] if field is None else tree.treedef.flatten_up_to(field)
         except ValueError as error:
             raise ValueError(
-                f"The state does not have the structure of the adapter: {error}. Pass the tree of "
-                "parameters that the optimizer was given. Where optax.masked or optax.partition "
-                "hides a subtree from it, put optax.MaskedNode() in its place"
+                "The state does not have the structure of the adapter. For an nnx.Optimizer use "
+                "loft_jax.adapters.renew_model. Elsewhere pass the tree of parameters that the "
+                "optimizer was given; where optax.masked or optax.partition hides a subtree from "
+                f"it, put optax.MaskedNode() in its place. JAX says: {str(error)[:200]}"
             ) from error
 
     nu = flat(getattr(state, "nu", None))
@@ -197,8 +198,9 @@ def _check_states(tree: PairedTree, states: Sequence[_Leaves]) -> None:
     if not states:
         raise ValueError(
             "The state holds none of a LoFT optimizer, whose moments a renewal could carry over. "
-            "Pass the whole optimizer state of loft_adamw, loft_muon or loft_sgd. With another "
-            "optimizer, merge the adapter, draw a new one, and make the state anew"
+            "Pass the whole optimizer state of loft_adamw, loft_muon or loft_sgd; for an "
+            "nnx.Optimizer use loft_jax.adapters.renew_model. With another optimizer, merge the "
+            "adapter, draw a new one, and make the state anew"
         )
     if not all(state.basis for state in states):
         return

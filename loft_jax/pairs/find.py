@@ -137,8 +137,14 @@ def find_pairs(params: Any, pairs: Any = None) -> PairedTree:
     if problems:
         raise ValueError(listing("These low-rank factors cannot be read:", problems))
     tree = PairedTree(paths, leaves, treedef, tuple(found), splits)
-    if not spec.train_weights:
-        _refuse_adapted_weights(tree)
+    if not spec.train_weights and (weights := adapted_weights(tree)):
+        headline = (
+            "These weights lie next to their own adapters and would be trained too. Pass the "
+            "adapters alone: nnx.state(model, nnx.LoRAParam) of an nnx model (wrt=nnx.LoRAParam in "
+            "nnx.Optimizer), or the first result of loft_jax.adapters.split; optax.masked also "
+            "hides them. LoraPairs(train_weights=True) trains both:"
+        )
+        raise ValueError(listing(headline, weights))
     return tree
 
 
@@ -162,19 +168,10 @@ def _per_pair(value: Any, params: Any, name: str) -> Any:
     return {path_string(path): leaf for path, leaf in flat}.get
 
 
-def _refuse_adapted_weights(tree: PairedTree) -> None:
-    positions = {path: k for k, path in enumerate(tree.paths)}
+def adapted_weights(tree: PairedTree) -> list[str]:
+    """Returns the paths of the weights in a tree that have an adapter in it."""
     weights = {name for pair in tree.pairs for name in weight_paths(tree.paths[pair.a])}
-    if found := sorted(weights & positions.keys()):
-        raise ValueError(
-            listing(
-                "These weights lie next to their own adapters and would be trained too. Give the "
-                "optimizer the adapters alone (nnx.Optimizer(..., wrt=nnx.LoRAParam), "
-                "loft_jax.adapters.split, or optax.masked), or pass "
-                "LoraPairs(train_weights=True) to train both:",
-                found,
-            )
-        )
+    return sorted(weights.intersection(tree.paths))
 
 
 def path_string(path: Sequence[Any]) -> str:
@@ -203,9 +200,10 @@ def _check_dtypes(paths: Sequence[str], leaves: Sequence[Any]) -> None:
     if bad:
         raise TypeError(
             listing(
-                "These parameters are not real floating-point arrays. Frozen or quantized weights "
-                "belong outside the optimizer: give it the adapters alone (nnx.Optimizer(..., "
-                "wrt=nnx.LoRAParam)), or wrap it in optax.masked or optax.partition.",
+                "These parameters are not real floating-point arrays. Pass the adapters alone, "
+                "without frozen or quantized weights: nnx.state(model, nnx.LoRAParam) of an nnx "
+                "model (wrt=nnx.LoRAParam in nnx.Optimizer), or the first result of "
+                "loft_jax.adapters.split; optax.masked or optax.partition also hide them.",
                 bad,
             )
         )
@@ -249,9 +247,10 @@ def match_names(
     if not members and required:
         raise ValueError(
             listing(
-                "No low-rank pair was found. Name the factors with LoraPairs(rules=((regex of a, "
-                "regex of b),)); LoraPairs(required=False) falls back to the update of other "
-                "leaves, AdamW's in loft_adamw. The leaves are:",
+                "No low-rank pair was found. Add adapters to the model first (add_lora, "
+                "LoraModel), or name the factors with LoraPairs(rules=((regex of a, regex of "
+                "b),)); LoraPairs(required=False) falls back to the update of other leaves, "
+                "AdamW's in loft_adamw. The leaves are:",
                 list(paths),
             )
         )

@@ -1,4 +1,4 @@
-"""Checks of the pairs when an optimizer's state is made, against how the adapters were made."""
+"""Checks of the pairs against how the adapters were made, when a state is made or they are read."""
 
 import math
 import warnings
@@ -24,35 +24,7 @@ def warn_of_pairs(tree: PairedTree, pairs: Any = None) -> None:
     Raises:
       ValueError: the axes were read from the shapes, and otherwise than the adapter was made.
     """
-    if as_pairs(pairs).axes is None:
-        _check_batch_axes(tree)
-    told = as_pairs(pairs).scale
-    # Also where entries are given, of which none matches: those of a rule for another model.
-    untold = [
-        pair
-        for pair in tree.pairs
-        if not is_per_tree(told) and first_match(told, tree.paths[pair.a]) is None
-    ]
-    made = {pair: declared_scale(tree.paths[pair.a]) for pair in untold}
-    if wrong := [
-        f"{tree.paths[pair.a]}: made with scale {scale:g}, the optimizer assumes {pair.scale:g}"
-        for pair, scale in made.items()
-        if scale is not None and not math.isclose(scale, pair.scale)
-    ]:
-        headline = (
-            "The optimizer does not know the scale alpha / rank of these adapters, so that its "
-            "steps differ by that factor. Pass pairs=rule, the LoraRule that made them, or "
-            "LoraPairs(scale=...):"
-        )
-        warnings.warn(listing(headline, wrong), stacklevel=4)
-    elif told is not None and untold and len(untold) == len(tree.pairs):
-        headline = (
-            "pairs= gives scales, but none for any of these adapters: the path of no LoraRule, and "
-            "no regex of LoraPairs(scale=...), matches. The optimizer assumes 1. Where the adapted "
-            "model is a part of a larger one, use LoraPairs(scale=...); describe_pairs shows what "
-            "each pair got:"
-        )
-        warnings.warn(listing(headline, [tree.paths[pair.a] for pair in untold]), stacklevel=4)
+    check_as_made(tree, pairs, "The optimizer", "its steps differ", stacklevel=5)
     if zero := [
         tree.paths[pair.a]
         for pair in tree.pairs
@@ -65,7 +37,60 @@ def warn_of_pairs(tree: PairedTree, pairs: Any = None) -> None:
         warnings.warn(listing(headline, zero), stacklevel=4)
 
 
-def _check_batch_axes(tree: PairedTree) -> None:
+def check_as_made(
+    tree: PairedTree, pairs: Any, reader: str, consequence: str, *, stacklevel: int
+) -> None:
+    """Compares what is read without the user's word with how the adapters were made.
+
+    Args:
+      tree: the pairs, read with ``pairs``.
+      pairs: what the user specified.
+      reader: who reads them, the subject of the message.
+      consequence: what differs by the scale.
+      stacklevel: of the user's call, counted from here.
+
+    Raises:
+      ValueError: the axes were read from the shapes, and otherwise than the adapter was made.
+    """
+    check_batch_axes(tree, pairs)
+    told = as_pairs(pairs).scale
+    # Also where entries are given, of which none matches: those of a rule for another model.
+    untold = [
+        pair
+        for pair in tree.pairs
+        if not is_per_tree(told) and first_match(told, tree.paths[pair.a]) is None
+    ]
+    made = {pair: declared_scale(tree.paths[pair.a]) for pair in untold}
+    if wrong := [
+        f"{tree.paths[pair.a]}: made with scale {scale:g}, {pair.scale:g} is assumed"
+        for pair, scale in made.items()
+        if scale is not None and not math.isclose(scale, pair.scale)
+    ]:
+        headline = (
+            f"{reader} does not know the scale alpha / rank of these adapters, so that "
+            f"{consequence} by that factor. Pass pairs=rule, the LoraRule that made them, or "
+            "LoraPairs(scale=...):"
+        )
+        warnings.warn(listing(headline, wrong), stacklevel=stacklevel)
+    elif told is not None and untold and len(untold) == len(tree.pairs):
+        headline = (
+            "pairs= gives scales, but none for any of these adapters: the path of no LoraRule, and "
+            f"no regex of LoraPairs(scale=...), matches. {reader} assumes 1. Where the adapted "
+            "model is a part of a larger one, use LoraPairs(scale=...); describe_pairs shows what "
+            "each pair got:"
+        )
+        lines = [tree.paths[pair.a] for pair in untold]
+        warnings.warn(listing(headline, lines), stacklevel=stacklevel)
+
+
+def check_batch_axes(tree: PairedTree, pairs: Any) -> None:
+    """Refuses axes that are read from the shapes, and otherwise than the adapters were made.
+
+    Raises:
+      ValueError: the message names the paths.
+    """
+    if as_pairs(pairs).axes is not None:
+        return
     wrong = []
     for pair in tree.pairs:
         path, read = tree.paths[pair.a], pair.layout_a.batch

@@ -1,4 +1,4 @@
-"""An optimizer without `pairs=` warns of adapters with a scale, and never misreads their axes."""
+"""Without `pairs=` a scale is never read as 1 in silence, and axes are never misread."""
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +13,20 @@ from loft_jax.adapters import (
     LoraRule,
     adapt,
     add_lora,
+    change_rank,
+    load_into,
+    load_peft,
     lora_pairs,
     merge,
     qwix_provider,
+    renew,
+    save_gguf,
+    save_mlx,
+    save_peft,
     split,
+    unmerge,
 )
+from loft_jax.pairs.declared import declare_batch, declare_scale
 from loft_jax.pairs.find import find_pairs
 
 KEY = jax.random.key(0)
@@ -72,7 +81,7 @@ def test_a_forgotten_scale_warns_and_names_the_adapters(make):
     with pytest.warns(UserWarning, match="does not know the scale alpha / rank") as caught:
         loft_adamw(1e-3).init(adapter)
     (message,) = {str(warning.message) for warning in caught}
-    assert message.count("made with scale 8, the optimizer assumes 1") == 2
+    assert message.count("made with scale 8, 1 is assumed") == 2
 
 
 @every_maker
@@ -88,7 +97,7 @@ def test_no_warning_if_the_scale_is_specified_or_one(make):
 
 def test_a_rule_that_matches_no_adapter_warns():
     adapter = of_nnx(LoraRule(path=LAYERS, rank=2, alpha=16))
-    with pytest.warns(UserWarning, match="made with scale 8, the optimizer assumes 1"):
+    with pytest.warns(UserWarning, match="made with scale 8, 1 is assumed"):
         loft_adamw(1e-3, pairs=LoraRule(path="0", rank=2, alpha=16)).init(adapter)
 
 
@@ -139,6 +148,79 @@ def test_split_and_merge_accept_rules():
     assert merged.shape == (6, 3, 5) and bool((merged == 4.0).all())
     with pytest.raises(TypeError, match="pairs= takes a LoraPairs, a LoraRule"):
         merge(base, adapter, "q")
+
+
+# ------------------------------------------------------------------------------ other readers
+
+PATH = "layers/0/mlp/up_proj"
+AT_PATH = LoraRule(path=PATH, rank=2, alpha=16)
+
+
+def at_path(leaves):
+    return {"layers": {"0": {"mlp": {"up_proj": leaves}}}}
+
+
+UP = at_path({"lora_a": jnp.ones((8, 2)), "lora_b": jnp.ones((2, 4))})
+BASE = at_path({"kernel": jnp.zeros((8, 4))})
+LLAMA = {"model_type": "llama", "num_attention_heads": 1, "num_hidden_layers": 1}
+
+
+def renewed(function, *args):
+    # Without the check of the optimizer itself.
+    state = loft_adamw(1e-3, pairs=LoraPairs(scale=8.0)).init(UP)
+    return lambda folder, **pairs: function(BASE, UP, state, KEY, *args, **pairs)
+
+
+READERS = {
+    "merge": lambda folder, **pairs: merge(BASE, UP, **pairs),
+    "unmerge": lambda folder, **pairs: unmerge(BASE, UP, **pairs),
+    "renew": renewed(renew),
+    "change_rank": renewed(change_rank, 1),
+    "save_peft": lambda folder, **pairs: save_peft(folder / "a", UP, family="llama", **pairs),
+    "save_mlx": lambda folder, **pairs: save_mlx(folder / "a", UP, family="llama", **pairs),
+    "save_gguf": lambda folder, **pairs: save_gguf(
+        folder / "a.gguf", UP, family="llama", base=LLAMA, **pairs
+    ),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_every_reader_warns_of_a_forgotten_scale(name, tmp_path):
+    declare_scale(f"{PATH}/lora_a", 8.0)
+    with pytest.warns(UserWarning, match="does not know the scale alpha / rank") as caught:
+        READERS[name](tmp_path)
+    (warning,) = caught
+    assert f"{PATH}/lora_a: made with scale 8, 1 is assumed" in str(warning.message)
+    for pairs in (AT_PATH, LoraPairs(scale=8.0), LoraPairs(scale=3.0)):  # a warning is an error
+        READERS[name](tmp_path, pairs=pairs)
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_rule_of_another_model_warns(name, tmp_path):
+    with pytest.warns(UserWarning, match=f"none for any of these adapters(.|\n)*{PATH}/lora_a"):
+        READERS[name](tmp_path, pairs=LoraRule(path="layers/0", rank=2, alpha=16))
+
+
+def test_a_file_with_another_scale_than_the_model_s_warns(tmp_path):
+    loaded = load_peft(save_peft(tmp_path, UP, family="llama", pairs=LoraPairs(scale=0.5)))
+    load_into(UP, loaded, family="llama")
+    declare_scale(f"{PATH}/lora_a", 8.0)
+    expected = f"{PATH}/lora_a: made with scale 8, the file has 0.5"
+    with pytest.warns(UserWarning, match=expected):
+        load_into(UP, loaded, family="llama")
+    load_into(UP, loaded, family="llama", pairs=LoraPairs(scale=0.5))
+    declare_scale(f"{PATH}/lora_a", 0.5)
+    load_into(UP, loaded, family="llama")
+
+
+def test_axes_misread_from_the_shapes_are_refused_by_every_reader(tmp_path):
+    adapter = at_path({"lora_a": jnp.ones((3, 2, 3, 2)), "lora_b": jnp.ones((3, 2, 2, 3))})
+    declare_batch(f"{PATH}/lora_a", (0,))
+    expected = r"made with batch axes \(0,\), read with \(0, 1\)"
+    with pytest.raises(ValueError, match=expected):
+        merge(BASE, adapter)
+    with pytest.raises(ValueError, match=expected):
+        save_mlx(tmp_path, adapter, family="llama")
 
 
 # ------------------------------------------------------------------------------ axes

@@ -135,6 +135,11 @@ def test_adapted_layers_work_on_an_explicit_mesh():
     [
         (Model(), LoraRule(path="danse", rank=2), "no layer follows the rule 'danse'.*dense"),
         (Model(), LoraRule(path="dense", rank=7), "dense: rank 7 is above 6"),
+        (
+            nn.Sequential([nn.Dense(4), nn.LayerNorm()]),
+            LoraRule(path="layers_1", rank=2),
+            "layers_1 has the type LayerNorm, which cannot be adapted. The layers .*: layers_0",
+        ),
         (nn.Conv(6, 3, feature_group_count=2), LoraRule(path="", rank=2), "grouped or masked"),
         (
             nn.DenseGeneral(4, batch_dims=(0,)),

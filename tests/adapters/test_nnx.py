@@ -254,6 +254,11 @@ def test_quantize_and_add_lora_commute(order):
         (Model, [ALL, LoraRule(path="conv", rank=2)], "no layer follows the rule 'conv'"),
         (Model, LoraRule(path="linear", rank=7), "linear: rank 7 is above 6"),
         (
+            lambda rngs: nnx.Sequential(nnx.Embed(9, 4, rngs=rngs), nnx.Linear(4, 4, rngs=rngs)),
+            LoraRule(path="layers/0", rank=2),
+            "layers/0 has the type Embed, which cannot be adapted. The layers .*: layers/1",
+        ),
+        (
             lambda rngs: nnx.Conv(4, 4, 3, feature_group_count=2, rngs=rngs),
             ALL,
             "a grouped or masked convolution",

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from loft_jax.checkpoint import (
     _record,
     base_reference,
 )
+from loft_jax.pairs.declared import declare_scale
 
 
 def adapter_of(rank: int = 2, rows: int = 8, layers: int = 2) -> dict:
@@ -124,10 +126,14 @@ def save_old_layout(folder: Path, adapter: dict, tx: Any) -> None:
 
 def without_options(checkpoint: Path) -> None:
     """Removes the options from a record, as format 1 had none."""
+    edit(checkpoint, lambda content: (content.pop("options"), content.update(format=1)))
+
+
+def edit(checkpoint: Path, change: Callable[[dict], Any]) -> None:
+    """Changes a record."""
     file = checkpoint / "meta" / "metadata"
     content = json.loads(file.read_text())["content"]
-    del content["options"]
-    content["format"] = 1
+    change(content)
     text = json.dumps(content, sort_keys=True)
     checksum = hashlib.sha256(text.encode()).hexdigest()
     file.write_text(json.dumps({"content": content, "sha256": checksum}))
@@ -240,6 +246,56 @@ def test_options_that_were_not_recorded_are_not_assumed(tmp_path, tx):
                 checkpoints.restore(**state)
         else:
             assert checkpoints.restore(**state).step == 1
+
+
+def test_another_scale(tmp_path, fault):
+    state = state_of(adapter_of())
+    declare_scale("layer0/lora_a", 2.0)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, **state)
+        assert checkpoints.restore(**state).step == 1
+    declare_scale("layer0/lora_a", 32.0)
+    said = "another scale(.|\n)*adapter: layer0/lora_a: scale 2 saved, 32 wanted"
+    for targets in (state, {"adapter": jax.eval_shape(adapter_of)}):
+        with Checkpoints(tmp_path) as checkpoints, pytest.raises(CheckpointMismatch, match=said):
+            checkpoints.restore(**targets)
+    assert (tmp_path / "1").exists()
+    with Checkpoints(tmp_path, pairs=LoraPairs(scale=2.0)) as checkpoints:
+        assert checkpoints.restore(**state).step == 1
+    fault("another scale", "2 saved, 32 wanted", "refused by both scales", "nothing")
+
+
+def test_another_scale_of_pairs_that_nothing_declared(tmp_path):
+    state = state_of(adapter_of())
+    with Checkpoints(tmp_path, pairs=LoraPairs(scale=2.0)) as checkpoints:
+        checkpoints.save(1, **state)
+    with (
+        Checkpoints(tmp_path, pairs=LoraPairs(scale=0.5)) as checkpoints,
+        pytest.raises(CheckpointMismatch, match="layer1/lora_a: scale 2 saved, 0.5 wanted"),
+    ):
+        checkpoints.restore(**state)
+    with Checkpoints(tmp_path) as checkpoints:  # nothing to compare
+        assert checkpoints.restore(**state).step == 1
+
+
+def test_scales_that_were_not_recorded_are_not_compared(tmp_path):
+    """Checkpoints of earlier versions have no record of them."""
+    state = state_of(adapter_of())
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, **state)
+    edit(tmp_path / "1", lambda content: content.pop("scales"))
+    with Checkpoints(tmp_path, pairs=LoraPairs(scale=2.0)) as checkpoints:
+        assert checkpoints.restore(**state).step == 1
+
+
+def test_a_state_that_is_an_entry_of_the_saved_one(tmp_path):
+    """As `(optimizer.opt_state, optimizer.step)` of an nnx optimizer."""
+    state = state_of(adapter_of())
+    whole = state | {"opt_state": (state["opt_state"], jnp.int32(3))}
+    text = refusal(tmp_path / "part", whole, state)
+    assert "whose entry '0' is this one: pass the whole tree" in text.splitlines()[0]
+    text = refusal(tmp_path / "whole", state, whole)
+    assert "only the entry '0' of this opt_state was saved" in text.splitlines()[0]
 
 
 def test_numbers_of_another_kind(tmp_path):
