@@ -42,6 +42,10 @@ class BaseWeights:
                 with safetensors.safe_open(file, framework="numpy") as opened:
                     self._files |= dict.fromkeys(opened.keys(), file)
 
+    def get(self, name: str) -> np.ndarray | None:
+        """Returns a weight, or None if the base does not have it."""
+        return self[name] if name in self._arrays or name in self._files else None
+
     def __getitem__(self, name: str) -> np.ndarray:
         """Returns a weight.
 
