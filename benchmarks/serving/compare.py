@@ -6,8 +6,10 @@
 Needs the extras `serving` and `test`. The base is the model that the example downloads, dequantized
 to float32. Each program gets the adapter, or the merged weights, as this package writes them, and
 the same prompts as token ids. The table has the largest difference of the log-probabilities of the
-token after a prompt, and how many greedy tokens equal those of JAX before the first difference. Its
-last rows are for contrast: what the programs compute if q and k are not permuted, and the base.
+token after a prompt, and how many greedy tokens equal those of JAX before the first difference. For
+that, llama.cpp generates its own tokens, and the others score those of JAX in one pass, which shows
+the same. The last rows are for contrast: llama.cpp with an adapter that is not permuted, and
+without one.
 """
 
 import argparse
@@ -32,6 +34,7 @@ from benchmarks.records import Row, append
 from benchmarks.serving.programs import LlamaCpp, mlx_lm
 from examples.common import downloads
 from examples.common.models import llama_weights
+from examples.common.models.generate import complete
 from examples.common.models.llama_config import LlamaConfig
 from loft_jax import LoraPairs
 from loft_jax.adapters import (
@@ -50,18 +53,27 @@ from loft_jax.adapters import (
 from loft_jax.adapters._gguf_base import permute, read_field
 
 PROMPTS = ("The history of the city began when", "In 1998 the band released", "A river is")
-LENGTH = 64
+LENGTH = 48
 """The tokens that a prompt and its continuation have at most."""
 
 
 class Answer(NamedTuple):
-    """What a program makes of a prompt: log-probabilities of the next token, and greedy tokens."""
+    """What a program makes of a prompt.
+
+    Attributes:
+      log_probs: (vocabulary,), of the token after the prompt.
+      equal: how many of its greedy tokens equal given ones before the first difference.
+    """
 
     log_probs: np.ndarray
-    tokens: list[int]
+    equal: int
 
 
-Program = Callable[[list[int]], Answer]
+Program = Callable[[list[int], list[int]], Answer]
+"""From a prompt, and the greedy tokens of JAX after it."""
+
+Scores = Callable[[list[int]], np.ndarray]
+"""From tokens to the log-probabilities (length, vocabulary) of the ones after them."""
 
 PACKAGES = ("transformers", "peft", "torch", "xllamacpp", "mlx", "mlx-lm", "gguf")
 
@@ -82,18 +94,20 @@ def run(options: argparse.Namespace) -> None:
     model = adapted(pretrained.build(), loaded)
     write_files(options.output, pretrained, model, loaded)
     count = options.tokens
-    ours = jax_program(model, count)
-    reference = [ours(prompt) for prompt in prompts]
+    scores = jax_scores(model)
+    expected = list(zip(prompts, complete(model, prompts, length=count), strict=True))
+    reference = [scores(prompt)[-1] for prompt in prompts]
     versions = {name: version(name) for name in PACKAGES}
     rows: list[Row] = []
-    for name, start in programs(options.output, count).items():
+    for name, start in programs(options.output).items():
         program = start()
-        pairs = [(program(prompt), one) for prompt, one in zip(prompts, reference, strict=True)]
+        answers = [program(*one) for one in expected]
+        pairs = zip(answers, reference, strict=True)
         rows.append(
             {
                 "path": name,
-                "differences": [float(np.abs(x.log_probs - y.log_probs).max()) for x, y in pairs],
-                "equal": [agreement(x.tokens, y.tokens) for x, y in pairs],
+                "differences": [float(np.abs(x.log_probs - y).max()) for x, y in pairs],
+                "equal": [answer.equal for answer in answers],
                 "tokens": count,
             }
         )
@@ -205,61 +219,60 @@ def write_gguf(path: Path, tensors: dict[str, np.ndarray], heads: int) -> None:
 # ------------------------------------------------------------------------------- programs
 
 
-def greedy(next_log_probs: Callable[[list[int]], np.ndarray], count: int) -> Program:
-    """A program that computes the log-probabilities of the next token."""
+def scoring(scores: Scores) -> Program:
+    """A program that scores all tokens in one pass.
 
-    def answer(prompt: list[int]) -> Answer:
-        ids, first = list(prompt), next_log_probs(prompt)
-        log_probs = first
-        for _ in range(count):
-            ids.append(int(log_probs.argmax()))
-            log_probs = next_log_probs(ids)
-        return Answer(first, ids[len(prompt) :])
+    Its own greedy tokens equal the given ones up to the first position where they are not the most
+    probable ones after those before them.
+    """
+
+    def answer(prompt: list[int], tokens: list[int]) -> Answer:
+        log_probs = scores([*prompt, *tokens[:-1]])[len(prompt) - 1 :]
+        return Answer(log_probs[0], agreement(log_probs.argmax(-1).tolist(), tokens))
 
     return answer
 
 
-def jax_program(model: nnx.Module, count: int) -> Program:
+def jax_scores(model: nnx.Module) -> Scores:
     """Our model, compiled for one length."""
     graph, state = nnx.split(model)
 
     @jax.jit
-    def forward(state: Any, ids: jax.Array, last: jax.Array) -> jax.Array:
-        return jax.nn.log_softmax(nnx.merge(graph, state)(ids[None])[0, last])
+    def forward(state: Any, ids: jax.Array) -> jax.Array:
+        return jax.nn.log_softmax(nnx.merge(graph, state)(ids[None])[0])
 
-    def next_log_probs(ids: list[int]) -> np.ndarray:
+    def log_probs(ids: list[int]) -> np.ndarray:
         padded = np.zeros(LENGTH, np.int32)
         padded[: len(ids)] = ids
-        return np.asarray(forward(state, jnp.asarray(padded), jnp.asarray(len(ids) - 1)))
+        return np.asarray(forward(state, jnp.asarray(padded)))[: len(ids)]
 
-    return greedy(next_log_probs, count)
+    return log_probs
 
 
-def torch_program(model: Any, count: int) -> Program:
+def torch_program(model: Any) -> Program:
     """A model of transformers."""
     import torch
 
-    def next_log_probs(ids: list[int]) -> np.ndarray:
+    def log_probs(ids: list[int]) -> np.ndarray:
         with torch.no_grad():
-            logits = model(torch.tensor([ids])).logits[0, -1]
+            logits = model(torch.tensor([ids])).logits[0]
         return torch.log_softmax(logits.double(), -1).numpy()
 
-    return greedy(next_log_probs, count)
+    return scoring(log_probs)
 
 
-def mlx_program(folder: Path, adapter: Path | None, count: int) -> Program:
-    """A model of mlx-lm."""
-    log_probs = mlx_lm(folder, adapter)
-    return greedy(lambda ids: log_probs(ids)[-1], count)
-
-
-def llama_cpp_program(model: Path, adapter: Path | None, count: int) -> Program:
+def llama_cpp_program(model: Path, adapter: Path | None) -> Program:
     """A server of llama.cpp."""
     server = LlamaCpp(model, adapter, context=256)
-    return lambda prompt: Answer(server.log_probs(prompt), server.greedy(prompt, count))
+
+    def answer(prompt: list[int], tokens: list[int]) -> Answer:
+        own = server.greedy(prompt, len(tokens))
+        return Answer(server.log_probs(prompt), agreement(own, tokens))
+
+    return answer
 
 
-def programs(folder: Path, count: int) -> dict[str, Callable[[], Program]]:
+def programs(folder: Path) -> dict[str, Callable[[], Program]]:
     """Functions that start a program, by what it gets."""
     import peft
     import transformers
@@ -269,21 +282,19 @@ def programs(folder: Path, count: int) -> dict[str, Callable[[], Program]]:
     with_peft = lambda: peft.PeftModel.from_pretrained(load(folder / "base"), folder / "peft")
     wide = lambda path: load(path, dtype="float32")  # computes in float32
     base = folder / "base.gguf"
-    llama_cpp = lambda path: llama_cpp_program(base, folder / f"{path}.gguf", count)
+    llama_cpp = lambda path: llama_cpp_program(base, folder / f"{path}.gguf")
     return {
         "llama.cpp, adapter in float32": lambda: llama_cpp("float32"),
         "llama.cpp, adapter in float16": lambda: llama_cpp("float16"),
         "llama.cpp, adapter in bfloat16": lambda: llama_cpp("bfloat16"),
         "llama.cpp, adapter in Q8_0": lambda: llama_cpp("q8_0"),
-        "llama.cpp, merged": lambda: llama_cpp_program(folder / "merged.gguf", None, count),
-        "mlx-lm, adapter": lambda: mlx_program(folder / "base", folder / "mlx", count),
-        "mlx-lm, merged": lambda: mlx_program(merged["float32"], None, count),
-        "mlx-lm, merged in bfloat16": lambda: mlx_program(merged["bfloat16"], None, count),
-        "transformers with PEFT, adapter": lambda: torch_program(with_peft().eval(), count),
-        "transformers, merged": lambda: torch_program(load(merged["float32"]).eval(), count),
-        "transformers, merged in bfloat16": lambda: torch_program(
-            wide(merged["bfloat16"]).eval(), count
-        ),
+        "llama.cpp, merged": lambda: llama_cpp_program(folder / "merged.gguf", None),
+        "mlx-lm, adapter": lambda: scoring(mlx_lm(folder / "base", folder / "mlx")),
+        "mlx-lm, merged": lambda: scoring(mlx_lm(merged["float32"])),
+        "mlx-lm, merged in bfloat16": lambda: scoring(mlx_lm(merged["bfloat16"])),
+        "transformers with PEFT, adapter": lambda: torch_program(with_peft().eval()),
+        "transformers, merged": lambda: torch_program(load(merged["float32"]).eval()),
+        "transformers, merged in bfloat16": lambda: torch_program(wide(merged["bfloat16"]).eval()),
         "for contrast: llama.cpp, adapter not permuted": lambda: llama_cpp("unpermuted"),
-        "for contrast: llama.cpp, base": lambda: llama_cpp_program(base, None, count),
+        "for contrast: llama.cpp, base": lambda: llama_cpp_program(base, None),
     }

@@ -5,6 +5,7 @@ PEFT stores an adapter as a folder with two files. ``adapter_model.safetensors``
 """
 
 import itertools
+import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from loft_jax.adapters._base_weights import is_tied
 from loft_jax.adapters._cast_modules import cast_modules
 from loft_jax.adapters._collect import collect
 from loft_jax.adapters._families import as_family
@@ -27,6 +29,8 @@ from loft_jax.adapters._safetensors import write_tensors
 from loft_jax.adapters._scales import fold_scales as fold
 from loft_jax.adapters._scales import pad_ranks
 
+_HEAD = "lm_head.weight"
+_TIED = ("embed_tokens.weight", "wte.weight")  # what the head may be tied to
 _TOKENS = "token_adapter.trainable_tokens_delta"
 
 # For these tasks PEFT adds the modules to modules_to_save and then requires their weights.
@@ -49,6 +53,7 @@ def save_peft(
     use_rslora: bool = False,
     fold_scales: bool = False,
     trainable_tokens: Sequence[int] | np.ndarray | None = None,
+    tied_head: bool | None = None,
     dtype: jax.typing.DTypeLike | None = None,
 ) -> Path:
     """Writes an adapter that `PeftModel.from_pretrained(model, path)` of PEFT loads.
@@ -78,6 +83,9 @@ def save_peft(
       trainable_tokens: ids of the tokens whose rows of the embeddings in `adapter` were trained.
         Only these rows are saved (PEFT's trainable_token_indices), and a tied head follows them.
         With None, embeddings are saved in full.
+      tied_head: whether ``lm_head`` of the base is tied to an embedding in `adapter`. Then PEFT is
+        told to keep them tied (ensure_weight_tying), which it does not by itself. None reads it
+        from the configuration if `base_model` is a folder, and means no otherwise.
       dtype: float32, float16 or bfloat16, to cast the factors with `cast_factors`; None keeps their
         dtypes. The entry ``largest_product_error`` in the metadata of the weights file states the
         largest relative error of a product. Other leaves are not cast.
@@ -88,8 +96,9 @@ def save_peft(
     Raises:
       ValueError: the family has no such module, the stacked axes are unclear, a module is both
         adapted and saved in full, the head that the task needs is missing, `trainable_tokens` are
-        not rows of an embedding in `adapter`, a value is NaN or infinite, or a product is too large
-        for float16. The message names the path or the module.
+        not rows of an embedding in `adapter`, an embedding is adapted to which the head is tied, a
+        value is NaN or infinite, or a product is too large for float16. The message names the path
+        or the module.
       TypeError: another ``dtype``.
       ImportError: safetensors is not installed.
 
@@ -127,6 +136,9 @@ def save_peft(
         tensors |= _tensors(stored.get(module, module), one, kinds[module])
     rows = _token_rows(saved, family, trainable_tokens)
     tensors |= {f"{PREFIX}{module}.{_TOKENS}": value for module, value in rows.items()}
+    tied = _tied_embedding(saved, factors, tied_head, base_model)
+    if tied is not None:
+        tensors[f"{PREFIX}{_HEAD}"] = saved[tied]
     biases = {f"{module}.bias" for module in factors} & saved.keys()
     for name, value in saved.items():
         inside = ".base_layer" if name in biases else ""
@@ -145,6 +157,7 @@ def save_peft(
         target_parameters=parameters or None,
         trainable_token_indices={k: np.asarray(trainable_tokens).tolist() for k in rows} or None,
         modules_to_save=sorted(_outermost(heads)) or None,
+        ensure_weight_tying=tied is not None,
         fan_in_fan_out="conv1d" in kinds.values(),
         bias="lora_only" if biases else "none",
         use_dora=_has_magnitudes(factors, parameters),
@@ -199,6 +212,30 @@ def _token_rows(
     if ids.min() < 0 or ids.max() >= len(value):
         raise ValueError(f"trainable_tokens has ids that are no rows of {name} {value.shape}")
     return {modules[name]: value[ids]}
+
+
+def _tied_embedding(
+    saved: Mapping[str, np.ndarray],
+    factors: Mapping[str, LoraFactors],
+    tied: bool | None,
+    base_model: str | None,
+) -> str | None:
+    """Returns the name of a trained embedding that the head is tied to."""
+    if _HEAD in saved or _HEAD.removesuffix(".weight") in factors:
+        return None
+    if tied is None:
+        config = Path(base_model or "") / "config.json"
+        tied = (
+            base_model is not None and config.is_file() and is_tied(json.loads(config.read_bytes()))
+        )
+    names = [name for name in saved if name.endswith(_TIED)] if tied else []
+    adapted = [module for module in factors if f"{module}.weight".endswith(_TIED)]
+    if tied and adapted:
+        raise ValueError(
+            f"{adapted[0]} is adapted, and the head of this base is tied to it, which PEFT would "
+            "leave as it is. Merge the adapter and use save_merged, or leave it out"
+        )
+    return names[0] if names else None
 
 
 def _has_magnitudes(factors: Mapping[str, LoraFactors], parameters: Sequence[str]) -> bool:

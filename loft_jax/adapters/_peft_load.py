@@ -167,6 +167,10 @@ def _sort(path: Path, config: Mapping[str, Any]) -> _Tensors:
             )
     if not found.factors:
         raise ValueError(f"{path}: the file contains no lora_A and lora_B")
+    if config["ensure_weight_tying"]:  # then a head that is tied to a trained embedding is written
+        for name, value in list(found.of_base.items()):
+            if any(np.array_equal(value, other) for other in found.saved.values()):
+                del found.of_base[name]
     for field, tensors, key in (
         ("trainable_token_indices", found.tokens, "trainable_tokens_delta"),
         ("lora_bias", found.biases, "lora_B.bias"),

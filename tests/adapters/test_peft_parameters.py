@@ -464,3 +464,43 @@ def test_biases_that_do_not_fit_are_refused(tmp_path):
 
     refused(r"has a bias \(47,\), the base has \(48,\)", name, 47)
     refused("lora_B.bias has no factors", "transformer.h.1.attn.c_attn", 48)
+
+
+# ------------------------------------------------------------------ embeddings of tied heads
+
+
+def trained_embedding() -> dict:
+    flat = {f"layers/0/self_attn/q_proj/{k}": v for k, v in factors(16, 16, 2).items()}
+    return random_tree(
+        nested(flat | {"embed_tokens/embedding": jax.ShapeDtypeStruct((48, 16), np.float32)})
+    )
+
+
+@pytest.mark.parametrize("given", ["argument", "folder"])
+def test_a_head_stays_tied_to_a_trained_embedding(hf, close, tmp_path, given):
+    base, x, adapter = llama(hf, tied=True), tokens(hf), trained_embedding()
+    options: dict[str, Any] = {"tied_head": True}
+    if given == "folder":
+        options = {"base_model": str(folder_of(base, tmp_path / "base"))}
+    save_peft(tmp_path / "ours", adapter, **options, **LLAMA)
+    loaded = load_peft(tmp_path / "ours")
+    assert loaded.saved.keys() == {"model.embed_tokens.weight"}
+    expected = logits_of(hf, with_products(hf, base, loaded), x)
+    peft = hf.peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours").eval()
+    close("PEFT with our embedding of a tied head", logits_of(hf, peft, x), expected, 1e-5)
+    # PEFT's own file of it is the same.
+    peft.save_pretrained(tmp_path / "theirs")
+    before, after = (load_file(tmp_path / folder / WEIGHTS) for folder in ("ours", "theirs"))
+    assert before.keys() == after.keys()
+    assert load_peft(tmp_path / "theirs").saved.keys() == loaded.saved.keys()
+    # For contrast: without this, PEFT leaves the head as it was.
+    save_peft(tmp_path / "untied", adapter, **LLAMA)
+    peft = hf.peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "untied").eval()
+    assert np.abs(logits_of(hf, peft, x) - expected).max() > 1
+
+
+def test_factors_of_a_tied_embedding_are_refused(tmp_path):
+    adapter = random_tree({"embed_tokens": factors(48, 16, 2)})
+    with pytest.raises(ValueError, match="head of this base is tied to it.*save_merged"):
+        save_peft(tmp_path, adapter, tied_head=True, **LLAMA)
+    save_peft(tmp_path, adapter, tied_head=False, **LLAMA)
