@@ -6,16 +6,20 @@
 Needs the extras `serving` and `test`. The base is the model that the example downloads, dequantized
 to float32. Each program gets the adapter, or the merged weights, as this package writes them, and
 the same prompts as token ids. The table has the largest difference of the log-probabilities of the
-token after a prompt, and how many greedy tokens equal those of JAX before the first difference.
+token after a prompt, and how many greedy tokens equal those of JAX before the first difference. For
+that, llama.cpp generates its own tokens, and the others score those of JAX in one pass, which shows
+the same. The last rows are for contrast: llama.cpp with an adapter that is not permuted, and
+without one.
 """
 
 import argparse
-import importlib
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import gguf
 import jax
@@ -25,8 +29,12 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from benchmarks import markdown
+from benchmarks.command_line import add_results
+from benchmarks.records import Row, append
+from benchmarks.serving.programs import LlamaCpp, mlx_lm
 from examples.common import downloads
 from examples.common.models import llama_weights
+from examples.common.models.generate import complete
 from examples.common.models.llama_config import LlamaConfig
 from loft_jax import LoraPairs
 from loft_jax.adapters import (
@@ -45,18 +53,29 @@ from loft_jax.adapters import (
 from loft_jax.adapters._gguf_base import permute, read_field
 
 PROMPTS = ("The history of the city began when", "In 1998 the band released", "A river is")
-LENGTH = 64
+LENGTH = 48
 """The tokens that a prompt and its continuation have at most."""
 
 
 class Answer(NamedTuple):
-    """What a program makes of a prompt: log-probabilities of the next token, and greedy tokens."""
+    """What a program makes of a prompt.
+
+    Attributes:
+      log_probs: (vocabulary,), of the token after the prompt.
+      equal: how many of its greedy tokens equal given ones before the first difference.
+    """
 
     log_probs: np.ndarray
-    tokens: list[int]
+    equal: int
 
 
-Program = Callable[[list[int]], Answer]
+Program = Callable[[list[int], list[int]], Answer]
+"""From a prompt, and the greedy tokens of JAX after it."""
+
+Scores = Callable[[list[int]], np.ndarray]
+"""From tokens to the log-probabilities (length, vocabulary) of the ones after them."""
+
+PACKAGES = ("transformers", "peft", "torch", "xllamacpp", "mlx", "mlx-lm", "gguf")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,6 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", type=Path, required=True, help="folder of finetune_llm.py")
     parser.add_argument("--output", type=Path, required=True, help="folder for the exported files")
     parser.add_argument("--tokens", type=int, default=32, help="greedy tokens (default 32)")
+    add_results(parser)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -74,16 +94,35 @@ def run(options: argparse.Namespace) -> None:
     model = adapted(pretrained.build(), loaded)
     write_files(options.output, pretrained, model, loaded)
     count = options.tokens
-    reference = [jax_program(model, count)(prompt) for prompt in prompts]
-    rows = []
-    for name, program in programs(options.output, count).items():
-        answers = [program(prompt) for prompt in prompts]
-        both = list(zip(answers, reference, strict=True))
-        largest = max(np.abs(one.log_probs - other.log_probs).max() for one, other in both)
-        equal = min(agreement(one.tokens, other.tokens) for one, other in both)
-        rows.append([name, f"{largest:.1e}", f"{equal} of {count}"])
-        print(name, rows[-1][1:], flush=True)
-    print(markdown.table(["", "largest difference", "equal tokens"], rows))
+    scores = jax_scores(model)
+    expected = list(zip(prompts, complete(model, prompts, length=count), strict=True))
+    reference = [scores(prompt)[-1] for prompt in prompts]
+    versions = {name: version(name) for name in PACKAGES}
+    rows: list[Row] = []
+    for name, start in programs(options.output).items():
+        program = start()
+        answers = [program(*one) for one in expected]
+        pairs = zip(answers, reference, strict=True)
+        rows.append(
+            {
+                "path": name,
+                "differences": [float(np.abs(x.log_probs - y).max()) for x, y in pairs],
+                "equal": [answer.equal for answer in answers],
+                "tokens": count,
+            }
+        )
+        print(json.dumps(rows[-1]), flush=True)
+        append(options.results, [rows[-1] | versions])
+    print(table(rows))
+
+
+def table(rows: Sequence[Row]) -> str:
+    """A row a path: the largest difference of all prompts, and the fewest equal tokens."""
+    cells = [
+        [row["path"], f"{max(row['differences']):.1e}", f"{min(row['equal'])} of {row['tokens']}"]
+        for row in rows
+    ]
+    return markdown.table(["", "largest difference", "equal greedy tokens"], cells)
 
 
 def agreement(one: list[int], other: list[int]) -> int:
@@ -130,8 +169,10 @@ def write_files(
     adapter, given = tree_of(loaded)
     save_peft(folder / "peft", adapter, base_model=str(base), task_type="CAUSAL_LM", **given)
     save_mlx(folder / "mlx", adapter, **given)
-    for dtype in ("float32", "float16", "bfloat16"):
+    for dtype in ("float32", "float16", "bfloat16", "q8_0"):
         save_gguf(folder / f"{dtype}.gguf", adapter, base=base, dtype=dtype, **given)
+    with mock.patch("loft_jax.adapters._gguf.permute", lambda rows, heads: rows):
+        save_gguf(folder / "unpermuted.gguf", adapter, base=base, **given)
     merged = nnx.state(remove_lora(model, merge=True), nnx.Param)
     for dtype in ("float32", "bfloat16"):
         save_merged(folder / f"merged-{dtype}", merged, family="llama", base=base, dtype=dtype)
@@ -178,126 +219,82 @@ def write_gguf(path: Path, tensors: dict[str, np.ndarray], heads: int) -> None:
 # ------------------------------------------------------------------------------- programs
 
 
-def greedy(next_log_probs: Callable[[list[int]], np.ndarray], count: int) -> Program:
-    """A program that computes the log-probabilities of the next token."""
+def scoring(scores: Scores) -> Program:
+    """A program that scores all tokens in one pass.
 
-    def answer(prompt: list[int]) -> Answer:
-        ids, first = list(prompt), next_log_probs(prompt)
-        log_probs = first
-        for _ in range(count):
-            ids.append(int(log_probs.argmax()))
-            log_probs = next_log_probs(ids)
-        return Answer(first, ids[len(prompt) :])
+    Its own greedy tokens equal the given ones up to the first position where they are not the most
+    probable ones after those before them.
+    """
+
+    def answer(prompt: list[int], tokens: list[int]) -> Answer:
+        log_probs = scores([*prompt, *tokens[:-1]])[len(prompt) - 1 :]
+        return Answer(log_probs[0], agreement(log_probs.argmax(-1).tolist(), tokens))
 
     return answer
 
 
-def jax_program(model: nnx.Module, count: int) -> Program:
+def jax_scores(model: nnx.Module) -> Scores:
     """Our model, compiled for one length."""
     graph, state = nnx.split(model)
 
     @jax.jit
-    def forward(state: Any, ids: jax.Array, last: jax.Array) -> jax.Array:
-        return jax.nn.log_softmax(nnx.merge(graph, state)(ids[None])[0, last])
+    def forward(state: Any, ids: jax.Array) -> jax.Array:
+        return jax.nn.log_softmax(nnx.merge(graph, state)(ids[None])[0])
 
-    def next_log_probs(ids: list[int]) -> np.ndarray:
+    def log_probs(ids: list[int]) -> np.ndarray:
         padded = np.zeros(LENGTH, np.int32)
         padded[: len(ids)] = ids
-        return np.asarray(forward(state, jnp.asarray(padded), jnp.asarray(len(ids) - 1)))
+        return np.asarray(forward(state, jnp.asarray(padded)))[: len(ids)]
 
-    return greedy(next_log_probs, count)
+    return log_probs
 
 
-def torch_program(model: Any, count: int) -> Program:
+def torch_program(model: Any) -> Program:
     """A model of transformers."""
     import torch
 
-    def next_log_probs(ids: list[int]) -> np.ndarray:
+    def log_probs(ids: list[int]) -> np.ndarray:
         with torch.no_grad():
-            logits = model(torch.tensor([ids])).logits[0, -1]
+            logits = model(torch.tensor([ids])).logits[0]
         return torch.log_softmax(logits.double(), -1).numpy()
 
-    return greedy(next_log_probs, count)
+    return scoring(log_probs)
 
 
-def mlx_program(folder: Path, adapter: Path | None, count: int) -> Program:
-    """A model of mlx-lm."""
-    mx: Any = importlib.import_module("mlx.core")
-    mlx_lm: Any = importlib.import_module("mlx_lm.utils")
-    mx.set_default_device(mx.cpu)
-    model, _ = mlx_lm.load_model(folder)
-    if adapter is not None:
-        model = mlx_lm.load_adapters(model, str(adapter))
-    model.eval()
+def llama_cpp_program(model: Path, adapter: Path | None) -> Program:
+    """A server of llama.cpp."""
+    server = LlamaCpp(model, adapter, context=256)
 
-    def next_log_probs(ids: list[int]) -> np.ndarray:
-        logits = model(mx.array(ids)[None])[0, -1].astype(mx.float32)
-        return np.array(logits - mx.logsumexp(logits))
-
-    return greedy(next_log_probs, count)
-
-
-def llama_cpp_program(model: Path, adapter: Path | None, count: int) -> Program:
-    """A server of llama.cpp, with keys and values in float32."""
-    xllamacpp: Any = importlib.import_module("xllamacpp")
-    params = xllamacpp.CommonParams()
-    params.model.path = str(model)
-    params.n_gpu_layers, params.n_ctx, params.n_parallel = 0, 256, 1
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-    params.warmup = params.fit_params = False
-    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    if adapter is not None:
-        params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(adapter), 1.0)]
-    server = xllamacpp.Server(params)
-
-    def complete(ids: list[int], tokens: int, probs: int) -> list[dict]:
-        request = {"prompt": ids, "n_predict": tokens, "n_probs": probs, "temperature": -1}
-        answer = server.handle_completions(request | {"ignore_eos": True})
-        answer = json.loads(answer) if isinstance(answer, str | bytes) else answer
-        return answer["choices"][0]["logprobs"]["content"]
-
-    def answer(prompt: list[int]) -> Answer:
-        top = complete(prompt, 1, 1_000_000)[0]["top_logprobs"]
-        log_probs = np.full(len(top), np.nan)
-        for entry in top:
-            log_probs[entry["id"]] = entry["logprob"]
-        return Answer(log_probs, [entry["id"] for entry in complete(prompt, count, 1)])
+    def answer(prompt: list[int], tokens: list[int]) -> Answer:
+        own = server.greedy(prompt, len(tokens))
+        return Answer(server.log_probs(prompt), agreement(own, tokens))
 
     return answer
 
 
-def programs(folder: Path, count: int) -> dict[str, Program]:
-    """The programs, each built when it is asked."""
+def programs(folder: Path) -> dict[str, Callable[[], Program]]:
+    """Functions that start a program, by what it gets."""
     import peft
     import transformers
 
     load = transformers.AutoModelForCausalLM.from_pretrained
-
-    def later(make: Callable[[], Program]) -> Program:
-        made: list[Program] = []
-
-        def answer(prompt: list[int]) -> Answer:
-            made[:] = made or [make()]
-            return made[0](prompt)
-
-        return answer
-
     merged = {dtype: folder / f"merged-{dtype}" for dtype in ("float32", "bfloat16")}
-    adapted = lambda: peft.PeftModel.from_pretrained(load(folder / "base"), folder / "peft").eval()
+    with_peft = lambda: peft.PeftModel.from_pretrained(load(folder / "base"), folder / "peft")
+    wide = lambda path: load(path, dtype="float32")  # computes in float32
     base = folder / "base.gguf"
-    found = {
-        "transformers with PEFT, adapter": lambda: torch_program(adapted(), count),
-        "transformers, merged": lambda: torch_program(load(merged["float32"]).eval(), count),
-        "transformers, merged in bfloat16": lambda: torch_program(
-            load(merged["bfloat16"], dtype="float32").eval(), count
-        ),
-        "llama.cpp, merged": lambda: llama_cpp_program(folder / "merged.gguf", None, count),
-        "mlx-lm, adapter": lambda: mlx_program(folder / "base", folder / "mlx", count),
-        "mlx-lm, merged": lambda: mlx_program(merged["float32"], None, count),
+    llama_cpp = lambda path: llama_cpp_program(base, folder / f"{path}.gguf")
+    return {
+        "llama.cpp, adapter in float32": lambda: llama_cpp("float32"),
+        "llama.cpp, adapter in float16": lambda: llama_cpp("float16"),
+        "llama.cpp, adapter in bfloat16": lambda: llama_cpp("bfloat16"),
+        "llama.cpp, adapter in Q8_0": lambda: llama_cpp("q8_0"),
+        "llama.cpp, merged": lambda: llama_cpp_program(folder / "merged.gguf", None),
+        "mlx-lm, adapter": lambda: scoring(mlx_lm(folder / "base", folder / "mlx")),
+        "mlx-lm, merged": lambda: scoring(mlx_lm(merged["float32"])),
+        "mlx-lm, merged in bfloat16": lambda: scoring(mlx_lm(merged["bfloat16"])),
+        "transformers with PEFT, adapter": lambda: torch_program(with_peft().eval()),
+        "transformers, merged": lambda: torch_program(load(merged["float32"]).eval()),
+        "transformers, merged in bfloat16": lambda: torch_program(wide(merged["bfloat16"]).eval()),
+        "for contrast: llama.cpp, adapter not permuted": lambda: llama_cpp("unpermuted"),
+        "for contrast: llama.cpp, base": lambda: llama_cpp_program(base, None),
     }
-    for dtype in ("float32", "float16", "bfloat16"):
-        found[f"llama.cpp, adapter in {dtype}"] = lambda dtype=dtype: llama_cpp_program(
-            base, folder / f"{dtype}.gguf", count
-        )
-    return {name: later(make) for name, make in found.items()}

@@ -1,8 +1,9 @@
-"""Reads single weights of a base model in the format of transformers."""
+"""Reads a base model of transformers: single weights, and whether its head is tied."""
 
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -42,6 +43,10 @@ class BaseWeights:
                 with safetensors.safe_open(file, framework="numpy") as opened:
                     self._files |= dict.fromkeys(opened.keys(), file)
 
+    def get(self, name: str) -> np.ndarray | None:
+        """Returns a weight, or None if the base does not have it."""
+        return self[name] if name in self._arrays or name in self._files else None
+
     def __getitem__(self, name: str) -> np.ndarray:
         """Returns a weight.
 
@@ -53,3 +58,15 @@ class BaseWeights:
         if name not in self._files:
             raise KeyError(f"{self._where} has no {name}. Pass the base model of this adapter")
         return read_tensor(self._files[name], name)
+
+
+def is_tied(config: Mapping[str, Any]) -> bool:
+    """Returns whether the output head is the embedding, by a config.json of transformers.
+
+    Example:
+      >>> is_tied({"model_type": "gpt2"}), is_tied({"model_type": "llama"})
+      (True, False)
+    """
+    # transformers omits the field where it has the default of the architecture.
+    kind = str(config.get("model_type"))
+    return bool(config.get("tie_word_embeddings", kind.startswith("gemma") or kind == "gpt2"))

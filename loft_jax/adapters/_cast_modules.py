@@ -43,17 +43,18 @@ def cast_modules(
     cast: dict[str, LoraFactors] = {}
     errors: dict[str, float] = {}
     for module, one in factors.items():
-        a = one.a.reshape(-1, one.rank).astype(np.float64)
-        b = one.b.T.astype(np.float64)
+        a, b = (x.astype(np.float64) for x in one.matrices())
+        b = b.swapaxes(1, 2)
         check_finite({f"{module}.lora_a": a, f"{module}.lora_b": b}, "the adapter")
         a, b, error = cast_product(a, b, kind)
-        if not np.isfinite(error):
+        if not np.isfinite(error).all():
             raise ValueError(
                 f"{module}: the product of the factors is too large for {kind}, even with balanced "
                 "factors. Use bfloat16"
             )
-        errors[module] = float(error)
-        cast[module] = one._replace(a=a.reshape(one.a.shape), b=b.T)
+        errors[module] = float(error.max())
+        b = b.swapaxes(1, 2)
+        cast[module] = one._replace(a=a.reshape(one.a.shape), b=b.reshape(one.b.shape))
     _warn_of_losses(errors, kind)
     return cast, {"largest_product_error": f"{max(errors.values(), default=0.0):.2g}"}
 

@@ -51,6 +51,11 @@ def collect(
         modules = modules_of(tree, pair, family)
         found = _factors(tree, pair, family, modules[0])
         if (position := magnitudes.get(pair.a)) is not None:
+            if found[0].is_stack:
+                raise ValueError(
+                    f"{tree.paths[position]}: PEFT has no DoRA for experts, and the other formats "
+                    "have no experts. Merge the adapter into the weights"
+                )
             values = np.asarray(tree.leaves[position]).reshape(len(found), -1)
             check_magnitude(tree, pair, position)
             found = [one._replace(magnitude=m) for one, m in zip(found, values, strict=True)]
@@ -93,10 +98,24 @@ def find_named_pairs(adapter: Any, pairs: Any) -> PairedTree:
 
 
 def modules_of(tree: PairedTree, pair: Pair, family: Family) -> tuple[str, ...]:
-    """Returns the modules in transformers that a pair adapts, one for each stacked layer."""
+    """Returns the modules in transformers that a pair adapts, one for each stacked layer.
+
+    Raises:
+      ValueError: the family has no such module, or the stacked axes are unclear. The message names
+        the path.
+    """
     keys = zip(tree.paths[pair.a].split("/"), tree.paths[pair.b].split("/"), strict=False)
     path = "/".join(a for a, _ in itertools.takewhile(lambda both: both[0] == both[1], keys))
-    return each_layer(family.hf_module(path), pair.batch, tree.paths[pair.a])
+    module, stack = family.hf_module(path), pair.batch
+    if family.kind(module) == "experts":
+        if not stack:
+            raise ValueError(
+                f"{tree.paths[pair.a]}: {module} is a stack of experts, so the factors need an "
+                "axis of experts, after that of the layers. Specify it with "
+                "LoraPairs(axes=LoraAxes(batch=...))"
+            )
+        stack = stack[:-1]  # the last one enumerates the experts
+    return each_layer(module, stack, tree.paths[pair.a])
 
 
 def magnitude_positions(tree: PairedTree) -> dict[int, int]:
@@ -132,8 +151,9 @@ def _factors(tree: PairedTree, pair: Pair, family: Family, module: str) -> list[
                 f"{tree.paths[pair.a]}: {module} is a convolution, so a must be (height, width, "
                 f"in, r), got {a.shape}"
             )
-    a = _matricize(a, pair.layout_a).reshape(-1, *(window or [pair.m]), pair.r)
-    b = _matricize(b, pair.layout_b).reshape(-1, pair.n, pair.r).swapaxes(1, 2)
+    experts = [pair.batch[-1]] if family.kind(module) == "experts" else []
+    a = _matricize(a, pair.layout_a).reshape(-1, *experts, *(window or [pair.m]), pair.r)
+    b = _matricize(b, pair.layout_b).reshape(-1, *experts, pair.n, pair.r).swapaxes(-1, -2)
     return [LoraFactors(one, other, pair.scale) for one, other in zip(a, b, strict=True)]
 
 

@@ -67,6 +67,8 @@ _LLAMA = _rows(
     "layers.{layer}.post_attention_layernorm",
     *(f"layers.{LAYER}.{when}_feedforward_layernorm" for when in ("pre", "post")),  # Gemma 3
     *(f"layers.{LAYER}.mlp.{part}_proj" for part in ("gate", "up", "down")),
+    "layers.{layer}.mlp.gate",  # the router of Mixtral, Qwen2-MoE and Qwen3-MoE
+    *(f"layers.{LAYER}.mlp.experts.{part}_proj" for part in ("gate_up", "down")),
     "norm",
 )
 _GPT2 = _rows(
@@ -126,6 +128,7 @@ _DINOV2 = _rows(
 _DINOV2_SWIGLU = _rows(*(f"{_DINO}mlp.{part}_proj" for part in ("gate", "up", "down")))
 _DINOV2_SWIGLU4 = _rows(_DINO + "mlp.weights_in", _DINO + "mlp.weights_out")
 
+_EXPERTS = ((r".*\.mlp\.experts\..*", "experts"), (r".*\.mlp\.gate", "parameter"))
 _PATCHES = ((r".*\.projection", "conv2d"),)
 _BERT_HEADS = (
     "classifier",
@@ -145,7 +148,7 @@ FAMILIES: dict[str, Family] = {
             "model",
             _LLAMA,
             ("lm_head", "score"),
-            kinds=((r".*embed_tokens", "embedding"),),
+            kinds=((r".*embed_tokens", "embedding"), *_EXPERTS),
         ),
         _family(
             "gpt2",

@@ -19,7 +19,7 @@ _PARAMETERS = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 # Keys that the wrapper of an adapter adds between a module and its parameters.
 _WRAPPERS = ("lora", "base", "base_module")
 
-_KINDS = ("linear", "conv1d", "conv2d", "embedding")
+_KINDS = ("linear", "conv1d", "conv2d", "embedding", "experts", "parameter")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,8 +38,9 @@ class Family:
         group ``layer``, or each index of the stack if layers are stacked and the path has no
         number.
       kinds: ``(regex, kind)`` entries over names in transformers, for modules whose weight is not
-        (out, in): ``conv1d`` for GPT-2's (in, out), ``conv2d`` for (out, in, height, width), and
-        ``embedding``.
+        (out, in): ``conv1d`` for GPT-2's (in, out), ``conv2d`` for (out, in, height, width),
+        ``embedding``, ``experts`` for a parameter (experts, out, in), and ``parameter`` for a
+        weight (out, in) of a module that is no linear layer, such as a router.
 
     Raises:
       ValueError: an entry is not a pair of a valid regex and a template, a kind is unknown, or the
@@ -129,7 +130,7 @@ class Family:
         """Returns the kind of a module, by its name in transformers.
 
         Returns:
-          "linear", "conv1d", "conv2d" or "embedding".
+          "linear", "conv1d", "conv2d", "embedding", "experts" or "parameter".
 
         Example:
           >>> from loft_jax.adapters import FAMILIES
@@ -235,10 +236,16 @@ class Family:
         kind = self.kind(module)
         if path.rpartition("/")[2] != "kernel" or (kind == "conv1d" and dims == 2):
             return tuple(range(dims))
-        if dims == 2 and kind == "linear":
+        if dims == 2 and kind in ("linear", "parameter"):
             return (1, 0)
         if dims == 4 and kind == "conv2d":
             return (3, 2, 0, 1)  # (height, width, in, out) to (out, in, height, width)
+        if kind == "experts":
+            raise ValueError(
+                f"{path}: {module} is a stack of experts, which transformers saves one by one, "
+                "under names of each architecture. Write the adapter with save_peft, and merge it "
+                "in PEFT (merge_and_unload, save_pretrained)"
+            )
         raise ValueError(
             f"{path}: the kernel has {dims} axes in one layer. Reshape it to (in, out), or for a "
             f"convolution to (height, width, in, out), as {module} needs it"

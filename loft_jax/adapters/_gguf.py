@@ -29,7 +29,13 @@ from loft_jax.adapters._gguf_base import (
     read_field,
     unpermute,
 )
-from loft_jax.adapters._loaded import LoadedAdapter, LoraFactors, few, sorted_by_layer
+from loft_jax.adapters._loaded import (
+    LoadedAdapter,
+    LoraFactors,
+    few,
+    refuse_experts,
+    sorted_by_layer,
+)
 from loft_jax.adapters._safetensors import check_finite
 from loft_jax.adapters._scales import fold_scales, most_common
 
@@ -89,6 +95,7 @@ def save_gguf(
     if dtype not in _TYPES:
         raise ValueError(f"unknown dtype {dtype!r}. Use one of {', '.join(_TYPES)}")
     factors, saved = collect(adapter, family, pairs)
+    refuse_experts(factors, "llama.cpp")
     if saved:
         raise ValueError(
             f"llama.cpp cannot load parameters saved in full ({few(saved)}). Merge the adapter and "

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from loft_jax.adapters._base_weights import is_tied
+
 # Architectures of llama.cpp by model_type of transformers. Others may store rows in another order.
 _ARCHITECTURES = {
     "llama": "llama",
@@ -108,14 +110,12 @@ def _from_config(config: Mapping[str, Any], where: str) -> GgufBase:
             f"{where}: {missing[0]} is missing. Pass the whole config.json of the base"
         )
     heads, layers = (int(config[name]) for name in names)
-    # transformers omits the field where it has the default of the architecture.
-    tied_by_default = kind.startswith("gemma") or kind == "gpt2"
     return GgufBase(
         architecture=_ARCHITECTURES[kind],
         heads=heads,
         kv_heads=int(config.get("num_key_value_heads") or heads),
         layers=layers,
-        tied=bool(config.get("tie_word_embeddings", tied_by_default)),
+        tied=is_tied(config),
     )
 
 

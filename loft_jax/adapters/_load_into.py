@@ -88,8 +88,9 @@ def load_into(
             shape = jnp.shape(leaves[position])
             leaves[position] = _like(leaves[position], values.reshape(shape))
         if not wrong:
-            a = np.stack([one.a.reshape(pair.m, pair.r) for one in factors])
-            b = np.stack([one.b.T for one in factors])
+            # One pair of matrices for each layer, or for each layer and expert.
+            a = np.concatenate([one.matrices()[0] for one in factors])
+            b = np.concatenate([one.matrices()[1].swapaxes(1, 2) for one in factors])
             leaves[pair.a] = _like(leaves[pair.a], a, pair.layout_a, pair.batch)
             leaves[pair.b] = _like(leaves[pair.b], b, pair.layout_b, pair.batch)
     for position in tree.others:
@@ -174,12 +175,15 @@ def _misfits(
 ) -> list[str]:
     """Returns the differences between these factors of the file and a pair of the template."""
     wrong = []
+    experts = math.prod(pair.batch) // len(modules)
     for module, one in zip(modules, factors, strict=True):
-        size = (math.prod(one.a.shape[:-1]), one.rank, one.b.shape[1])
-        if size != (pair.m, pair.r, pair.n):
-            wrong.append(
-                f"{module}: (in, rank, out) is {size}, in the template {(pair.m, pair.r, pair.n)}"
-            )
+        a, b = one.matrices()
+        size, wanted = (a.shape[1], one.rank, b.shape[2]), (pair.m, pair.r, pair.n)
+        axes = "(in, rank, out)"
+        if one.is_stack:
+            axes, size, wanted = "(experts, in, rank, out)", (len(a), *size), (experts, *wanted)
+        if size != wanted:
+            wrong.append(f"{module}: {axes} is {size}, in the template {wanted}")
         if compare_scale and not math.isclose(one.scale, pair.scale, rel_tol=1e-6):
             wrong.append(
                 f"{module}: the scale is {one.scale}, pairs= has {pair.scale}. Use {one.scale} "

@@ -13,8 +13,8 @@ class LoraFactors(NamedTuple):
 
     Attributes:
       a: (in, r), or (height, width, in, r) for a two-dimensional convolution, or (vocabulary, r)
-        for an embedding.
-      b: (r, out).
+        for an embedding, or (experts, in, r) for a stack of experts.
+      b: (r, out), or (experts, r, out).
       scale: ``lora_alpha / r`` in PEFT, or ``lora_alpha / sqrt(r)`` with rsLoRA.
       magnitude: (out,), the norms of DoRA; None for LoRA. With it the kernel becomes
         `loft_jax.baselines.dora_weight`.
@@ -34,6 +34,28 @@ class LoraFactors(NamedTuple):
           3
         """
         return self.a.shape[-1]
+
+    @property
+    def is_stack(self) -> bool:
+        """Whether these are the factors of a stack of experts, one pair for each.
+
+        Example:
+          >>> LoraFactors(np.ones((8, 6, 3)), np.ones((8, 3, 4)), scale=2.0).is_stack
+          True
+        """
+        return self.b.ndim == 3
+
+    def matrices(self) -> tuple[np.ndarray, np.ndarray]:
+        """Returns views (experts, inputs, r) and (experts, r, out), with one expert if no stack.
+
+        Example:
+          >>> a, b = LoraFactors(np.ones((3, 3, 6, 2)), np.ones((2, 4)), scale=1.0).matrices()
+          >>> a.shape, b.shape
+          ((1, 54, 2), (1, 2, 4))
+        """
+        experts = len(self.b) if self.is_stack else 1
+        a = self.a.reshape(experts, -1, self.rank)
+        return a, self.b.reshape(experts, self.rank, self.b.shape[-1])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -79,6 +101,19 @@ class LoadedAdapter:
                 f"{self.path}: {found} for {module!r}. The modules are {few(self.factors)}"
             )
         return scales.pop()
+
+
+def refuse_experts(factors: Mapping[str, LoraFactors], program: str) -> None:
+    """Refuses adapters of experts for a program that has none.
+
+    Raises:
+      ValueError: there is one. The message names the module.
+    """
+    if stacks := [module for module, one in factors.items() if one.is_stack]:
+        raise ValueError(
+            f"{program} has no adapters of experts ({few(stacks)}). Omit them, or use save_peft "
+            "and merge them in PEFT (merge_and_unload)"
+        )
 
 
 def sorted_by_layer(names: Iterable[str]) -> list[str]:

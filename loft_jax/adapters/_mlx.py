@@ -23,7 +23,13 @@ from loft_jax.adapters._collect import collect
 from loft_jax.adapters._families import as_family
 from loft_jax.adapters._family import Family
 from loft_jax.adapters._folder import replacing
-from loft_jax.adapters._loaded import LoadedAdapter, LoraFactors, few, sorted_by_layer
+from loft_jax.adapters._loaded import (
+    LoadedAdapter,
+    LoraFactors,
+    few,
+    refuse_experts,
+    sorted_by_layer,
+)
 from loft_jax.adapters._safetensors import read_tensors, write_tensors
 from loft_jax.adapters._scales import fold_scales, most_common, pad_ranks
 
@@ -75,6 +81,7 @@ def save_mlx(
     """
     family = as_family(family)
     factors, saved = collect(adapter, family, pairs)
+    refuse_experts(factors, "mlx-lm")
     if saved:
         raise ValueError(
             f"mlx-lm cannot load parameters saved in full ({few(saved)}) beside an adapter. Merge "

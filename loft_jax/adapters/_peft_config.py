@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from loft_jax.adapters._patterns import is_regex, lookup
+from loft_jax.adapters._peft_relative import check_token_indices
 
 VERSION = "0.21.2"
 MAX_BYTES = 16 * 2**20
@@ -83,14 +84,13 @@ _ALLOWED = frozenset(
         *("modules_to_save", "fan_in_fan_out", "bias", "megatron_core", "qalora_group_size"),
         *("init_lora_weights", "corda_config", "eva_config", "loftq_config", "lora_ga_config"),
         *("velora_config", "use_dora", "target_parameters"),
+        *("lora_bias", "trainable_token_indices"),
     }
 )
 
 _MERGE = "Merge it in PEFT (merge_and_unload) and read the merged model instead"
 # What to do about a field. Only what PEFT does correctly is advised.
 _REMEDIES = {
-    "trainable_token_indices": _MERGE,
-    "lora_bias": f"{_MERGE}, which is possible if all adapted layers have a bias of their own",
     "layer_replication": (
         "It cannot be converted: replicated layers share their weights, so merging is wrong too. "
         "Serve it with PEFT"
@@ -266,6 +266,9 @@ def _check_types(config: Mapping[str, Any], path: Path) -> None:
         value = [] if config[field] is None else config[field]
         names = isinstance(value, list) and all(isinstance(name, str) for name in value)
         check(field, names, "a list of names, or null")
+    check("lora_bias", isinstance(config["lora_bias"], bool | None), "true or false")
+    if config["trainable_token_indices"] is not None:
+        check_token_indices(config["trainable_token_indices"], path)
 
 
 def rank_of(config: Mapping[str, Any], module: str) -> int:

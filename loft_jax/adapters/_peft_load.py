@@ -4,7 +4,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,6 +20,8 @@ from loft_jax.adapters._peft_config import (
     read_config,
     scale_of,
 )
+from loft_jax.adapters._peft_parameters import check_experts, parameter_names, stack_from_peft
+from loft_jax.adapters._peft_relative import with_adapter_bias, with_token_rows, without_tied
 from loft_jax.adapters._safetensors import read_tensors
 
 CONFIG = "adapter_config.json"
@@ -34,10 +36,10 @@ _FACTOR = re.compile(
     r"|(?P<magnitude>magnitude_vector)(?:\.default)?(?:\.weight)?)"
 )
 _BASE_LAYER = re.compile(r"(?P<module>.+)\.base_layer\.(?P<parameter>weight|bias)")
-
-_UNSUPPORTED_KEYS = (
-    ("lora_B.bias", "a bias in the adapter (lora_bias) is not supported"),
-    ("token_adapter", "trainable tokens are not supported. Merge them in PEFT (merge_and_unload)"),
+_ADAPTER_BIAS = re.compile(r"(?P<module>.+)\.lora_B(?:\.default)?\.bias")
+_TOKENS = re.compile(
+    r"(?P<module>.+)\.token_adapter\."
+    r"(?:trainable_tokens_(?P<role>delta|original)(?:\.default)?|(?P<base>base_layer)\.weight)"
 )
 
 
@@ -48,19 +50,21 @@ def load_peft(path: str | os.PathLike[str], *, base: Weights | None = None) -> L
       path: the folder with adapter_config.json and adapter_model.safetensors.
       base: the weights of the base model: its folder, or a mapping by the names of transformers.
         They are needed for adapters whose initialization changed the base (PiSSA, OLoRA), which are
-        converted to adapters of twice the rank for the original base, and for files that contain
-        weights of the base itself, which must be equal.
+        converted to adapters of twice the rank for the original base; for trained tokens and for
+        biases of adapters (lora_bias), which become whole embeddings and biases in ``saved``; and
+        for files that contain weights of the base itself, which must be equal.
 
     Returns:
       A `LoadedAdapter`. Use `load_into` to put it into a tree. The time and the memory are bounded
-      by the sizes of the files, also for files of a stranger.
+      by the sizes of the files, also for files of a stranger. Experts (``target_parameters``) are
+      under the names of their parameters, such as ``model.layers.0.mlp.experts.gate_up_proj``.
 
     Raises:
       FileNotFoundError: one of the files is missing.
       ValueError: a file is damaged, the weights are pickled, the adapter is not LoRA or DoRA on
-        linear layers, embeddings and convolutions, a factor has no partner or another rank than in
-        the configuration, a tensor is unknown, or a value is NaN or infinite. The message names the
-        file and the key and says what to do.
+        linear layers, embeddings, convolutions and experts, a factor has no partner or another rank
+        than in the configuration, the base is needed, a tensor is unknown, or a value is NaN or
+        infinite. The message names the file and the key and says what to do.
       ImportError: safetensors is not installed.
 
     Example:
@@ -86,37 +90,24 @@ def load_peft(path: str | os.PathLike[str], *, base: Weights | None = None) -> L
             f"{folder / CONFIG}: init_lora_weights is {kind!r}, which changed the base weights. "
             "Pass base=, the folder of the original base model, to convert the adapter"
         )
-    tensors: dict[str, dict[str, np.ndarray]] = {}
-    saved: dict[str, np.ndarray] = {}
-    of_base: dict[str, np.ndarray] = {}
-    to_save = frozenset(config["modules_to_save"] or ())
-    for key, tensor in read_tensors(weights).items():
-        if not key.startswith(PREFIX):
-            raise ValueError(f"{weights}: {key}: a key of PEFT must start with {PREFIX}")
-        name = key.removeprefix(PREFIX)
-        if match := _FACTOR.fullmatch(name):
-            role = match["linear"] or match["embedding"] or "magnitude"
-            tensors.setdefault(match["module"], {})[role] = tensor
-        elif is_saved_in_full(name, to_save):
-            saved[name] = tensor
-        elif match := _BASE_LAYER.fullmatch(name):
-            trained = match["parameter"] == "bias" and config["bias"] == "lora_only"
-            (saved if trained else of_base)[f"{match['module']}.{match['parameter']}"] = tensor
-        elif name.endswith(".lora_velora_embed") and config["velora_config"]:
-            pass  # compresses activations in the training
-        elif name.endswith(("embed_tokens.weight", "wte.weight", "lm_head.weight")):
-            of_base[name] = tensor
-        else:
-            raise ValueError(f"{weights}: {key}: {_why_unknown(key)}")
-    if not tensors:
-        raise ValueError(f"{weights}: the file contains no lora_A and lora_B")
-    patterns = [*(config["rank_pattern"] or ()), *(config["alpha_pattern"] or ())]
-    check_cost(patterns, tensors, folder / CONFIG)
-    _check_base(of_base, weights_of_base, weights)
-    factors = {
-        module: _read_factors(module, tensors[module], config, weights)
-        for module in sorted_by_layer(tensors)
-    }
+    found = _sort(weights, config)
+    factors = _all_factors(found.factors, config, weights)
+    _check_base(found.of_base, weights_of_base, weights)
+    saved = dict(found.saved)
+    for module, bias in found.biases.items():
+        name, key = f"{module}.bias", f"{PREFIX}{module}.lora_B.bias"
+        if module not in factors:
+            raise ValueError(f"{weights}: {key} has no factors. Save or download the file again")
+        base_bias = saved.get(name, _required(weights_of_base, key, weights).get(name))
+        saved[name] = with_adapter_bias(module, bias, factors[module], base_bias, weights)
+    for module, parts in without_tied(found.tokens).items():
+        name, key = f"{module}.weight", f"{PREFIX}{module}.token_adapter.trainable_tokens_delta"
+        if "delta" not in parts:
+            raise ValueError(f"{weights}: {key} is missing. Save or download the file again")
+        # PEFT writes the embedding too, if it was resized for the training.
+        weight = parts.get("base_layer")
+        weight = _required(weights_of_base, key, weights)[name] if weight is None else weight
+        saved[name] = with_token_rows(module, parts["delta"], config, weight, weights)
     if kind in FROM_BASE:
         assert weights_of_base is not None
         factors = {
@@ -124,6 +115,72 @@ def load_peft(path: str | os.PathLike[str], *, base: Weights | None = None) -> L
             for module, one in factors.items()
         }
     return LoadedAdapter(folder, config, factors, saved)
+
+
+class _Tensors(NamedTuple):
+    """The tensors of a file by what they are, under names without PEFT's prefix.
+
+    Attributes:
+      factors: by module and role: "A", "B" or "magnitude".
+      saved: parameters that were trained in full.
+      of_base: weights of the base that are in the file too.
+      biases: of ``lora_B``, by module.
+      tokens: "delta", "original" and "base_layer" of embeddings with trained rows, by module.
+    """
+
+    factors: dict[str, dict[str, np.ndarray]]
+    saved: dict[str, np.ndarray]
+    of_base: dict[str, np.ndarray]
+    biases: dict[str, np.ndarray]
+    tokens: dict[str, dict[str, np.ndarray]]
+
+
+def _sort(path: Path, config: Mapping[str, Any]) -> _Tensors:
+    """Reads the tensors of a file and refuses unknown ones."""
+    found = _Tensors({}, {}, {}, {}, {})
+    to_save = frozenset(config["modules_to_save"] or ())
+    for key, tensor in read_tensors(path).items():
+        if not key.startswith(PREFIX):
+            raise ValueError(f"{path}: {key}: a key of PEFT must start with {PREFIX}")
+        name = key.removeprefix(PREFIX)
+        if match := _FACTOR.fullmatch(name):
+            role = match["linear"] or match["embedding"] or "magnitude"
+            found.factors.setdefault(match["module"], {})[role] = tensor
+        elif match := _ADAPTER_BIAS.fullmatch(name):
+            found.biases[match["module"]] = tensor
+        elif match := _TOKENS.fullmatch(name):
+            role = match["role"] or match["base"]
+            found.tokens.setdefault(match["module"], {})[role] = tensor
+        elif is_saved_in_full(name, to_save):
+            found.saved[name] = tensor
+        elif match := _BASE_LAYER.fullmatch(name):
+            trained = match["parameter"] == "bias" and config["bias"] == "lora_only"
+            place = found.saved if trained else found.of_base
+            place[f"{match['module']}.{match['parameter']}"] = tensor
+        elif name.endswith(".lora_velora_embed") and config["velora_config"]:
+            pass  # compresses activations in the training
+        elif name.endswith(("embed_tokens.weight", "wte.weight", "lm_head.weight")):
+            found.of_base[name] = tensor
+        else:
+            raise ValueError(
+                f"{path}: {key}: neither lora_A nor lora_B, nor part of modules_to_save in {CONFIG}"
+            )
+    if not found.factors:
+        raise ValueError(f"{path}: the file contains no lora_A and lora_B")
+    if config["ensure_weight_tying"]:  # then a head that is tied to a trained embedding is written
+        for name, value in list(found.of_base.items()):
+            if any(np.array_equal(value, other) for other in found.saved.values()):
+                del found.of_base[name]
+    for field, tensors, key in (
+        ("trainable_token_indices", found.tokens, "trainable_tokens_delta"),
+        ("lora_bias", found.biases, "lora_B.bias"),
+    ):
+        if config[field] and not tensors:
+            raise ValueError(
+                f"{path}: {field} is set in {CONFIG}, and the file has no {key}. The file is "
+                "incomplete; save or download it again"
+            )
+    return found
 
 
 def _missing(folder: Path) -> Exception:
@@ -139,6 +196,16 @@ def _missing(folder: Path) -> Exception:
     if inside:
         where = f"one of the folders in it, each of which has an adapter: {few(inside)}"
     return FileNotFoundError(f"{folder / WEIGHTS} is missing. Pass {where}")
+
+
+def _required(base: BaseWeights | None, key: str, path: Path) -> BaseWeights:
+    """Returns the base, which the value of this key is relative to."""
+    if base is None:
+        raise ValueError(
+            f"{path}: {key} is relative to the base model. Pass base=, the folder of the base "
+            "model, and the whole parameter is loaded"
+        )
+    return base
 
 
 def _check_base(of_base: Mapping[str, np.ndarray], base: BaseWeights | None, path: Path) -> None:
@@ -158,10 +225,41 @@ def _check_base(of_base: Mapping[str, np.ndarray], base: BaseWeights | None, pat
             )
 
 
+def _all_factors(
+    tensors: Mapping[str, Mapping[str, np.ndarray]], config: Mapping[str, Any], path: Path
+) -> dict[str, LoraFactors]:
+    """Returns the factors by the names of modules and, for experts, of parameters."""
+    # Ranks and alphas are looked up by the name of the parameter, where one is targeted.
+    targeted = parameter_names(tensors, config["target_parameters"] or (), path)
+    names = {module: targeted.get(module, module) for module in sorted_by_layer(tensors)}
+    patterns = [*(config["rank_pattern"] or ()), *(config["alpha_pattern"] or ())]
+    check_cost(patterns, names.values(), path.parent / CONFIG)
+    factors: dict[str, LoraFactors] = {}
+    for module, parameter in names.items():
+        name = parameter.removesuffix(".weight") if module in targeted else module
+        if name in factors:
+            raise ValueError(f"{path}: two adapters of {name}. Save or download the file again")
+        factors[name] = _read_factors(module, parameter, tensors[module], config, path)
+    check_experts(factors, path)
+    return {module: factors[module] for module in sorted_by_layer(factors)}
+
+
 def _read_factors(
-    module: str, tensors: Mapping[str, np.ndarray], config: Mapping[str, Any], path: Path
+    module: str,
+    parameter: str,
+    tensors: Mapping[str, np.ndarray],
+    config: Mapping[str, Any],
+    path: Path,
 ) -> LoraFactors:
-    """Returns the factors of one module in Flax's layout, checked against the configuration."""
+    """Returns the factors of one module in Flax's layout, checked against the configuration.
+
+    Args:
+      module: its name in the file.
+      parameter: the name that the patterns refer to: the module's, or that of a parameter.
+      tensors: by their roles.
+      config: adapter_config.json.
+      path: of the file, for messages.
+    """
     key = f"{PREFIX}{module}.lora_"
     required = {"A", "B"} | ({"magnitude"} if config["use_dora"] else set())
     if wrong := sorted(required ^ tensors.keys()):
@@ -172,8 +270,11 @@ def _read_factors(
             "or download it again"
         )
     a, b, magnitude = tensors["A"], tensors["B"], tensors.get("magnitude")
-    rank = rank_of(config, module)
+    rank = rank_of(config, parameter)
     shapes = f"lora_A {a.shape}, lora_B {b.shape}"
+    stacked = parameter not in (module, f"{module}.weight")
+    if stacked and a.ndim == b.ndim == 2 and a.shape[0] == b.shape[1] and a.shape[0] % rank == 0:
+        return LoraFactors(*stack_from_peft(a, b, rank), scale_of(config, parameter))
     if a.ndim == b.ndim == 4 and b.shape[2:] == (1, 1):
         if b.shape[1] < rank == a.shape[0]:
             raise ValueError(
@@ -188,12 +289,6 @@ def _read_factors(
             f"{path}: {key}A.weight: {shapes}. Only linear layers (r, in), (out, r) and "
             "two-dimensional convolutions (r, in, height, width), (out, r, 1, 1) are supported"
         )
-    if config["target_parameters"] and a.shape[-1] != rank and a.shape[-1] % rank == 0:
-        raise ValueError(
-            f"{path}: {key}A.weight: {shapes}: an adapter on a stack of experts "
-            "(target_parameters), which is not supported. Merge it in PEFT (merge_and_unload) and "
-            "read the merged model"
-        )
     if (a.shape[-1], b.shape[0]) != (rank, rank):
         raise ValueError(
             f"{path}: {key}A.weight: {shapes}, but r and rank_pattern in {CONFIG} give this module "
@@ -206,9 +301,4 @@ def _read_factors(
                 f"{path}: {key}magnitude_vector has {magnitude.size} entries, but lora_B has "
                 f"{b.shape[1]} outputs. The file is damaged; save or download it again"
             )
-    return LoraFactors(a, b, scale_of(config, module), magnitude)
-
-
-def _why_unknown(key: str) -> str:
-    why = (reason for part, reason in _UNSUPPORTED_KEYS if part in key)
-    return next(why, f"neither lora_A nor lora_B, nor part of modules_to_save in {CONFIG}")
+    return LoraFactors(a, b, scale_of(config, parameter), magnitude)

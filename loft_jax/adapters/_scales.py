@@ -56,7 +56,8 @@ def _pad(one: LoraFactors, columns: int) -> LoraFactors:
     if not columns:
         return one
     a = np.pad(one.a, [(0, 0)] * (one.a.ndim - 1) + [(0, columns)])
-    return one._replace(a=a, b=np.pad(one.b, [(0, columns), (0, 0)]))
+    b = np.pad(one.b, [(0, 0)] * (one.b.ndim - 2) + [(0, columns), (0, 0)])
+    return one._replace(a=a, b=b)
 
 
 def most_common(values: Iterable[float]) -> float:

@@ -21,10 +21,12 @@ from loft_jax.adapters._gguf_base import open_gguf, read_field
 from loft_jax.adapters._loaded import few
 from loft_jax.adapters._peft_config import initialization, rank_of, scale_of, with_defaults
 from loft_jax.adapters._peft_load import CONFIG, PREFIX, WEIGHTS
+from loft_jax.adapters._peft_parameters import parameter_names
 from loft_jax.adapters._safetensors import tensor_shapes
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _FOLD = "Write it with save_peft(..., fold_scales=True)"
+_EXPERTS = "Merge it in PEFT (merge_and_unload) and serve the merged model"
 
 
 class ServingProblem(NamedTuple):
@@ -53,9 +55,23 @@ class _Adapter(NamedTuple):
         return [name.removesuffix(end) for name in self.shapes if name.endswith(end)]
 
     @property
+    def parameters(self) -> dict[str, str]:
+        """The names that patterns refer to, by module: the module's, or that of a parameter."""
+        modules, targets = self.modules, self.config["target_parameters"] or ()
+        return {module: module for module in modules} | parameter_names(
+            modules, targets, Path(WEIGHTS)
+        )
+
+    @property
     def scales(self) -> dict[str, float]:
         """The scales that PEFT computes."""
-        return {module: scale_of(self.config, module) for module in self.modules}
+        return {module: scale_of(self.config, name) for module, name in self.parameters.items()}
+
+    @property
+    def experts(self) -> list[str]:
+        """The modules whose factors are those of a stack of experts."""
+        names = self.parameters.items()
+        return [module for module, name in names if name not in (module, f"{module}.weight")]
 
 
 def check_servable(
@@ -150,6 +166,14 @@ def _vllm(adapter: _Adapter, max_rank: int | None) -> Iterator[ServingProblem]:
         needed = next((value for value in VLLM_RANKS if value >= rank), None)
         remedy = f"Start it with --max-lora-rank {needed}" if needed else "No setting allows it"
         yield refuse(f"the rank is {rank}, above vLLM's limit of {limit}. {remedy}")
+    if adapter.experts:
+        yield ServingProblem(
+            True,
+            f"vLLM reads experts ({few(adapter.experts)}) in PEFT's layout only for models that it "
+            "marks is_3d_moe_weight, or with --enable-mixed-moe-lora-format and a request that "
+            "sets is_3d_lora_weight. For others it takes the rows of gate and up as alternating "
+            f"and the ranks as the inner axis. {_EXPERTS}",
+        )
     known = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
     allowed = (*known, ".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight")
     heads = ("score.weight", "score.bias", "classifier.weight", "classifier.bias")
@@ -163,11 +187,15 @@ def _sglang(adapter: _Adapter, max_rank: int | None) -> Iterator[ServingProblem]
     if config["use_dora"]:
         yield ServingProblem(False, "SGLang has no DoRA. Merge the adapter and use save_merged")
     yield from _one_scale(adapter, "SGLang", config["lora_alpha"] / config["r"])
-    ranks = {rank_of(config, module) for module in adapter.modules}
+    ranks = {rank_of(config, name) for name in adapter.parameters.values()}
     if ranks - {config["r"]}:
         yield ServingProblem(
-            True,
-            f"SGLang reads one rank, r={config['r']}, and the adapter has {sorted(ranks)}. {_FOLD}",
+            False,
+            f"SGLang has one rank, r={config['r']}, and the adapter has {sorted(ranks)}. {_FOLD}",
+        )
+    if adapter.experts:
+        yield ServingProblem(
+            False, f"SGLang has no place for experts ({few(adapter.experts)}). {_EXPERTS}"
         )
     if max_rank is not None and config["r"] > max_rank:
         yield ServingProblem(
@@ -205,7 +233,7 @@ def _llama_cpp(adapter: _Adapter, max_rank: int | None) -> Iterator[ServingProbl
     wrong = {
         module: scale
         for module, scale in adapter.scales.items()
-        if not _close(scale, config["lora_alpha"] / rank_of(config, module))
+        if not _close(scale, config["lora_alpha"] / rank_of(config, adapter.parameters[module]))
     }
     if wrong:
         yield ServingProblem(

@@ -427,7 +427,10 @@ def test_all_names_of_a_family_exist_in_transformers(hf, name):
     prefix = {"llama": "Llama", "gpt2": "GPT2", "bert": "Bert", "vit": "ViT", "dinov2": "Dinov2"}
     heads = {
         # Gemma 3 has all norms that a member of the family can have.
-        "llama": ("ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "gemma3"),
+        "llama": (
+            *("ForCausalLM", "ForSequenceClassification", "ForTokenClassification"),
+            *("gemma3", "qwen3_moe"),
+        ),
         "gpt2": (
             *("LMHeadModel", "ForSequenceClassification"),
             *("ForTokenClassification", "ForQuestionAnswering"),
@@ -440,13 +443,24 @@ def test_all_names_of_a_family_exist_in_transformers(hf, name):
     family, seen = FAMILIES[name], set()
     for head in heads[name]:
         swiglu = {"use_swiglu_ffn": True} if head == "swiglu" else {}
-        config_type = "Gemma3TextConfig" if head == "gemma3" else config_name
-        config = getattr(hf.transformers, config_type)(**options, **swiglu, pad_token_id=0)
+        others = {"gemma3": "Gemma3TextConfig", "qwen3_moe": "Qwen3MoeConfig"}
+        config_type = others.get(head, config_name)
+        experts = {"num_experts": 2} if head == "qwen3_moe" else {}
+        config = getattr(hf.transformers, config_type)(
+            **options, **swiglu, **experts, pad_token_id=0
+        )
         head = head.replace("swiglu", "ForImageClassification")
         bare = dataclasses.replace(family, prefix="") if head == "Model" else family
-        model_type = "Gemma3ForCausalLM" if head == "gemma3" else prefix[name] + head
+        others = {"gemma3": "Gemma3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
+        model_type = others.get(head, prefix[name] + head)
         model = getattr(hf.transformers, model_type)(config)
         for module_name, module in model.named_modules():
+            if module_name.endswith(".experts"):  # each parameter is a stack with a name
+                names = [f"{module_name}.{k}" for k, _ in module.named_parameters(recurse=False)]
+                assert [family.hf_module(k.replace(".", "/")) for k in names] == names
+                assert {family.kind(k) for k in names} == {"experts"}
+                seen |= {re.sub(r"\.\d+\.", f".{LAYER}.", k) for k in names}
+                continue
             if next(module.parameters(recurse=False), None) is None:
                 continue
             assert bare.hf_module(module_name.replace(".", "/")) == module_name

@@ -62,6 +62,7 @@ BAD_FILES: dict[str, tuple[Any, str]] = {
     "to save": (lambda f: edit_config(f, modules_to_save="head"), "modules_to_save must be a list"),
     "dora": (lambda f: edit_config(f, use_dora=True), "lora_magnitude_vector is missing"),
     "lora_bias": (lambda f: edit_config(f, lora_bias=True), "lora_bias is set"),
+    "lora_bias of another type": (lambda f: edit_config(f, lora_bias="yes"), "lora_bias must be"),
     "bias": (lambda f: edit_config(f, bias="all"), "bias is 'all'"),
     "replication": (lambda f: edit_config(f, layer_replication=[[0, 1]]), "layer_replication is"),
     "megatron": (lambda f: edit_config(f, megatron_config={"a": 1}), "megatron_config is set"),
@@ -103,7 +104,7 @@ BAD_FILES: dict[str, tuple[Any, str]] = {
         lambda f: edit_tensors(f, {f"{Q0}.lora_magnitude_vector": ONE}),
         "although use_dora in adapter_config.json is False",
     ),
-    "B's bias": (lambda f: edit_tensors(f, {f"{Q0}.lora_B.bias": ONE}), "lora_bias"),
+    "B's bias": (lambda f: edit_tensors(f, {f"{Q0}.lora_B.bias": ONE}), "Pass base="),
     "embedding": (
         lambda f: edit_tensors(f, {"base_model.model.model.embed_tokens.lora_embedding_A": ONE}),
         "embed_tokens.lora_B.weight is missing",
@@ -267,6 +268,9 @@ def test_a_large_configuration_is_read_without_much_work_or_refused(tmp_path):
     names = [f"model.layers.{number}.self_attn.q_proj" for number in range(25_000)]
     edit_config(tmp_path, modules_to_save=names, target_modules=names)
     assert load_peft(tmp_path).factors.keys() == load_peft(RECORDED).factors.keys()
+    edit_config(tmp_path, target_parameters=[f"{name}.weight" for name in names])
+    assert load_peft(tmp_path).factors.keys() == load_peft(RECORDED).factors.keys()
+    edit_config(tmp_path, target_parameters=None)
     edit_config(tmp_path, rank_pattern=dict.fromkeys(names, 4))
     assert (tmp_path / CONFIG).stat().st_size > 2**20
     with pytest.raises(ValueError, match=r"q_proj.lora_A|rank 4"):  # v_proj has rank 2

@@ -1,4 +1,4 @@
-"""The code and the commands of docs/serving.md run, where their programs are installed."""
+"""The how-to pages on serving: code and commands run, where their programs are installed."""
 
 import re
 import shlex
@@ -18,23 +18,55 @@ from examples.common.models.llama import LlamaConfig
 from examples.common.models.llama_weights import build_model
 from loft_jax.adapters import LoraRule, add_lora
 
-PAGE = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
-PYTHON = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
+HOWTO = Path(__file__).parents[2] / "docs" / "howto"
+PAGES = [
+    (HOWTO / f"serve_{name}.md").read_text()
+    for name in ("transformers", "llama_cpp", "mlx", "vllm")
+]
+TEXT = "\n".join(PAGES)
+PYTHON = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
 COMMANDS = [
     line
-    for block in re.findall(r"```bash\n(.*?)```", PAGE, flags=re.DOTALL)
+    for block in re.findall(r"```bash\n(.*?)```", TEXT, flags=re.DOTALL)
     for line in block.splitlines()
 ]
+MODELFILE = re.search(r"```\n(FROM .*?)```", TEXT, flags=re.DOTALL)
+# https://ollama.readthedocs.io/en/modelfile/
+INSTRUCTIONS = {"FROM", "PARAMETER", "TEMPLATE", "SYSTEM", "ADAPTER", "LICENSE", "MESSAGE"}
 IDS = np.array([3, 9, 27])
 
 
 def test_each_command_is_known_here():
     programs = {shlex.split(command)[0] for command in COMMANDS}
-    assert programs == {"llama-cli", "llama-server", "mlx_lm.generate", "mlx_lm.server", "vllm"}
+    llama_cpp = {"llama-cli", "llama-server", "python", "ollama"}
+    assert programs == llama_cpp | {"mlx_lm.generate", "mlx_lm.server", "vllm"}
+
+
+def check_modelfile(folder: Path) -> None:
+    """Reads the Modelfile by the documented syntax: INSTRUCTION arguments, and FROM is required.
+
+    Both files are GGUF of one architecture, a model and an adapter by their general.type, which a
+    model may leave out.
+    """
+    gguf = require("gguf")
+    assert MODELFILE is not None
+    lines = [line.split(maxsplit=1) for line in MODELFILE[1].splitlines() if line]
+    assert {name for name, _ in lines} <= INSTRUCTIONS
+    given = dict(lines)
+    assert len(given) == len(lines) and given.keys() >= {"FROM", "ADAPTER"}
+    architectures = set()
+    for name, path in given.items():
+        reader = gguf.GGUFReader(folder / path)  # relative to the Modelfile
+        kind = reader.get_field("general.type")
+        assert ("model" if kind is None else kind.contents()) == {"FROM": "model"}.get(
+            name, "adapter"
+        )
+        architectures.add(reader.get_field("general.architecture").contents())
+    assert architectures == {"llama"}
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_page_runs_from_top_to_bottom(tmp_path, monkeypatch, close):
+def test_the_pages_run_from_top_to_bottom(tmp_path, monkeypatch, close):
     for name in ("torch", "transformers", "peft"):
         require(name)
     monkeypatch.chdir(tmp_path)
@@ -53,11 +85,13 @@ def test_the_page_runs_from_top_to_bottom(tmp_path, monkeypatch, close):
     names = {"model": model, "adapter": adapter, "rule": rule, "base": "base"}
     for block in PYTHON:
         exec(block, names)
+    tiny_models.save_gguf_model(tiny, tmp_path / "base.gguf")
+    check_modelfile(tmp_path)
     expected = np.asarray(jax.nn.log_softmax(model(jax.numpy.asarray(IDS[None]))[0]))
     for name in ("served", "served_merged"):
         torch_model = tiny_models.TinyModel("llama", names[name].eval())
         got = log_probs(torch_model)
-        close(f"docs/serving.md, {name}", got, expected, 1e-4)
+        close(f"docs/howto/serve_*.md, {name}", got, expected, 1e-4)
     assert names["problems"] == []
     if shutil.which("mlx_lm.generate", path=str(Path(sys.executable).parent)):
         run_mlx(tmp_path)
@@ -65,14 +99,13 @@ def test_the_page_runs_from_top_to_bottom(tmp_path, monkeypatch, close):
             folder, with_adapter = (x and tmp_path / x for x in given)
             assert folder is not None
             got = mlx_log_probs(folder, IDS, with_adapter)
-            close(f"docs/serving.md, mlx-lm with {given}", got, expected, 1e-4)
+            close(f"docs/howto/serve_*.md, mlx-lm with {given}", got, expected, 1e-4)
     try:
         import xllamacpp as xllamacpp
     except ImportError:
         return
-    tiny_models.save_gguf_model(tiny, tmp_path / "base.gguf")
     got = llama_cpp_log_probs(tmp_path / "base.gguf", IDS, tmp_path / "out" / "adapter.gguf")
-    close("docs/serving.md, llama.cpp", got, expected[-1], 1e-4)
+    close("docs/howto/serve_*.md, llama.cpp", got, expected[-1], 1e-4)
 
 
 def log_probs(model: tiny_models.TinyModel) -> np.ndarray:
