@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import orbax.checkpoint as ocp
+from loft_jax.checkpoint import _storage
 
 # Names of folders that are being written or deleted: a step and a part that is unique. Only a
 # complete checkpoint has the name of its step.
@@ -85,7 +85,7 @@ def _flush(path: Path) -> None:
 
 def clear_unfinished(folder: Path) -> list[str]:
     """Deletes what killed saves and deletions have left. Returns the failures, one line each."""
-    marks = (_SAVING, _DELETING, ocp.utils.TMP_DIR_SUFFIX)
+    marks = (_SAVING, _DELETING, _storage.UNFINISHED)
     left = [path for path in folder.iterdir() if any(mark in path.name for mark in marks)]
     return [line for path in left if (line := _remove(path))]
 
