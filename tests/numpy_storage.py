@@ -1,7 +1,6 @@
-"""NumPy files in place of Orbax's.
+"""NumPy files in place of Orbax's, so that tests against models can try thousands of sequences.
 
-They take a hundredth of the time, so that tests against models can try thousands of sequences. What
-surrounds the files of arrays stays the package's: the record, digests, reading back, flushing,
+What surrounds the files of arrays stays the package's: the record, digests, reading back, flushing,
 renaming, deleting, the lock.
 """
 
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -43,7 +43,9 @@ def read(
 
 @pytest.fixture
 def numpy_storage(monkeypatch) -> Iterator[None]:
-    """Lets `Checkpoints` write NumPy files."""
+    """Lets `Checkpoints` write NumPy files. Other tests check the types of its functions."""
     monkeypatch.setattr(_storage, "write", write)
     monkeypatch.setattr(_storage, "read", read)
+    jaxtyping.config.update("jaxtyping_disable", True)
     yield
+    jaxtyping.config.update("jaxtyping_disable", False)

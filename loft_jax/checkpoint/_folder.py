@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import itertools
 import os
 import secrets
 import shutil
@@ -128,7 +129,7 @@ def move_to_damaged(folder: Path, step: int) -> str:
     """Moves a step to ``damaged`` under an unused name, and returns its new path."""
     aside = folder / "damaged"
     aside.mkdir(exist_ok=True)
-    candidates = (str(step), *(f"{step}-{count}" for count in range(1, 10_000)))
+    candidates = itertools.chain([str(step)], (f"{step}-{k}" for k in itertools.count(1)))
     to = next(aside / name for name in candidates if not (aside / name).exists())
     os.rename(folder / str(step), to)
     return str(to)

@@ -220,7 +220,7 @@ def check(machine: type[Runs], examples: int) -> str:
         machine,
         settings=settings(
             max_examples=examples,
-            stateful_step_count=20,
+            stateful_step_count=10,
             deadline=None,
             database=None,
             derandomize=not EXAMPLES,
@@ -231,10 +231,10 @@ def check(machine: type[Runs], examples: int) -> str:
 
 
 def test_any_sequence_with_orbax_is_what_the_model_says(report):
-    report(f"checkpoints against the model: {check(Runs, EXAMPLES or 4)}")
+    report(f"checkpoints against the model: {check(Runs, EXAMPLES or 12)}")
 
 
 @pytest.mark.usefixtures("numpy_storage")
 def test_any_sequence_with_numpy_files_is_what_the_model_says(report):
-    said = check(RunsOnNumpyFiles, EXAMPLES or 500)
+    said = check(RunsOnNumpyFiles, EXAMPLES or 2000)
     report(f"checkpoints of NumPy files against the model: {said}")
