@@ -7,7 +7,7 @@ renaming, deleting, the lock.
 import json
 import os
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +41,17 @@ def read(
     return {path: place(arrays[path], shardings[path]) for path in saved}
 
 
+def read_back(folder: Path, paths: Iterable[str]) -> dict[str, np.ndarray]:
+    """As `_storage.read_back`."""
+    return read(folder, dict.fromkeys(paths), dict.fromkeys(paths))
+
+
 @pytest.fixture
 def numpy_storage(monkeypatch) -> Iterator[None]:
     """Lets `Checkpoints` write NumPy files. Other tests check the types of its functions."""
     monkeypatch.setattr(_storage, "write", write)
     monkeypatch.setattr(_storage, "read", read)
+    monkeypatch.setattr(_storage, "read_back", read_back)
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)

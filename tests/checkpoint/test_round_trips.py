@@ -27,13 +27,7 @@ from optimizers import hasty_compiler as hasty_compiler
 from loft_jax import loft_adamw
 from loft_jax.adapters import LoraRule, add_lora, lora_pairs
 from loft_jax.algorithm.step import Blocks
-from loft_jax.checkpoint import (
-    CheckpointMismatch,
-    Checkpoints,
-    _reading,
-    _storage,
-    digests,
-)
+from loft_jax.checkpoint import CheckpointMismatch, Checkpoints, _storage, digests
 from loft_jax.optimizers.options import make_options
 
 WRAPPERS = {
@@ -375,18 +369,6 @@ def test_numpy_arrays_may_change_while_they_are_saved(tmp_path, monkeypatch):
     with Checkpoints(tmp_path) as checkpoints:
         found = checkpoints.restore(adapter=adapter, opt_state=state)
     assert found.adapter["w"].tolist() == [0, 1, 2, 3, 4, 5] and found.opt_state["n"] == 1
-
-
-@pytest.mark.parametrize("batch", [1, 100])
-def test_what_is_read_back_in_parts(tmp_path, monkeypatch, batch):
-    """As trees of more than 256 MB are."""
-    monkeypatch.setattr(_reading, "_BATCH_BYTES", batch)
-    tree = {str(k): np.full((k, 2), k, np.float32) for k in range(9)}
-    with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(1, adapter=tree, opt_state=tree)
-    with Checkpoints(tmp_path) as checkpoints:
-        found = checkpoints.restore(adapter=tree, opt_state=tree)
-    assert_trees_identical((found.adapter, found.opt_state), (tree, tree))
 
 
 def test_what_the_host_reads_is_never_donated_in_place():
