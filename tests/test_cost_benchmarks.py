@@ -18,6 +18,7 @@ from benchmarks.cost import (
     optimizer_step,
     precision,
     timing,
+    tree_size,
 )
 from benchmarks.cost.pair_sets import PairSet, adapters, like
 from loft_jax import loft_adamw
@@ -104,6 +105,16 @@ def test_growth_is_measured_along_every_axis_and_its_exponent_is_the_slope():
     assert len(growth.table(rows).splitlines()) == 2 + len(rows)
     squares = [{"value": x, "state_mb": 3.0 * x * x} for x in (1, 2, 8)]
     assert growth.exponent(squares, "state_mb") == pytest.approx(2)
+
+
+def test_trees_have_so_many_pairs_of_one_or_of_distinct_shapes():
+    shapes = lambda tree: {x["lora_a"].shape + x["lora_b"].shape for x in tree.values()}
+    trees = [tree_size.params_of(tree, 30) for tree in ("distinct", "layers")]
+    assert [len(shapes(tree)) for tree in trees] == [30, 5]
+    only = ("optax.adamw",)
+    rows = [row for pairs in (1, 2) for row in tree_size.measure("distinct", pairs, only)]
+    assert [row["leaves"] for row in rows] == [2, 4]
+    assert len(tree_size.table(rows).splitlines()) == 3
 
 
 def test_state_of_one_device_is_its_share():

@@ -1,12 +1,14 @@
 """Any sequence of gradients, overflows, checkpoints and meshes, against the dense float64 oracle.
 
-LOFT_JAX_EXAMPLES=2000 pytest -n 0 tests/test_optimizer_model.py
+LOFT_JAX_EXAMPLES=100000 pytest -n 0 tests/test_optimizer_model.py
 """
 
 import collections
 import functools
 import os
 import tempfile
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,28 +26,38 @@ from hypothesis.stateful import (
 )
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from numpy_storage import IN_MEMORY
+from numpy_storage import numpy_storage as numpy_storage
 from optimizers import hasty_compiler as hasty_compiler
 from oracles import DenseMoments, Hyper, Problem, clip_factor, projector
 from trajectories import transformation
 
 from loft_jax.checkpoint import Checkpoints
 
-EXAMPLES = int(os.environ.get("LOFT_JAX_EXAMPLES", "12"))
+EXAMPLES = int(os.environ.get("LOFT_JAX_EXAMPLES", "0"))
 STEPS = collections.Counter()
 PROBLEM = Problem(8, 4, 2, seed=3, scale=2.0)
+MESHES = (1, 4)
+"""Numbers of devices."""
+
+
+@functools.cache
+def hyper(factored: bool) -> Hyper:
+    return Hyper(lr=0.02, weight_decay=0.1, max_norm=3.0, factored=factored)
 
 
 class Oracle:
-    """The dense method, one step at a time."""
+    """The dense method. Its gradients follow from its weights, so that it has one path."""
 
-    def __init__(self, hyper: Hyper):
-        self.hyper, self.u, self.v = hyper, PROBLEM.u, PROBLEM.v
-        self.moments = DenseMoments(hyper), DenseMoments(hyper)
-        self.steps = 0
+    def __init__(self, factored: bool):
+        self.hyper, self.u, self.v = hyper(factored), PROBLEM.u, PROBLEM.v
+        self.moments = DenseMoments(self.hyper), DenseMoments(self.hyper)
+        self.weights, self.gradients = [PROBLEM.weight(self.u, self.v)], []
 
-    def see(self, gradient: np.ndarray) -> None:
-        h, u, v, move_u = self.hyper, self.u, self.v, self.steps % 2 == 1
-        g = gradient * clip_factor([gradient], [u], [v], h, move_u)
+    def extend(self) -> None:
+        h, u, v, step = self.hyper, self.u, self.v, len(self.gradients)
+        move_u, raw = step % 2 == 1, PROBLEM.gradient(self.weights[-1], step)
+        g = raw * clip_factor([raw], [u], [v], h, move_u)
         of_u, of_v = self.moments
         of_u.see(g, projector(v))
         of_v.see(g.T, projector(u))
@@ -54,30 +66,72 @@ class Oracle:
             self.u = decay * u - h.lr * of_u.direction() @ np.linalg.pinv(v).T / PROBLEM.scale
         else:
             self.v = decay * v - h.lr * of_v.direction() @ np.linalg.pinv(u).T / PROBLEM.scale
-        self.steps += 1
+        self.gradients.append(raw)
+        self.weights.append(PROBLEM.weight(self.u, self.v))
 
 
 @functools.cache
-def optimizer(factored: bool):
-    """Refusal, clipping and LoFT-AdamW, with one program a mesh.
+def oracle(factored: bool, steps: int = 40) -> Oracle:
+    found = Oracle(factored)
+    for _ in range(steps):
+        found.extend()
+    return found
+
+
+@functools.cache
+def optimizer(factored: bool) -> tuple[optax.GradientTransformation, Any]:
+    """Refusal, clipping and LoFT-AdamW, and its first parameters and state.
 
     `optax.MultiSteps` adds up in float32, so that accumulation has a test of its own.
     """
-    hyper = Hyper(lr=0.02, weight_decay=0.1, max_norm=3.0, factored=factored)
-    tx = optax.apply_if_finite(transformation([PROBLEM], hyper), max_consecutive_errors=1000)
-    return hyper, tx, jax.jit(tx.update)
+    tx = optax.apply_if_finite(
+        transformation([PROBLEM], hyper(factored)), max_consecutive_errors=1000
+    )
+    params = {"layer0": {"lora_a": jnp.asarray(PROBLEM.u), "lora_b": jnp.asarray(PROBLEM.v.T)}}
+    return tx, (params, jax.jit(tx.init)(params))
+
+
+@functools.cache
+def shardings(factored: bool, devices: int) -> Any:
+    mesh = jax.make_mesh((devices,), ("x",), devices=jax.devices()[:devices])
+
+    def sharding(x):
+        rows = [axis for axis, size in enumerate(x.shape) if size % 4 == 0]
+        spec = P(*("x" if axis == rows[0] else None for axis in range(x.ndim))) if rows else P()
+        return NamedSharding(mesh, spec)
+
+    return jax.tree.map(sharding, optimizer(factored)[1])
+
+
+@functools.cache
+def program(factored: bool, devices: int) -> Callable[..., Any]:
+    """One program for each second moment and mesh."""
+    tx, _ = optimizer(factored)
+
+    def train(params, state, gradients):
+        updates, state = tx.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return jax.jit(train, out_shardings=shardings(factored, devices))
+
+
+@functools.cache
+def targets(factored: bool, devices: int) -> Any:
+    """What checkpoints are restored to: arrays of zeros."""
+    zeros = jax.tree.map(jnp.zeros_like, optimizer(factored)[1])
+    return jax.device_put(zeros, shardings(factored, devices))
 
 
 class Training(RuleBasedStateMachine):
     @initialize(factored=st.booleans())
     def start(self, factored):
-        self.factored = factored
-        hyper, tx, self.update = optimizer(factored)
-        self.oracle = Oracle(hyper)
-        factors = {"lora_a": PROBLEM.u, "lora_b": PROBLEM.v.T}
-        self.params = {"layer0": jax.tree.map(jnp.asarray, factors)}
-        self.state = tx.init(self.params)
-        self.batch = 0
+        self.factored, self.oracle, self.steps = factored, oracle(factored), 0
+        _, (self.params, self.state) = optimizer(factored)
+        self.place(MESHES[0])
+
+    def place(self, devices):
+        self.devices, trees = devices, (self.params, self.state)
+        self.params, self.state = jax.device_put(trees, shardings(self.factored, devices))
 
     def gradients(self, g: np.ndarray):
         # Of the factors that the optimizer holds: balanced ones differ from the oracle's.
@@ -89,22 +143,15 @@ class Training(RuleBasedStateMachine):
         return np.asarray(layer["lora_a"]), np.asarray(layer["lora_b"]).T
 
     def step(self, gradients):
-        gradients = jax.tree.map(
-            lambda g, p: jax.device_put(g, p.sharding) if p.committed else jnp.asarray(g),
-            gradients,
-            self.params,
-        )
-        updates, self.state = self.update(gradients, self.state, self.params)
-        self.params = optax.apply_updates(self.params, updates)
+        train = program(self.factored, self.devices)
+        self.params, self.state = train(self.params, self.state, gradients)
 
     @rule(times=st.integers(1, 3))
     def trains(self, times):
         for _ in range(times):
             STEPS["gradient"] += 1
-            g = PROBLEM.gradient(PROBLEM.weight(self.oracle.u, self.oracle.v), self.batch)
-            self.step(self.gradients(g))
-            self.oracle.see(g)
-            self.batch += 1
+            self.step(self.gradients(self.oracle.gradients[self.steps]))
+            self.steps += 1
 
     @rule(bad=st.sampled_from([np.nan, np.inf, -np.inf]), factor=st.sampled_from("ab"))
     def overflows(self, bad, factor):
@@ -116,48 +163,42 @@ class Training(RuleBasedStateMachine):
     @rule()
     def is_saved_and_resumed(self):
         STEPS["checkpoint"] += 1
-        trees = {"adapter": self.params, "opt_state": self.state}
-        with tempfile.TemporaryDirectory() as folder:
+        params, state = targets(self.factored, self.devices)
+        with tempfile.TemporaryDirectory(dir=IN_MEMORY) as folder:
             with Checkpoints(folder) as checkpoints:
-                checkpoints.save(self.batch, **trees)
-            abstract = jax.tree.map(jnp.zeros_like, trees)
-            with Checkpoints(folder) as checkpoints:
-                found = checkpoints.restore(**abstract)
+                checkpoints.save(self.steps, adapter=self.params, opt_state=self.state)
+            with Checkpoints(folder, read_only=True) as checkpoints:
+                found = checkpoints.restore(adapter=params, opt_state=state)
         self.params, self.state = found.adapter, found.opt_state
 
-    @rule(devices=st.sampled_from([1, 4]))
+    @rule(devices=st.sampled_from(MESHES))
     def moves_to_another_mesh(self, devices):
         STEPS["mesh"] += 1
-        mesh = jax.make_mesh((devices,), ("x",), devices=jax.devices()[:devices])
-
-        def place(x):
-            rows = [axis for axis, size in enumerate(x.shape) if size % 4 == 0]
-            spec = P(*("x" if axis == rows[0] else None for axis in range(x.ndim))) if rows else P()
-            return jax.device_put(x, NamedSharding(mesh, spec))
-
-        self.params, self.state = jax.tree.map(place, (self.params, self.state))
+        self.place(devices)
 
     @invariant()
     def is_where_the_oracle_is(self):
         if hasattr(self, "oracle"):
             got = PROBLEM.weight(*self.factors())
-            expected = PROBLEM.weight(self.oracle.u, self.oracle.v)
-            assert np.abs(got - expected).max() < 1e-10
-            assert int(optax.tree.get_all_with_path(self.state, "active")[0][1]) == (
-                self.oracle.steps % 2
-            )
+            assert np.abs(got - self.oracle.weights[self.steps]).max() < 1e-10
+            active = optax.tree.get_all_with_path(self.state, "active")[0][1]
+            assert int(active) == self.steps % 2
 
 
-@pytest.mark.usefixtures("x64")
+@pytest.mark.usefixtures("x64", "numpy_storage")
 def test_any_sequence_is_what_the_oracle_says(report):
+    examples = EXAMPLES or 500
+    STEPS.clear()
     run_state_machine_as_test(
         Training,
         settings=settings(
-            max_examples=EXAMPLES,
-            stateful_step_count=15,
+            max_examples=examples,
+            stateful_step_count=10,
             deadline=None,
-            derandomize=EXAMPLES < 100,
+            database=None,
+            derandomize=not EXAMPLES,
             suppress_health_check=list(HealthCheck),
         ),
     )
-    report(f"the optimizer against the oracle: {EXAMPLES} examples, {dict(sorted(STEPS.items()))}")
+    counts = dict(sorted(STEPS.items()))
+    report(f"the optimizer against the oracle: {examples} examples, {counts}")

@@ -9,6 +9,7 @@ COMMANDS = (
     "training-step",
     "floor",
     "growth",
+    "tree-size",
     "peak-memory",
     "beside-peft",
     "load-memory",

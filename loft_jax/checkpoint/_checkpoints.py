@@ -4,7 +4,6 @@ import contextlib
 import operator
 import os
 import warnings
-import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, SupportsIndex
@@ -14,14 +13,7 @@ import numpy as np
 
 from loft_jax.checkpoint import _folder, _processes, _reading
 from loft_jax.checkpoint._base import BaseReference
-from loft_jax.checkpoint._errors import (
-    CheckpointDamaged,
-    CheckpointError,
-    DamagedCheckpointWarning,
-    UndeletedCheckpointWarning,
-    brief,
-    listing,
-)
+from loft_jax.checkpoint._errors import CheckpointError, DamagedCheckpointWarning, brief
 from loft_jax.checkpoint._leaves import (
     by_path,
     check_equal_everywhere,
@@ -29,15 +21,13 @@ from loft_jax.checkpoint._leaves import (
     options_by_path,
     records,
 )
-from loft_jax.checkpoint._lock import Lock
+from loft_jax.checkpoint._ownership import Ownership
 from loft_jax.checkpoint._reading import Restored
 from loft_jax.checkpoint._record import Damaged, Record, encode_data, parse
-from loft_jax.checkpoint._retention import Retention
+from loft_jax.checkpoint._restoring import restore_newest
+from loft_jax.checkpoint._retention import Retention, warn_of_undeleted
 from loft_jax.checkpoint._saving import Save
 from loft_jax.checkpoint._scales import known_scales
-
-# How many times to list the folder anew when all listed checkpoints were deleted meanwhile.
-_ATTEMPTS = 5
 
 
 class Checkpoints:
@@ -58,6 +48,7 @@ class Checkpoints:
         `LoraRule` with which the model was adapted. Checkpoints of adapters with other scales are
         refused. None compares those that `add_lora`, `LoraModel` or qwix made in this process.
       keep: number of newest checkpoints to keep. With 2, the run survives one damaged checkpoint.
+      keep_every: checkpoints of steps that are multiples of this are kept in addition.
       best: name of a metric. The checkpoint with its best value is kept in addition.
       best_mode: "min" or "max".
       save_every: `save` skips steps that are not a multiple of this, unless forced.
@@ -90,6 +81,7 @@ class Checkpoints:
         base: BaseReference | None = None,
         pairs: Any = None,
         keep: int = 2,
+        keep_every: int | None = None,
         best: str | None = None,
         best_mode: Literal["min", "max"] = "min",
         save_every: int = 1,
@@ -98,26 +90,24 @@ class Checkpoints:
         timeout_s: int = 600,
         take_over: bool = False,
     ):
-        if keep < 1 or save_every < 1 or timeout_s < 1:
-            raise ValueError(
-                f"keep, save_every and timeout_s must be at least 1, got {keep}, {save_every} and "
-                f"{timeout_s}."
-            )
+        counts = {"keep": keep, "keep_every": keep_every, "save_every": save_every}
+        for name, value in (counts | {"timeout_s": timeout_s}).items():
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
         if best_mode not in ("min", "max"):
             raise ValueError(f"best_mode must be 'min' or 'max', got {best_mode!r}.")
         self.folder = Path(folder).absolute()
         self._base, self._best = base, best
         self._pairs = pairs
         self._scales: dict[tuple[str, ...], dict[str, float]] = {}
-        self._retention = Retention(self.folder, keep, best, best_mode)
+        self._retention = Retention(self.folder, keep, keep_every, best, best_mode)
         self._save_every, self._asynchronous = save_every, asynchronous
         self._read_only, self._timeout_s = read_only, timeout_s
-        self._take_over = take_over
-        self._lock: Lock | None = None
+        self._ownership = Ownership(self.folder, take_over)
         self._saving: Save | None = None
         if not read_only:
             try:
-                self._open()
+                warn_of_undeleted(self.folder, self._ownership.claim(), stacklevel=2)
             except BaseException:
                 self.close()
                 raise
@@ -186,7 +176,7 @@ class Checkpoints:
         named = {item: named_leaves(tree, item) for item, tree in trees.items()}
         # Listed from disk: another run may have saved there, and Orbax would overwrite it.
         steps = self.steps()
-        self._open()
+        warn_of_undeleted(self.folder, self._ownership.claim(), stacklevel=2)
         measured = _processes.on_first_process(lambda: measured)
         described = {item: records(*leaves) for item, leaves in named.items()}
         check_equal_everywhere(named, described)
@@ -202,7 +192,7 @@ class Checkpoints:
         }
         arrays = {item: leaves for item, leaves in arrays.items() if leaves}
         self._retention.add(record)
-        self._saving = Save(self.folder, record, arrays, self._timeout_s, self._check_lock)
+        self._saving = Save(self.folder, record, arrays, self._timeout_s, self._ownership.check)
         if not self._asynchronous:
             self.wait()
         return True
@@ -245,43 +235,13 @@ class Checkpoints:
         targets = {"adapter": adapter, "opt_state": opt_state, "key": key}
         targets = {item: tree for item, tree in targets.items() if tree is not None}
         scales = self._scales_of(adapter, tuple(by_path(adapter, "adapter")))
-        reasons: dict[int, str] = {}
-        for _ in range(_ATTEMPTS):
-            steps, vanished = self.steps(), False
-            if step is not None and step not in steps:
-                found = f"{list(steps) or 'none'}"
-                raise CheckpointError(f"{self.folder} has no step {step}. Saved steps: {found}.")
-            for candidate in reversed(steps) if step is None else [step]:
-                try:
-                    return _reading.read(self.folder, candidate, targets, self._base, scales)
-                except _reading.Vanished:
-                    vanished = True  # deleted by its run, which saved a newer one
-                except Damaged as damage:
-                    if self._read_only and self._has_changed(candidate, steps):
-                        vanished = True  # read while it was being deleted
-                        continue
-                    reasons[candidate] = self._set_aside(candidate, str(damage))
-            if not vanished:
-                break
-        else:
-            raise CheckpointError(
-                f"{self.folder}: its run deletes checkpoints faster than they are read. Try again, "
-                "or increase keep."
-            )
-        aside = _processes.on_first_process(lambda: _folder.set_aside(self.folder))
-        if not reasons and not aside:
-            return None
-        lines = [f"step {step}: {reason}" for step, reason in reasons.items()]
-        headline = (
-            "no checkpoint is intact. Restore the folder from a backup, or start in another one."
-            if step is None
-            else f"step {step} is damaged. Omit step= to restore the newest intact one."
-        )
-        raise CheckpointDamaged(
-            listing(
-                f"{self.folder}: {headline}",
-                lines or [f"damaged/{name}: moved there earlier" for name in aside],
-            )
+        return restore_newest(
+            self.folder,
+            step,
+            self.steps,
+            lambda candidate: _reading.read(self.folder, candidate, targets, self._base, scales),
+            self._set_aside,
+            self._read_only,
         )
 
     def steps(self) -> tuple[int, ...]:
@@ -330,16 +290,14 @@ class Checkpoints:
                 "are intact. Check that the disk has space, that the folder exists and is "
                 "writable, and that all processes are alive. Then save again."
             ) from error
-        self._delete_obsolete()
+        warn_of_undeleted(self.folder, self._retention.delete_obsolete(), stacklevel=2)
 
     def close(self) -> None:
         """Waits for the background save and releases all resources. Raises as `wait`."""
         try:
             self.wait()
         finally:
-            if self._lock is not None:
-                self._lock.release()
-            self._lock = None
+            self._ownership.release()
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -352,72 +310,11 @@ class Checkpoints:
                 raise
             error.add_note(str(of_close))
 
-    def _open(self) -> None:
-        """Creates the folder if needed, takes its lock, and deletes unfinished saves."""
-        try:
-            _processes.on_first_process(lambda: _folder.make(self.folder))
-            if _processes.on_first_process(lambda: self._lock is None):
-                holder = _processes.on_first_process(self._acquire)
-                if holder is not None:
-                    raise CheckpointError(
-                        f"{self.folder} is in use by {holder}, and only one run may write to a "
-                        "folder. Use another folder, open this one with read_only=True, or, if "
-                        "that run is dead for certain, with take_over=True."
-                    )
-            elif (holder := _processes.on_first_process(self._lock_lost_to)) is not None:
-                raise CheckpointError(_lost(self.folder, holder))
-            left = _processes.on_first_process(lambda: _folder.clear_unfinished(self.folder))
-        except OSError as error:
-            raise CheckpointError(
-                f"Cannot write checkpoints to {self.folder} ({error}). Use a writable folder, or "
-                "open this one with read_only=True."
-            ) from error
-        self._warn_of_undeleted(left)
-
     def _scales_of(self, adapter: Any, paths: tuple[str, ...]) -> Mapping[str, float]:
         """Returns the known scales of an adapter, searched for once for each set of paths."""
         if paths not in self._scales:
             self._scales[paths] = known_scales(adapter, paths, self._pairs)
         return self._scales[paths]
-
-    def _acquire(self) -> str | None:
-        lock = Lock(self.folder)
-        holder = lock.acquire(self._take_over)
-        if holder is None:
-            self._lock = lock
-            weakref.finalize(self, lock.release)  # also at the end of the program
-        return holder
-
-    def _lock_lost_to(self) -> str | None:
-        assert self._lock is not None
-        return self._lock.lost_to()
-
-    def _check_lock(self) -> None:
-        """Raises an error if another run has taken the folder over."""
-        if self._lock is not None and (holder := self._lock.lost_to()) is not None:
-            raise CheckpointError(_lost(self.folder, holder))
-
-    def _has_changed(self, step: int, steps: Sequence[int]) -> bool:
-        """Whether the run deleted this step, or saved a newer one, since the steps were listed."""
-        now = self.steps()
-        return step not in now or max(now) > max(steps)
-
-    def _delete_obsolete(self) -> None:
-        try:
-            steps = _processes.on_first_process(lambda: _folder.steps(self.folder))
-            obsolete = self._retention.obsolete(steps)
-            left = _processes.on_first_process(lambda: _folder.delete(self.folder, obsolete))
-        except OSError as error:
-            left = [str(error)]
-        self._warn_of_undeleted(left)
-
-    def _warn_of_undeleted(self, left: Sequence[str]) -> None:
-        if left:
-            headline = (
-                f"{self.folder}: these could not be deleted and take up space. It is tried again "
-                "at the next save. What was saved is complete:"
-            )
-            warnings.warn(listing(headline, left), UndeletedCheckpointWarning, stacklevel=4)
 
     def _is_new(self, record: Record, steps: Sequence[int]) -> bool:
         newest = max(steps, default=-1)
@@ -439,7 +336,7 @@ class Checkpoints:
             "are never overwritten: restore before continuing, or save to another folder."
         )
 
-    def _set_aside(self, step: int, reason: str) -> str:
+    def _set_aside(self, step: int, reason: str) -> None:
         message = f"{self.folder / str(step)} is damaged and was skipped: {reason}"
         if not self._read_only:
             try:
@@ -450,12 +347,4 @@ class Checkpoints:
                 ) from error
             message = f"{message}\nIt was moved to {to}."
             self._retention.remove(step)
-        warnings.warn(message, DamagedCheckpointWarning, stacklevel=3)
-        return reason
-
-
-def _lost(folder: Path, holder: str) -> str:
-    return (
-        f"{folder} was taken over by {holder}, and this run may not write to it anymore. Stop one "
-        "of the two."
-    )
+        warnings.warn(message, DamagedCheckpointWarning, stacklevel=4)

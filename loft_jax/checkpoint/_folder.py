@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import itertools
 import os
 import secrets
 import shutil
@@ -9,7 +10,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import orbax.checkpoint as ocp
+from loft_jax.checkpoint import _storage
 
 # Names of folders that are being written or deleted: a step and a part that is unique. Only a
 # complete checkpoint has the name of its step.
@@ -85,7 +86,7 @@ def _flush(path: Path) -> None:
 
 def clear_unfinished(folder: Path) -> list[str]:
     """Deletes what killed saves and deletions have left. Returns the failures, one line each."""
-    marks = (_SAVING, _DELETING, ocp.utils.TMP_DIR_SUFFIX)
+    marks = (_SAVING, _DELETING, _storage.UNFINISHED)
     left = [path for path in folder.iterdir() if any(mark in path.name for mark in marks)]
     return [line for path in left if (line := _remove(path))]
 
@@ -128,7 +129,7 @@ def move_to_damaged(folder: Path, step: int) -> str:
     """Moves a step to ``damaged`` under an unused name, and returns its new path."""
     aside = folder / "damaged"
     aside.mkdir(exist_ok=True)
-    candidates = (str(step), *(f"{step}-{count}" for count in range(1, 10_000)))
+    candidates = itertools.chain([str(step)], (f"{step}-{k}" for k in itertools.count(1)))
     to = next(aside / name for name in candidates if not (aside / name).exists())
     os.rename(folder / str(step), to)
     return str(to)

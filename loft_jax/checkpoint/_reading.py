@@ -8,10 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
-from etils import epath  # the paths of Orbax's handlers
 
-from loft_jax.checkpoint import _folder, _processes
+from loft_jax.checkpoint import _folder, _processes, _storage
 from loft_jax.checkpoint._base import BaseReference, base_differences
 from loft_jax.checkpoint._digest import digests
 from loft_jax.checkpoint._errors import CheckpointError, CheckpointMismatch, brief, listing
@@ -30,8 +28,6 @@ from loft_jax.checkpoint._record import Damaged, Record, parse
 from loft_jax.checkpoint._scales import scale_differences
 
 _ITEMS = ("adapter", "opt_state", "key")
-# What Orbax adds to a folder of several items.
-_OF_ORBAX = ("_CHECKPOINT_METADATA", "commit_success.txt")
 
 _BATCH_BYTES = 2**28
 
@@ -129,7 +125,7 @@ def _read_record(folder: Path, step: int) -> Record:
             if names is None:
                 raise Vanished
             # A part of ours may be left: deleted halfway, by hand or by an older version.
-            if not {*names} <= {"meta", *_ITEMS, *_OF_ORBAX}:
+            if not {*names} <= {"meta", *_ITEMS, *_storage.OWN_FILES}:
                 raise CheckpointMismatch(
                     f"{folder / str(step)} was not written by loft_jax.checkpoint: it contains "
                     f"{', '.join(names)}. Use another folder."
@@ -226,11 +222,9 @@ def _read_arrays(
     """Returns the arrays of an item in the dtypes they were saved in, verified by their digests."""
     if not saved:
         return {}
-    # Orbax's manager and checkpointers end with a barrier, which hangs if only one process finds a
-    # damaged file. The handler has no barrier; `_agree` synchronizes the processes.
     code, reason, arrays = _GOOD, "", {}
     try:
-        arrays = _restore(folder, saved, wanted)
+        arrays = _read(folder, saved, wanted)
     except Exception as error:
         code, reason = _classify(folder, error)
         if code == _DAMAGED and _whole_on_the_host(folder, saved):
@@ -261,17 +255,37 @@ def verify(
       ValueError: an array cannot be read or has other values.
     """
     for item, leaves in record.items.items():
-        for batch in _batches(leaves):
-            found = _restore(folder / item, batch, dict.fromkeys(batch))
-            if arrays is None:
-                digest = digests(found)
-                wrong = [path for path, leaf in batch.items() if digest[path] != leaf.digest]
-            else:
-                written = arrays.get(item, {})
-                wrong = [path for path in written if path in found]
-                wrong = [path for path in wrong if not _same_bits(found[path], written[path])]
-            if wrong:
+        stored = {path: leaf for path, leaf in leaves.items() if 0 not in leaf.shape}
+        written = None if arrays is None else arrays.get(item, {})
+        for batch in _batches(stored):
+            try:
+                wrong = _wrong(_storage.read_back(folder / item, batch), batch, written)
+            except Exception as error:
+                wrong = [brief(error)]
+            # Orbax decides: a later version may store arrays otherwise. It reads one at least, for
+            # which it needs its own files.
+            smallest = min(batch, key=lambda path: _size(batch[path]))
+            asked = batch if wrong else {smallest: batch[smallest]}
+            found = _read(folder / item, asked, dict.fromkeys(asked), len(asked) < len(stored))
+            if wrong := _wrong(found, asked, written):
                 raise ValueError(f"{item}: {wrong[0]} has other values when it is read back")
+
+
+def _wrong(
+    found: Mapping[str, np.ndarray],
+    saved: Mapping[str, LeafRecord],
+    written: Mapping[str, np.ndarray] | None,
+) -> list[str]:
+    """Returns the paths of arrays that are not what was written, or not what was recorded."""
+    digest = digests(dict(found)) if written is None else {}
+
+    def same(path: str, leaf: LeafRecord) -> bool:
+        x = found[path]
+        if x.shape != leaf.shape or x.dtype != jnp.dtype(leaf.dtype):
+            return False
+        return digest[path] == leaf.digest if written is None else _same_bits(x, written[path])
+
+    return [path for path, leaf in saved.items() if not same(path, leaf)]
 
 
 def _batches(leaves: Mapping[str, LeafRecord]) -> Iterator[dict[str, LeafRecord]]:
@@ -279,12 +293,16 @@ def _batches(leaves: Mapping[str, LeafRecord]) -> Iterator[dict[str, LeafRecord]
     batch, size = {}, 0
     for path, leaf in leaves.items():
         batch[path] = leaf
-        size += math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize
+        size += _size(leaf)
         if size > _BATCH_BYTES:
             yield batch
             batch, size = {}, 0
     if batch:
         yield batch
+
+
+def _size(leaf: LeafRecord) -> int:
+    return math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize
 
 
 def _same_bits(x: np.ndarray, y: np.ndarray) -> bool:
@@ -295,43 +313,32 @@ def _same_bits(x: np.ndarray, y: np.ndarray) -> bool:
 def _whole_on_the_host(folder: Path, saved: Mapping[str, LeafRecord]) -> bool:
     """Whether the arrays are intact when read to the host, without devices and shardings."""
     try:
-        found = digests(_restore(folder, saved, dict.fromkeys(saved)))
+        found = digests(_read(folder, saved, dict.fromkeys(saved)))
     except Exception:
         return False
     return all(found[path] == leaf.digest for path, leaf in saved.items())
 
 
-def _restore(
-    folder: Path, saved: Mapping[str, LeafRecord], wanted: Mapping[str, Any]
+def _read(
+    folder: Path,
+    saved: Mapping[str, LeafRecord],
+    wanted: Mapping[str, Any],
+    partial: bool = False,
 ) -> dict[str, Any]:
-    item, how, arrays = {}, {}, {}
+    """Reads arrays of an item in the shardings of the targets, unverified.
+
+    Raises:
+      Exception: of Orbax, if an array cannot be read.
+      ValueError: an array has another shape or dtype than its record.
+    """
+    shardings = {path: read_sharding(wanted[path]) for path in saved}
+    stored = {path: leaf for path, leaf in saved.items() if 0 not in leaf.shape}
+    arrays = _storage.read(folder, stored, shardings, partial) if stored else {}
     for path, leaf in saved.items():
-        dtype, sharding = jnp.dtype(leaf.dtype), read_sharding(wanted[path])
-        if 0 in leaf.shape:  # stored in the record only
-            empty = np.zeros(leaf.shape, dtype)
+        if path not in stored:  # empty: in the record only
+            empty, sharding = np.zeros(leaf.shape, jnp.dtype(leaf.dtype)), shardings[path]
             arrays[path] = empty if sharding is None else jax.device_put(empty, sharding)
-            continue
-        item[path] = jax.ShapeDtypeStruct(
-            leaf.shape, np.uint8
-        )  # a placeholder; `how` has the dtype
-        how[path] = (
-            ocp.RestoreArgs(restore_type=np.ndarray, dtype=dtype)
-            if sharding is None
-            else ocp.ArrayRestoreArgs(
-                restore_type=jax.Array, sharding=sharding, global_shape=leaf.shape, dtype=dtype
-            )
-        )
-    if not item:
-        return arrays
-    handler = ocp.PyTreeCheckpointHandler()
-    try:
-        arrays |= handler.restore(
-            epath.Path(folder), args=ocp.args.PyTreeRestore(item, restore_args=how)
-        )
-    finally:
-        handler.close()
-    for path, leaf in saved.items():
-        if tuple(arrays[path].shape) != leaf.shape or arrays[path].dtype != jnp.dtype(leaf.dtype):
+        elif tuple(arrays[path].shape) != leaf.shape or arrays[path].dtype != jnp.dtype(leaf.dtype):
             raise ValueError(
                 f"{path} is {arrays[path].dtype}{tuple(arrays[path].shape)} but was recorded as "
                 f"{leaf.dtype}{leaf.shape}"

@@ -1,23 +1,18 @@
 """One save, written in the background."""
 
-import json
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
-from etils import epath  # the paths of Orbax's handlers
+import numpy as np
 
-from loft_jax.checkpoint import _folder, _processes
+from loft_jax.checkpoint import _folder, _processes, _storage
 from loft_jax.checkpoint._errors import brief
 from loft_jax.checkpoint._reading import verify
 from loft_jax.checkpoint._record import Record
-
-Arrays = Mapping[str, Mapping[str, Any]]
-"""The arrays of each item of a checkpoint, by path."""
+from loft_jax.checkpoint._storage import Arrays
 
 
 class Save:
@@ -52,14 +47,15 @@ class Save:
         finish: Callable[[], None]
         if jax.process_count() == 1:
             # In the memory of the host nothing can change them, and all of Orbax's work can be done
-            # in the background. No copy is made of what is there already: JAX does not reuse a
-            # donated buffer that NumPy still refers to.
-            on_host = self._on_host = jax.device_get(arrays)
-            finish = lambda: _write(self._unfinished, meta, on_host)
+            # in the background. Only NumPy arrays, which the caller can change, are copied there:
+            # JAX does not reuse a donated buffer that NumPy still refers to.
+            own = lambda x: x.copy() if isinstance(x, np.ndarray) else x
+            on_host = self._on_host = jax.device_get(jax.tree.map(own, arrays))
+            finish = lambda: _storage.write(self._unfinished, meta, on_host)
         else:
             # Orbax synchronizes the processes over their devices, which training also uses.
             try:
-                finish = _begin_together(self._unfinished, meta, arrays, timeout_s)
+                finish = _storage.begin_together(self._unfinished, meta, arrays, timeout_s)
             except Exception as error:  # all processes have to learn of it, when they wait
                 self._error, finish = error, lambda: None
         self._thread = threading.Thread(target=self._run, args=(finish,), name="checkpoint save")
@@ -88,42 +84,3 @@ class Save:
                 )
         finally:
             self._on_host = None
-
-
-def _write(folder: Path, meta: Mapping[str, Any], arrays: Arrays) -> None:
-    """Writes a checkpoint of arrays on the host."""
-    for item, leaves in arrays.items():
-        (folder / item).mkdir(parents=True)
-        # Not a checkpointer: in the background it could collide with a save that the program makes
-        # with Orbax at the same time, since Orbax numbers the saves of a process.
-        handler = ocp.PyTreeCheckpointHandler()
-        try:
-            handler.save(epath.Path(folder / item), args=ocp.args.PyTreeSave(dict(leaves)))
-            handler.finalize(epath.Path(folder / item))
-        finally:
-            handler.close()
-    (folder / "meta").mkdir(parents=True)
-    (folder / "meta" / "metadata").write_text(json.dumps(meta), "utf-8")
-
-
-def _begin_together(
-    folder: Path, meta: Mapping[str, Any], arrays: Arrays, timeout_s: int
-) -> Callable[[], None]:
-    """Begins to write a checkpoint in all processes, and returns what waits for all of them."""
-    checkpointer = ocp.AsyncCheckpointer(
-        ocp.CompositeCheckpointHandler(),
-        # If a folder cannot be created in the background, Orbax's threads wait for it for minutes
-        # and keep the program from exiting.
-        async_options=ocp.AsyncOptions(
-            timeout_secs=timeout_s, create_directories_asynchronously=False
-        ),
-    )
-    parts = {item: ocp.args.PyTreeSave(dict(leaves)) for item, leaves in arrays.items()}
-    args = ocp.args.Composite(**parts, meta=ocp.args.JsonSave(meta))
-    checkpointer.save(folder, args=args)
-
-    def finish() -> None:
-        checkpointer.wait_until_finished()
-        checkpointer.close()
-
-    return finish

@@ -44,8 +44,9 @@ def random_adapter(name: str) -> Any:
 
 
 def random_like(tree: Any) -> Any:
-    # A fresh state consists of zeros, which would compress to nothing.
-    draw = lambda x: jax.random.normal(jax.random.key(x.size), x.shape, x.dtype) if x.ndim else x
+    """Random bits, which do not compress. Those of a fresh state are zeros."""
+    bits = lambda x: jax.random.bits(jax.random.key(x.size), x.shape, f"uint{8 * x.dtype.itemsize}")
+    draw = lambda x: jax.lax.bitcast_convert_type(bits(x), x.dtype) if x.ndim else x
     return jax.tree.map(draw, tree)
 
 
@@ -60,6 +61,12 @@ def seconds(fn: Callable[[], Any], times: int = 5) -> list[float]:
 
 def median(times: list[float]) -> str:
     return f"{statistics.median(times):.3f} s ({min(times):.3f} to {max(times):.3f})"
+
+
+def written() -> int:
+    """Bytes that this process passed to write calls (Linux)."""
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return int(dict(line.split(": ") for line in lines)["wchar"])
 
 
 def main() -> None:
@@ -81,14 +88,15 @@ def main() -> None:
         print(f"  digests   {median(seconds(lambda arrays=arrays: digests(arrays)))}")
         print(f"            {first:.2f} s the first time")
         folder = Path(tempfile.mkdtemp())
-        blocked, whole = [], []
+        blocked, whole, bytes_of = [], [], []
         with Checkpoints(folder) as checkpoints:
             for step in range(arguments.saves + 1):
-                start = time.perf_counter()
+                start, before = time.perf_counter(), written()
                 checkpoints.save(step, adapter=adapter, opt_state=state)
                 blocked.append(time.perf_counter() - start)
                 checkpoints.wait()
                 whole.append(time.perf_counter() - start)
+                bytes_of.append(written() - before)
             restored = seconds(partial(checkpoints.restore, adapter=adapter, opt_state=state))
         newest = folder / str(arguments.saves)
         size = sum(p.stat().st_size for p in newest.rglob("*") if p.is_file())
@@ -98,7 +106,7 @@ def main() -> None:
         print(f"  restore   {median(restored)}")
         print(
             f"  on disk   {size / 1e6:.1f} MB, {size / in_memory:.3f}x of the arrays', of which "
-            f"the record {record / 1e6:.2f} MB"
+            f"the record {record / 1e6:.2f} MB; written {max(bytes_of) / in_memory:.3f}x"
         )
         shutil.rmtree(folder)
     print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3:.0f} MB")

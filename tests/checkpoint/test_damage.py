@@ -327,14 +327,14 @@ def test_a_device_that_cannot_take_the_arrays_is_no_damage(folder, monkeypatch):
     """If placing the arrays on devices fails, the files are read on the host and found intact."""
     from loft_jax.checkpoint import _reading
 
-    restore = _reading._restore
+    restore = _reading._read
 
     def failing(where, saved, wanted):
         if any(leaf is not None for leaf in wanted.values()):
             raise TypeError("no such device")
         return restore(where, saved, wanted)
 
-    monkeypatch.setattr(_reading, "_restore", failing)
+    monkeypatch.setattr(_reading, "_read", failing)
     with (
         Checkpoints(folder) as checkpoints,
         pytest.raises(CheckpointError, match="(?s)cannot be read.*no such device"),

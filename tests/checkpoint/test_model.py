@@ -1,9 +1,10 @@
 """Any sequence of saves, failures, kills, damage and readers, against a model of a few lines.
 
-LOFT_JAX_EXAMPLES=2000 pytest -n 0 tests/checkpoint/test_model.py
+LOFT_JAX_EXAMPLES=100000 pytest -n 0 tests/checkpoint/test_model.py -k numpy
 """
 
 import collections
+import functools
 import json
 import os
 import shutil
@@ -26,6 +27,8 @@ from hypothesis.stateful import (
 )
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from numpy_storage import IN_MEMORY
+from numpy_storage import numpy_storage as numpy_storage
 
 from loft_jax.checkpoint import (
     CheckpointDamaged,
@@ -37,10 +40,11 @@ from loft_jax.checkpoint import (
     _lock,
 )
 
-EXAMPLES = int(os.environ.get("LOFT_JAX_EXAMPLES", "12"))
+EXAMPLES = int(os.environ.get("LOFT_JAX_EXAMPLES", "0"))
 STEPS = collections.Counter()
 
 
+@functools.cache
 def state_of(value: int, devices: int = 0) -> dict:
     """Arrays that follow from a number, on the host or on a mesh."""
     w = np.random.default_rng(value).normal(size=(8, 3)).astype(np.float32)
@@ -55,11 +59,13 @@ def fails(*_):
 
 
 class Runs(RuleBasedStateMachine):
-    """Keeps two checkpoints, and the one with the smallest loss."""
+    """Keeps two checkpoints, those of every fifth step, and the one with the smallest loss."""
+
+    files = ("meta/metadata", "adapter/manifest.ocdbt", "opt_state/_METADATA")
 
     def __init__(self):
         super().__init__()
-        self.folder = Path(tempfile.mkdtemp()) / "run"
+        self.folder = Path(tempfile.mkdtemp(dir=IN_MEMORY)) / "run"
         self.step = 0
         # The model: what is saved, {step: value}; the value is also the loss.
         self.saved: dict[int, int] = {}
@@ -67,11 +73,11 @@ class Runs(RuleBasedStateMachine):
 
     @initialize()
     def open(self):
-        self.run = Checkpoints(self.folder, best="loss")
+        self.run = Checkpoints(self.folder, best="loss", keep_every=5)
 
     def trim(self):
         best = min(self.saved, key=lambda step: (self.saved[step], step))
-        kept = {*sorted(self.saved)[-2:], best}
+        kept = {*sorted(self.saved)[-2:], best, *(step for step in self.saved if step % 5 == 0)}
         self.saved = {step: value for step, value in self.saved.items() if step in kept}
 
     def save(self, step, value, devices=0):
@@ -141,11 +147,11 @@ class Runs(RuleBasedStateMachine):
         self.open()
 
     @precondition(lambda self: self.saved)
-    @rule(file=st.sampled_from(["meta/metadata", "adapter/manifest.ocdbt", "opt_state/_METADATA"]))
+    @rule(file=st.integers(0, 2))
     def is_damaged(self, file):
         STEPS["damage"] += 1
         newest = max(self.saved)
-        (self.folder / str(newest) / file).write_bytes(b"\x00")
+        (self.folder / str(newest) / self.files[file]).write_bytes(b"\x00")
         # A new path: TensorStore remembers what it has read.
         self.run.close()
         self.folder = self.folder.rename(self.folder.with_name(f"run {STEPS['damage']}"))
@@ -203,15 +209,32 @@ class Runs(RuleBasedStateMachine):
         shutil.rmtree(self.folder.parent)
 
 
-def test_any_sequence_is_what_the_model_says(report):
+class RunsOnNumpyFiles(Runs):
+    files = ("meta/metadata", "adapter/arrays", "opt_state/arrays")
+
+
+def check(machine: type[Runs], examples: int) -> str:
+    """Runs examples against the model, and returns how many and what they did."""
+    STEPS.clear()
     run_state_machine_as_test(
-        Runs,
+        machine,
         settings=settings(
-            max_examples=EXAMPLES,
-            stateful_step_count=20,
+            max_examples=examples,
+            stateful_step_count=10,
             deadline=None,
-            derandomize=EXAMPLES < 100,
+            database=None,
+            derandomize=not EXAMPLES,
             suppress_health_check=list(HealthCheck),
         ),
     )
-    report(f"checkpoints against the model: {EXAMPLES} examples, {dict(sorted(STEPS.items()))}")
+    return f"{examples} examples, {sum(STEPS.values())} steps: {dict(sorted(STEPS.items()))}"
+
+
+def test_any_sequence_with_orbax_is_what_the_model_says(report):
+    report(f"checkpoints against the model: {check(Runs, EXAMPLES or 12)}")
+
+
+@pytest.mark.usefixtures("numpy_storage")
+def test_any_sequence_with_numpy_files_is_what_the_model_says(report):
+    said = check(RunsOnNumpyFiles, EXAMPLES or 2000)
+    report(f"checkpoints of NumPy files against the model: {said}")

@@ -42,6 +42,8 @@ LOSSES = {1: 3.0, 2: 1.0, 3: 2.0, 4: math.nan, 5: None, 6: 5.0}
         ({"keep": 2, "best": "loss", "best_mode": "max"}, (5, 6), 6),
         ({"keep": 10, "best": "loss"}, (1, 2, 3, 4, 5, 6), 2),
         ({"keep": 1, "best": "other"}, (1, 6), 1),  # of equals, the first
+        ({"keep": 1, "keep_every": 2}, (2, 4, 6), None),
+        ({"keep": 2, "keep_every": 4, "best": "loss"}, (2, 4, 5, 6), 2),
     ],
 )
 def test_the_last_and_the_best_are_kept(tmp_path, options, kept, best, asynchronous):
@@ -156,10 +158,11 @@ def test_a_copied_folder_restores(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [{"keep": 0}, {"save_every": 0}, {"timeout_s": 0}, {"best_mode": "least"}]
+    "options",
+    [{"keep": 0}, {"keep_every": 0}, {"save_every": 0}, {"timeout_s": 0}, {"best_mode": "least"}],
 )
 def test_options_out_of_range_are_refused(tmp_path, options):
-    with pytest.raises(Exception, match="keep|best_mode"):
+    with pytest.raises(Exception, match=next(iter(options))):
         Checkpoints(tmp_path, **options)
 
 
@@ -221,14 +224,14 @@ def test_a_step_that_another_run_has_saved_is_not_overwritten(tmp_path):
 def test_a_run_that_is_taken_over_while_it_saves_does_not_finish(tmp_path, monkeypatch):
     written, taken_over = threading.Event(), threading.Event()
     with Checkpoints(tmp_path) as hung:
-        check = hung._check_lock
+        check = hung._ownership.check
 
         def late_check():
             written.set()
             taken_over.wait(20)
             check()
 
-        monkeypatch.setattr(hung, "_check_lock", late_check)
+        monkeypatch.setattr(hung._ownership, "check", late_check)
         hung.save(3, **state_of(3))
         assert written.wait(20)
         with Checkpoints(tmp_path, take_over=True) as successor:

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import threading
 from typing import NamedTuple
 
 import jax
@@ -26,7 +27,7 @@ from optimizers import hasty_compiler as hasty_compiler
 from loft_jax import loft_adamw
 from loft_jax.adapters import LoraRule, add_lora, lora_pairs
 from loft_jax.algorithm.step import Blocks
-from loft_jax.checkpoint import CheckpointMismatch, Checkpoints, digests
+from loft_jax.checkpoint import CheckpointMismatch, Checkpoints, _storage, digests
 from loft_jax.optimizers.options import make_options
 
 WRAPPERS = {
@@ -348,6 +349,26 @@ def test_steps_may_donate_what_is_being_saved(tmp_path):
             found = checkpoints.restore(adapter=state, step=number)
             assert found is not None
             assert_trees_identical(jax.device_get(found.adapter), expected[number])
+
+
+def test_numpy_arrays_may_change_while_they_are_saved(tmp_path, monkeypatch):
+    """Those of a caller that updates in place. The files are written as late as possible."""
+    write, changed = _storage.write, threading.Event()
+
+    def late_write(*args):
+        assert changed.wait(20)
+        write(*args)
+
+    monkeypatch.setattr(_storage, "write", late_write)
+    adapter, state = {"w": np.arange(6.0)}, {"n": np.array(1)}
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, adapter=adapter, opt_state=state)
+        adapter["w"] += 1
+        state["n"] += 1
+        changed.set()
+    with Checkpoints(tmp_path) as checkpoints:
+        found = checkpoints.restore(adapter=adapter, opt_state=state)
+    assert found.adapter["w"].tolist() == [0, 1, 2, 3, 4, 5] and found.opt_state["n"] == 1
 
 
 def test_what_the_host_reads_is_never_donated_in_place():

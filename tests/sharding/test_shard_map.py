@@ -11,7 +11,14 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from layouts import collectives
-from optimizers import BASELINES, LOFT, every_loft_kind, random_like, small_gradients
+from optimizers import (
+    BASELINES,
+    LOFT,
+    assert_trees_identical,
+    every_loft_kind,
+    random_like,
+    small_gradients,
+)
 from optimizers import hasty_compiler as hasty_compiler
 
 from loft_jax import LoraPairs, loft_adamw
@@ -46,10 +53,11 @@ def parameters():
 
 def in_shard_map(make, params, **options):
     """The update on parts, jitted."""
-    tx = make(pairs=shard_map_pairs(params, SPECS))
-    shardings = jax.tree.map(lambda spec: NamedSharding(mesh(), spec), SPECS)
+    of_params = {name: SPECS[name] for name in params}
+    tx = make(pairs=shard_map_pairs(params, of_params))
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh(), spec), of_params)
     of_state = jax.tree.map(lambda s: s.spec, state_shardings(tx, params, shardings))
-    specs = {"in_specs": (SPECS, of_state, SPECS), "out_specs": (SPECS, of_state)}
+    specs = {"in_specs": (of_params, of_state, of_params), "out_specs": (of_params, of_state)}
     return jax.jit(jax.shard_map(tx.update, mesh=mesh(), **specs, **options))
 
 
@@ -76,6 +84,33 @@ def test_shards_of_the_factors_do_what_whole_ones_do(
     )
     for expected, got in leaves:
         assert_close(got, expected, name="shard_map")
+
+
+def test_a_gradient_that_overflows_on_one_device_is_refused_on_all():
+    """With `apply_if_finite` outside; either factor of one pair, and a leaf that is no factor."""
+    params = {name: parameters()[name] for name in ("both", "head")}
+    update = in_shard_map(LOFT["loft_adamw"], params)
+    tx = optax.apply_if_finite(
+        optax.GradientTransformation(LOFT["loft_adamw"]().init, update), max_consecutive_errors=5
+    )
+    step = jax.jit(tx.update)
+    first, second = small_gradients(params, 2)
+    broken = [jax.tree.map(lambda x: x, first) for _ in range(3)]
+    broken[0]["both"]["lora_a"] = first["both"]["lora_a"].at[9, 0].set(jnp.nan)
+    broken[1]["both"]["lora_b"] = first["both"]["lora_b"].at[0, 3].set(jnp.inf)
+    broken[2]["head"] = first["head"].at[7, 0].set(-jnp.inf)
+
+    def run(gradients):
+        found, state = params, tx.init(params)
+        for gradient in gradients:
+            updates, state = step(gradient, state, found)
+            found = optax.apply_updates(found, updates)
+        return found, state
+
+    got, state = run([broken[0], first, *broken[1:], second])
+    expected, clean = run([first, second])
+    assert int(state.total_notfinite) == 3
+    assert_trees_identical((got, state.inner_state), (expected, clean.inner_state))
 
 
 @every_loft_kind

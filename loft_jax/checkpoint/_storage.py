@@ -1,0 +1,143 @@
+"""Arrays on the disk: the only module that writes and reads them with Orbax."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+from etils import epath  # the paths of Orbax's handlers
+
+from loft_jax.checkpoint._leaves import LeafRecord
+
+Arrays = Mapping[str, Mapping[str, Any]]
+"""The arrays of each item of a checkpoint, by path."""
+
+UNFINISHED = ocp.utils.TMP_DIR_SUFFIX
+"""A part of the names of folders that Orbax has not finished."""
+
+OWN_FILES = ("_CHECKPOINT_METADATA", "commit_success.txt")
+"""What Orbax adds to a folder of several items."""
+
+
+# Orbax copies NumPy arrays unless told otherwise. `write` gets arrays that nothing changes.
+_WITHOUT_COPIES = ocp.type_handlers.create_type_handler_registry(
+    (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)),
+    (jax.Array, ocp.type_handlers.get_type_handler(jax.Array)),  # unused; Orbax warns without
+)
+
+
+def write(folder: Path, meta: Mapping[str, Any], arrays: Arrays) -> None:
+    """Writes a checkpoint of arrays on the host, in a single-process run.
+
+    Args:
+      folder: of the checkpoint; created.
+      meta: the record, as JSON.
+      arrays: not empty, and no item is; they must not change while this function runs.
+    """
+    for item, leaves in arrays.items():
+        (folder / item).mkdir(parents=True)
+        # Not a checkpointer: in the background it could collide with a save that the program makes
+        # with Orbax at the same time, since Orbax numbers the saves of a process.
+        handler = ocp.PyTreeCheckpointHandler(type_handler_registry=_WITHOUT_COPIES)
+        try:
+            handler.save(epath.Path(folder / item), args=ocp.args.PyTreeSave(dict(leaves)))
+            handler.finalize(epath.Path(folder / item))
+        finally:
+            handler.close()
+    (folder / "meta").mkdir(parents=True)
+    (folder / "meta" / "metadata").write_text(json.dumps(meta), "utf-8")
+
+
+def begin_together(
+    folder: Path, meta: Mapping[str, Any], arrays: Arrays, timeout_s: int
+) -> Callable[[], None]:
+    """Begins to write a checkpoint in all processes.
+
+    Args:
+      folder, meta, arrays: as of `write`, equal in all processes.
+      timeout_s: how long to wait for the other processes, in seconds.
+
+    Returns:
+      A function that waits until all processes have written.
+    """
+    checkpointer = ocp.AsyncCheckpointer(
+        ocp.CompositeCheckpointHandler(),
+        # If a folder cannot be created in the background, Orbax's threads wait for it for minutes
+        # and keep the program from exiting.
+        async_options=ocp.AsyncOptions(
+            timeout_secs=timeout_s, create_directories_asynchronously=False
+        ),
+    )
+    parts = {item: ocp.args.PyTreeSave(dict(leaves)) for item, leaves in arrays.items()}
+    args = ocp.args.Composite(**parts, meta=ocp.args.JsonSave(meta))
+    checkpointer.save(folder, args=args)
+
+    def finish() -> None:
+        checkpointer.wait_until_finished()
+        checkpointer.close()
+
+    return finish
+
+
+def read(
+    folder: Path,
+    saved: Mapping[str, LeafRecord],
+    shardings: Mapping[str, jax.sharding.Sharding | None],
+    partial: bool = False,
+) -> dict[str, Any]:
+    """Reads arrays of an item, without a barrier between processes.
+
+    Orbax's manager and checkpointers end with a barrier, which hangs if only one process finds a
+    damaged file. The handler has none.
+
+    Args:
+      folder: of the item.
+      saved: records of the arrays to read, by path; none is empty.
+      shardings: where to place each; None reads it to the host.
+      partial: whether the item may have other arrays.
+
+    Returns:
+      The arrays by path, in the dtypes they were saved in.
+    """
+    item, how = {}, {}
+    for path, leaf in saved.items():
+        dtype, sharding = jnp.dtype(leaf.dtype), shardings[path]
+        # A placeholder; `how` has the dtype.
+        item[path] = jax.ShapeDtypeStruct(leaf.shape, np.uint8)
+        how[path] = (
+            ocp.RestoreArgs(restore_type=np.ndarray, dtype=dtype)
+            if sharding is None
+            else ocp.ArrayRestoreArgs(
+                restore_type=jax.Array, sharding=sharding, global_shape=leaf.shape, dtype=dtype
+            )
+        )
+    handler = ocp.PyTreeCheckpointHandler()
+    try:
+        return handler.restore(
+            epath.Path(folder),
+            args=ocp.args.PyTreeRestore(item, restore_args=how, partial_restore=partial),
+        )
+    finally:
+        handler.close()
+
+
+def read_back(folder: Path, paths: Iterable[str]) -> dict[str, np.ndarray]:
+    """Reads arrays of an item to the host in a quarter of the time that `read` takes.
+
+    Orbax stores each as a zarr array in an OCDBT database of the item, by its path.
+
+    Raises:
+      ValueError: an array is missing or unreadable, or this version of Orbax stores it elsewhere.
+    """
+    database = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder}/"}}
+    spec = lambda path: {"driver": "zarr", "kvstore": {**database, "path": f"{path}/"}}
+    # A cache of its own: nodes of the database are read once, and from the disk.
+    context = ts.Context({"cache_pool": {"total_bytes_limit": 100_000_000}})
+    opened = {path: ts.open(spec(path), open=True, read=True, context=context) for path in paths}
+    read = {path: one.result().read() for path, one in opened.items()}
+    return {path: np.asarray(one.result()) for path, one in read.items()}
