@@ -137,7 +137,7 @@ class RematLlama(llama.Llama):
         assert positions is None and segments is None
         run = lambda layer, x: _shard_batch(layer(x, jnp.arange(tokens.shape[1])[None]))
         x = _shard_batch(self.embed_tokens(tokens))
-        return self.norm(scan_layers(self.layers, x, run, remat=True))
+        return self.norm(scan_layers(self.layers, x, run, keeps="input"))
 
 
 class UnstackedLlama(RematLlama):
