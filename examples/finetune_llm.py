@@ -25,7 +25,6 @@ Ctrl-C saves the state and stops; `--resume --output runs/loft-1` continues the 
 import dataclasses
 import functools
 import json
-import math
 import re
 import sys
 import time
@@ -177,9 +176,7 @@ def finetune(
             f"{settings.max_new_tokens} they exceed the context of {pretrained.name}, {context}. "
             "Use fewer new tokens, or remove the prompt."
         )
-    if settings.epochs is not None:
-        steps = math.ceil(settings.epochs * batches.count(task.train) / settings.batch_size)
-        settings = dataclasses.replace(settings, steps=steps)
+    settings = settings.for_epochs(batches.count(task.train))
     try:
         alpha = settings.alpha or settings.rank
         rule = pretrained.lora_rule(settings.targets, settings.rank, alpha)
