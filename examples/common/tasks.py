@@ -109,6 +109,7 @@ def instructions(
     places = batches.spread(np.arange(len(held_out)), settings.eval_questions)
     rows, description = _rows(settings, tokenizer, config, train, "training")
     worst = 100 * packing.worst_padding(rows, settings.batch_size, settings.seed)
+    hint = " (a longer --seq-len has less)" if settings.packing and worst > 10 else ""
     evaluated = [held_out[place] for place in places]
     of_evaluated, _ = _rows(settings, tokenizer, config, evaluated, "held-out")
 
@@ -117,7 +118,8 @@ def instructions(
 
     return Task(
         kind="instructions",
-        description=f"{description}, {worst:.1f} % in the worst step; {len(evaluated)} held out",
+        description=f"{description}, {worst:.1f} % in the worst step{hint}; "
+        f"{len(evaluated)} held out",
         train=rows,
         held_out=of_evaluated,
         units=settings.seq_len,
