@@ -126,7 +126,8 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[LlmSettings, Path | Non
     add_number(parser, defaults, "seq_len", "tokens per example")
     add_number(parser, defaults, "eval_windows", "windows of text to evaluate on")
     add_number(parser, defaults, "eval_questions", "questions or instructions to evaluate on")
-    add("--prompt", help=f"prompt of the generated samples; default {defaults.prompt!r}")
+    sample = "prompt of the generated samples, '' for none"
+    add("--prompt", help=f"{sample}; default {defaults.prompt!r}")
     settings, output, resume = parse(parser, LlmSettings, argv)
     if unknown := [name for name in settings.compare if name not in methods]:
         raise UserError(f"--compare {unknown[0]}: choose from {', '.join(methods)}.")
