@@ -31,19 +31,31 @@ import numpy as np
 from flax import nnx
 
 from common import batches, loop
-from common.data.images import Images, hold_out, load_images, same_classes
-from common.errors import exit_status
+from common.data.images import (
+    Images,
+    accuracies,
+    examples_of,
+    hold_out,
+    load_images,
+    same_classes,
+)
+from common.data.sources import set_name
+from common.errors import UserError, exit_status
 from common.figures import draw_confusion, draw_predictions
 from common.methods import METHODS, adapt, adapter_rule, make_optimizer, title, trainable
 from common.models import vit_weights
-from common.models.vit import CLASSIFIER, lora_rule
-from common.runs import open_run
+from common.models.vit import CLASSIFIER, Vit, lora_rule
+from common.models.vit_baselines import add_bottlenecks, add_prompts
+from common.models.vit_weights import Pretrained
+from common.runs import Run, open_run
 from common.tasks import image_classification
 from common.training import Trainer
 from common.vit_settings import VitSettings, parse_arguments
-from loft_jax.adapters import lora_pairs, save_peft
+from loft_jax.adapters import LoraRule, lora_pairs, save_peft
 from loft_jax.checkpoint import base_reference
 
+HELD_OUT = "held out"
+"""The name of the images of `--eval-data`."""
 SHOWN = 32
 """Number of test images in predictions.png."""
 
@@ -60,6 +72,40 @@ def prepare_images(settings: VitSettings) -> tuple[Images, Images]:
     return train, Images(held_out.images[chosen], held_out.labels[chosen], held_out.classes)
 
 
+def test_sets(settings: VitSettings, train: Images) -> dict[str, Images]:
+    """The images of each `--test-data`, by the name of the set."""
+    found = {}
+    for source in settings.test_data:
+        if (name := set_name(source)) in (HELD_OUT, *found):
+            raise UserError(f"--test-data has two sets of the name {name}: rename one.")
+        images = load_images(source, settings.image_size, "--test-data")
+        found[name] = same_classes(train, images, "--test-data")
+    return found
+
+
+def build_model(settings: VitSettings, pretrained: Pretrained, classes: int, rule: LoraRule) -> Vit:
+    """The pretrained model with a new head and what the method adds to it."""
+    model = pretrained.build(settings.image_size, classes, settings.seed)
+    rngs = nnx.Rngs(settings.seed)
+    match METHODS[settings.method].trains:
+        case "prompts":
+            return add_prompts(model, settings.rank, rngs=rngs)
+        case "bottlenecks":
+            return add_bottlenecks(model, settings.rank, rngs=rngs)
+        case _:
+            return adapt(model, settings.method, rule, rngs)
+
+
+def log_accuracy(run: Run, step: int, name: str, images: Images, predictions: np.ndarray) -> float:
+    """Logs and prints the accuracy on a set of images, and logs that on each of its classes."""
+    accuracy = float((predictions == images.labels).mean())
+    of_class = accuracies(images, predictions)
+    run.log({"step": step, "tested": name, "accuracy": accuracy, "accuracy_of_class": of_class})
+    mean = float(np.mean(list(of_class.values())))
+    loop.say(f"{name}: accuracy {100 * accuracy:.1f} %, mean of the classes {100 * mean:.1f} %")
+    return accuracy
+
+
 def draw(folder: Path, held_out: Images, predictions: np.ndarray, heading: str) -> None:
     """Writes predictions.png and confusion.png."""
     labels, classes = held_out.labels, held_out.classes
@@ -74,12 +120,13 @@ def finetune(settings: VitSettings, output: Path | None, resume: bool) -> None:
     pretrained, method = vit_weights.load(settings.model), METHODS[settings.method]
     pretrained.check_image_size(settings.image_size)
     train, held_out = prepare_images(settings)
+    tests = test_sets(settings, train)
     task = image_classification(train, held_out)
+    settings = settings.for_epochs(batches.count(task.train))
     rule = lora_rule(settings.targets, settings.rank, settings.alpha or settings.rank)
     rule = adapter_rule(settings.method, rule)
     pairs = lora_pairs(rule)
-    model = pretrained.build(settings.image_size, len(train.classes), settings.seed)
-    model = adapt(model, settings.method, rule, nnx.Rngs(settings.seed))
+    model = build_model(settings, pretrained, len(train.classes), rule)
     optimizer = functools.partial(
         make_optimizer,
         settings.method,
@@ -88,7 +135,7 @@ def finetune(settings: VitSettings, output: Path | None, resume: bool) -> None:
         head_ratio=settings.head_ratio,
     )
     wrt = trainable(settings.method, CLASSIFIER)
-    trainer = Trainer(model, task.loss, optimizer, wrt, task.outputs)
+    trainer = Trainer(model, task.loss, optimizer, wrt, task.outputs, settings.accumulate)
     state = trainer.start(model)
     trained = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     total = trained + sum(leaf.size for leaf in jax.tree.leaves(trainer.frozen))
@@ -109,9 +156,17 @@ def finetune(settings: VitSettings, output: Path | None, resume: bool) -> None:
                 base_model=settings.model,
                 use_rslora=method.rslora,
             )
-        outputs = trainer.evaluate(state.params, task.held_out, settings.batch_size)
+        predictions, accuracy = {}, {}
+        for name, images in {HELD_OUT: held_out, **tests}.items():
+            size = settings.batch_size // settings.accumulate
+            outputs = trainer.evaluate(state.params, examples_of(images), size)
+            predictions[name] = outputs["prediction"]
+            accuracy[name] = log_accuracy(run, settings.steps, name, images, predictions[name])
+        if len(tests) > 1:
+            mean = np.mean([accuracy[name] for name in tests])
+            loop.say(f"mean accuracy of {len(tests)} sets: {100 * mean:.1f} %")
         heading = f"{pretrained.name}, {title(settings.method, settings.rank)}"
-        draw(run.folder, held_out, outputs["prediction"], heading)
+        draw(run.folder, held_out, predictions[HELD_OUT], heading)
         loop.report(settings, run, task, heading)
 
 

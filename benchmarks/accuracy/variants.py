@@ -9,7 +9,7 @@ import optax
 from flax import nnx
 
 from examples.common.methods import METHODS, Optimizer, adapt, adapter_rule, head_labels, trainable
-from loft_jax import LoraPairs, clip_by_projected_global_norm, loft_adamw
+from loft_jax import LoraPairs, clip_by_projected_global_norm
 from loft_jax.adapters import LoraRule, lora_pairs, quantize
 
 
@@ -43,26 +43,13 @@ def _like(method: str, **changes: Any) -> Variant:
     return Variant(method=method, **(defaults | changes))
 
 
-def _loft_without(**parts: Any) -> Optimizer:
-    return lambda rate, pairs: loft_adamw(rate, weight_decay=0.0, pairs=pairs, **parts)
-
-
-VARIANTS = {name: _like(name) for name in METHODS} | {
+VARIANTS = {name: _like(name) for name, method in METHODS.items() if method.for_text} | {
     "zero-shot": _like("head", label="before training", trained=False),
     "loft": _like("loft", label="LoFT, calibrated"),
     # The scale is 2, as in rsLoRA at rank 4, where alpha / sqrt(r) is 2.
     "lora-2r": _like("lora", label="LoRA, alpha = 2r", rate=10, alpha=2),
     # The scale is alpha / sqrt(r), as in its paper.
     "lora-ga": _like("rslora", label="LoRA-GA", from_gradient=True),
-    "no-alternation": _like(
-        "loft", label="LoFT, no alternation", optimizer=_loft_without(alternate=False)
-    ),
-    "no-calibration": _like(
-        "loft", label="LoFT, no calibration", optimizer=_loft_without(calibrate=False)
-    ),
-    "neither": _like(
-        "loft", label="LoFT, neither", optimizer=_loft_without(alternate=False, calibrate=False)
-    ),
     "zero-shot-nf4": _like("head", label="before training, NF4", trained=False, quantized=True),
     "lora-nf4": _like("lora", label="QLoRA", quantized=True),
     "loft-nf4": _like("loft", label="QLoFT", quantized=True),

@@ -20,7 +20,7 @@ import jax
 
 from benchmarks.records import Row
 from benchmarks.scaling.collectives import Collective, collectives, total_sent
-from benchmarks.scaling.settings import compiled, to_row
+from benchmarks.scaling.settings import compiled, in_chunks, to_row
 from benchmarks.scaling.step import (
     AXES,
     METHODS,
@@ -102,6 +102,7 @@ def setting_of(options: argparse.Namespace) -> Setting:
         options.method,
         options.batch,
         options.length,
+        whole_logits=not options.chunks,
     )
 
 
@@ -114,12 +115,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--method", choices=METHODS, default="calibrated")
     add("--batch", type=int, default=16, help="sequences per step (default 16)")
     add("--length", type=int, default=256, help="tokens of a sequence (default 256)")
+    add("--chunks", action="store_true", help="the loss in chunks of tokens, as in the examples")
     add("--results", type=Path, default=RESULTS, help="append the rows to this JSON-lines file")
 
 
 def run(options: argparse.Namespace) -> None:
     without_accelerators()
-    for setting in [setting_of(options)] if options.target else compiled():
+    every = [*compiled(), *in_chunks()]
+    for setting in [setting_of(options)] if options.target else every:
         row = measure(setting)
         print(tables([row]), flush=True)
         with options.results.open("a") as file:

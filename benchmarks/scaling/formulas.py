@@ -12,6 +12,7 @@ import math
 from typing import NamedTuple
 
 from benchmarks.scaling.step import Setting
+from examples.common.losses import CHUNK
 
 FLOAT, HALF = 4, 2  # bytes of float32 and of bfloat16
 MIB = 2**20
@@ -185,7 +186,8 @@ def _forward(setting: Setting, adapter: float) -> float:
     layer = gathered + here * wide * HALF + scores * (FLOAT + HALF)
     # The head: its gathered weight, and the logits in float32.
     head = hidden * config.vocab_size / tensor * HALF if fsdp > 1 else 0
-    head += here * config.vocab_size / tensor * FLOAT
+    at_a_time = here if setting.whole_logits else min(here, CHUNK / setting.size("data", "fsdp"))
+    head += at_a_time * config.vocab_size / tensor * FLOAT
     fast = FAST_MEMORY.get(setting.target.partition(":")[0], 0)
     working = max(adapter + layer, head)
     kept = residuals + half_adapter + bases + max(0, working - fast)

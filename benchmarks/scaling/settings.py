@@ -1,5 +1,6 @@
 """The settings of the tables in docs/scaling.md, and settings as JSON."""
 
+import functools
 import json
 
 from benchmarks.records import Row
@@ -35,6 +36,14 @@ def compiled() -> list[Setting]:
     return settings
 
 
+def in_chunks() -> list[Setting]:
+    """7B on one GPU and on eight, with the loss in chunks of tokens."""
+    make = functools.partial(Setting, model="7b", whole_logits=False)
+    one = [make("h200:1", mesh={}, method=method) for method in METHODS]
+    meshes = ({"data": 8}, {"fsdp": 8}, {"fsdp": 4, "tensor": 2})
+    return one + [make("h200:8", mesh=mesh, method="factored") for mesh in meshes]
+
+
 def predicted() -> list[Setting]:
     """LLaMA-3-70B on 256 chips: several meshes, then several ranks and methods on one mesh."""
     meshes = [
@@ -59,17 +68,19 @@ FIELDS = ("target", "model", "mesh", "rank", "method", "batch", "length")
 def to_row(setting: Setting) -> Row:
     """A setting as JSON, without axes of size 1."""
     mesh = {axis: setting.size(axis) for axis in AXES if setting.size(axis) > 1}
-    return {name: getattr(setting, name) for name in FIELDS} | {"mesh": mesh}
+    chunked = {} if setting.whole_logits else {"whole_logits": False}
+    return {name: getattr(setting, name) for name in FIELDS} | {"mesh": mesh} | chunked
 
 
 def from_row(row: Row) -> Setting:
     """The setting of a row of the results."""
-    return Setting(**{name: row[name] for name in FIELDS})
+    given = {name: row[name] for name in FIELDS}
+    return Setting(**given, whole_logits=row.get("whole_logits", True))
 
 
 def key_of(row: Row) -> str:
     """The same for all rows of one setting, different for different settings."""
-    return json.dumps([row[name] for name in FIELDS])
+    return json.dumps([*(row[name] for name in FIELDS), row.get("whole_logits", True)])
 
 
 def describe(row: Row) -> list[str]:

@@ -22,6 +22,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from examples.common.losses import cross_entropy, token_losses
 from examples.common.models import llama
 from examples.common.models.stacking import scan_layers
 from loft_jax import clip_by_projected_global_norm, loft_adamw
@@ -99,6 +100,8 @@ class Setting:
       stacked: layers are stacked and scanned; otherwise each layer has its own arrays.
       chained: LoFT's clipping is a transformation of its own, as when the kept rows were compiled;
         otherwise it is the optimizer's ``max_norm``.
+      whole_logits: the logits of all tokens are held at a time, as when most rows were compiled;
+        otherwise those of a chunk, as in the examples.
     """
 
     target: str
@@ -111,6 +114,7 @@ class Setting:
     targets: tuple[str, ...] = ("q", "k", "v", "up", "down")
     stacked: bool = True
     chained: bool = True
+    whole_logits: bool = True
 
     @property
     def config(self) -> llama.LlamaConfig:
@@ -137,7 +141,10 @@ class RematLlama(llama.Llama):
         assert positions is None and segments is None
         run = lambda layer, x: _shard_batch(layer(x, jnp.arange(tokens.shape[1])[None]))
         x = _shard_batch(self.embed_tokens(tokens))
-        return self.norm(scan_layers(self.layers, x, run, remat=True))
+        return self.norm(scan_layers(self.layers, x, run, keeps="input"))
+
+    def head(self, x: jax.Array) -> jax.Array:
+        return jax.lax.with_sharding_constraint(super().head(x), P(TOKENS, None, "tensor"))
 
 
 class UnstackedLlama(RematLlama):
@@ -244,7 +251,7 @@ def lowered_step(setting: Setting) -> Any:
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
 
     def step(adapter: Any, state: Any, base: Any, tokens: jax.Array) -> Any:
-        loss_fn = lambda adapter: loss(nnx.merge(graphdef, adapter, base), tokens)
+        loss_fn = lambda adapter: loss(nnx.merge(graphdef, adapter, base), tokens, setting)
         value, gradients = jax.value_and_grad(loss_fn)(adapter)
         with jax.named_scope("optimizer"):
             updates, state = tx.update(gradients, state, adapter)
@@ -275,15 +282,15 @@ def optimizer(setting: Setting, rule: Any) -> optax.GradientTransformation:
     )
 
 
-def loss(model: Any, tokens: jax.Array) -> jax.Array:
+def loss(model: RematLlama, tokens: jax.Array, setting: Setting) -> jax.Array:
     """Mean cross-entropy of the next token, with the vocabulary sharded over "tensor"."""
-    logits = model(tokens).astype(jnp.float32)
-    logits = jax.lax.with_sharding_constraint(logits, P(TOKENS, None, "tensor"))
     labels = jnp.roll(tokens, -1, axis=1)
-    # Indexing with the labels would gather the logits.
-    is_label = jnp.arange(logits.shape[-1]) == labels[..., None]
-    of_label = jnp.where(is_label, logits, 0).sum(-1)
-    return (jax.nn.logsumexp(logits, -1) - of_label).mean()
+    if setting.whole_logits:
+        return cross_entropy(model(tokens), labels).mean()
+    # Gathered once, not for each chunk.
+    kernel = model.lm_head.kernel
+    kernel[...] = jax.lax.with_sharding_constraint(kernel[...], P(None, "tensor"))
+    return token_losses(model, tokens, labels).mean()
 
 
 def _placed(base: Any, mesh: Mesh) -> Any:

@@ -4,6 +4,7 @@ python -m benchmarks.scaling tables
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import markdown
@@ -13,20 +14,22 @@ from benchmarks.scaling.settings import (
     compiled,
     describe,
     from_row,
+    in_chunks,
     key_of,
     share_of_hbm,
     to_row,
 )
+from benchmarks.scaling.step import Setting
 
 RESULTS = Path(__file__).parent / "results" / "compile.jsonl"
 NAMES = ("model", "devices", "mesh", "method")
 MIB, GIB = 2**20, 2**30
 
 
-def results() -> list[Row]:
-    """The latest row of each setting of the tables, in their order."""
+def results(settings: Sequence[Setting]) -> list[Row]:
+    """The latest row of each setting, in their order."""
     latest = {key_of(row): row for row in read(RESULTS)}
-    keys = [key_of(to_row(setting)) for setting in compiled()]
+    keys = [key_of(to_row(setting)) for setting in settings]
     return [latest[key] for key in keys if key in latest]
 
 
@@ -68,4 +71,4 @@ def _both(compiled: float, predicted: float, unit: int, digits: int) -> str:
 
 def run(options: argparse.Namespace) -> None:
     del options
-    print(tables(results()))
+    print(f"{tables(results(compiled()))}\n\n{tables(results(in_chunks()))}")

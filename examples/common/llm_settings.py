@@ -8,7 +8,7 @@ from typing import Literal
 from .errors import UserError
 from .methods import METHODS
 from .models.llama import TARGETS
-from .settings import Settings, add_number, make_parser, parse, positive_float, positive_int
+from .settings import Settings, add_number, make_parser, names, parse, positive_int
 
 _SECOND_MOMENTS = {"calibrated": "loft", "factored": "factored", "diagonal": "simple"}
 
@@ -23,9 +23,7 @@ class LlmSettings(Settings):
     chat_template: str | None = None
     compare: tuple[str, ...] = ()
     generate: int = 0
-    test_data: tuple[str, ...] = ()
     max_new_tokens: int = 128
-    epochs: float | None = None
     answers: Literal["labels", "words"] = "labels"
     second_moment: Literal["calibrated", "factored", "diagonal"] = "calibrated"
     targets: tuple[str, ...] = ("q", "k", "v", "up", "down")
@@ -47,7 +45,10 @@ class LlmSettings(Settings):
 def parse_arguments(argv: Sequence[str] | None) -> tuple[LlmSettings, Path | None, bool]:
     """The settings, the output folder if one is given, and whether to resume the run in it."""
     defaults = LlmSettings()
-    parser = make_parser("Fine-tune a language model with LoFT or a baseline.", defaults, TARGETS)
+    methods = [name for name, method in METHODS.items() if method.for_text]
+    parser = make_parser(
+        "Fine-tune a language model with LoFT or a baseline.", defaults, TARGETS, methods
+    )
     add = parser.add_argument
     add(
         "--second-moment",
@@ -77,11 +78,10 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[LlmSettings, Path | Non
     )
     add(
         "--compare",
-        type=lambda value: tuple(value.split(",")),
+        type=names,
         help="methods to train too, at the same learning rate, separated by commas",
     )
     add("--chat-template", help="Jinja file of the chat template; default the model's own")
-    add("--epochs", type=positive_float, help="passes over the data; default from --steps")
     add(
         "--generate",
         type=positive_int,
@@ -90,7 +90,7 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[LlmSettings, Path | Non
     )
     add(
         "--test-data",
-        type=lambda value: tuple(value.split(",")),
+        type=names,
         help="files or hub datasets, separated by commas, whose prompts to answer before and "
         "after training",
     )
@@ -126,10 +126,11 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[LlmSettings, Path | Non
     add_number(parser, defaults, "seq_len", "tokens per example")
     add_number(parser, defaults, "eval_windows", "windows of text to evaluate on")
     add_number(parser, defaults, "eval_questions", "questions or instructions to evaluate on")
-    add("--prompt", help=f"prompt of the generated samples; default {defaults.prompt!r}")
+    sample = "prompt of the generated samples, '' for none"
+    add("--prompt", help=f"{sample}; default {defaults.prompt!r}")
     settings, output, resume = parse(parser, LlmSettings, argv)
-    if unknown := [name for name in settings.compare if name not in METHODS]:
-        raise UserError(f"--compare {unknown[0]}: choose from {', '.join(METHODS)}.")
+    if unknown := [name for name in settings.compare if name not in methods]:
+        raise UserError(f"--compare {unknown[0]}: choose from {', '.join(methods)}.")
     for method in (settings.method, *settings.compare):
         _check_storage(settings, method)
     return settings, output, resume

@@ -31,12 +31,18 @@ class Method:
     of `finetune_llm.py` (3e-3, 1e-2). The others are untuned starting points: also try three times
     as much and a third.
     """
-    trains: Literal["adapters", "all", "head"] = "adapters"
+    trains: Literal["adapters", "prompts", "bottlenecks", "all", "head"] = "adapters"
+    """Prompts and bottlenecks are those of `models.vit_baselines`, for images only."""
     projected: bool = False
     """Whether clipping uses the norm of the gradients after LoFT's projection. This norm is the
     part of full fine-tuning's gradient norm that the adapters can express."""
     rslora: bool = False
     dora: bool = False
+
+    @property
+    def for_text(self) -> bool:
+        """Whether it trains language models too."""
+        return self.trains not in ("prompts", "bottlenecks")
 
     @property
     def exchangeable(self) -> bool:
@@ -48,9 +54,10 @@ def _adamw(learning_rate: Any, pairs: LoraPairs | None) -> optax.GradientTransfo
     return optax.adamw(learning_rate, weight_decay=0.0)
 
 
-def _loft(second_moment: Any) -> Optimizer:
-    options = {"weight_decay": 0.0, "second_moment": second_moment}
-    return lambda learning_rate, pairs: loft_adamw(learning_rate, pairs=pairs, **options)
+def _loft(**options: Any) -> Optimizer:
+    return lambda learning_rate, pairs: loft_adamw(
+        learning_rate, weight_decay=0.0, pairs=pairs, **options
+    )
 
 
 def _with_pairs(make: Callable[..., optax.GradientTransformation]) -> Optimizer:
@@ -58,9 +65,38 @@ def _with_pairs(make: Callable[..., optax.GradientTransformation]) -> Optimizer:
 
 
 METHODS = {
-    "loft": Method(label="LoFT", optimizer=_loft("calibrated"), rate=3, projected=True),
-    "factored": Method(label="LoFT, factored", optimizer=_loft("factored"), rate=3, projected=True),
-    "simple": Method(label="LoFT (simple)", optimizer=_loft("diagonal"), rate=50, projected=True),
+    "loft": Method(label="LoFT", optimizer=_loft(), rate=3, projected=True),
+    "factored": Method(
+        label="LoFT, factored",
+        optimizer=_loft(second_moment="factored"),
+        rate=3,
+        projected=True,
+    ),
+    "simple": Method(
+        label="LoFT (simple)",
+        optimizer=_loft(second_moment="diagonal"),
+        rate=50,
+        projected=True,
+    ),
+    # The ablations of the paper's Tables 6 and 7.
+    "no-alternation": Method(
+        label="LoFT, no alternation",
+        optimizer=_loft(alternate=False),
+        rate=3,
+        projected=True,
+    ),
+    "no-calibration": Method(
+        label="LoFT, no calibration",
+        optimizer=_loft(calibrate=False),
+        rate=3,
+        projected=True,
+    ),
+    "neither": Method(
+        label="LoFT, neither",
+        optimizer=_loft(alternate=False, calibrate=False),
+        rate=3,
+        projected=True,
+    ),
     "muon": Method(
         label="LoFT-Muon",
         # Updates have AdamW's size, so AdamW's learning rate suits non-LoRA parameters too.
@@ -79,6 +115,8 @@ METHODS = {
     "altlora": Method(label="AltLoRA+", optimizer=_with_pairs(baselines.altlora_plus), rate=5),
     "lora-pro": Method(label="LoRA-Pro", optimizer=_with_pairs(baselines.lora_pro), rate=1),
     "lora-rite": Method(label="LoRA-RITE", optimizer=_with_pairs(baselines.lora_rite), rate=5),
+    "vpt": Method(label="VPT", optimizer=_adamw, rate=10, trains="prompts"),
+    "adapter": Method(label="bottleneck adapters", optimizer=_adamw, rate=10, trains="bottlenecks"),
     "full": Method(label="full fine-tuning", optimizer=_adamw, rate=1, trains="all"),
     "head": Method(label="the head alone", optimizer=_adamw, rate=30, trains="head"),
 }

@@ -2,7 +2,8 @@
 
 import argparse
 import dataclasses
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -26,11 +27,13 @@ class Settings:
     model: str | None = None
     data: str | None = None
     eval_data: str | None = None
+    test_data: tuple[str, ...] = ()
     rank: int = 8
     alpha: float | None = None
     targets: tuple[str, ...] = ()
     learning_rate: float | None = None
     steps: int = 60
+    epochs: float | None = None
     batch_size: int = 4
     accumulate: int = 1
     eval_every: int = 15
@@ -42,6 +45,13 @@ class Settings:
         """The peak learning rate."""
         return self.learning_rate or self.default_peak(self.method)
 
+    def for_epochs(self: S, examples: int) -> S:
+        """The settings with the steps of `--epochs` over so many examples, if it is given."""
+        if self.epochs is None:
+            return self
+        steps = math.ceil(self.epochs * examples / self.batch_size)
+        return dataclasses.replace(self, steps=steps)
+
     @classmethod
     def default_peak(cls, method: str) -> float:
         """A method's default peak learning rate."""
@@ -50,7 +60,10 @@ class Settings:
 
 
 def make_parser(
-    description: str, defaults: Settings, targets: Mapping[str, Any]
+    description: str,
+    defaults: Settings,
+    targets: Mapping[str, Any],
+    methods: Iterable[str] = METHODS,
 ) -> argparse.ArgumentParser:
     """A parser with the flags that all examples share.
 
@@ -60,10 +73,12 @@ def make_parser(
         description: one line.
         defaults: the default settings.
         targets: the layers that can have an adapter, by short name.
+        methods: the choices of `--method`.
     """
+    methods = tuple(methods)
     parser = argparse.ArgumentParser(description=description, argument_default=argparse.SUPPRESS)
     add = parser.add_argument
-    add("--method", choices=METHODS, metavar="NAME", help=f"{', '.join(METHODS)}; default loft")
+    add("--method", choices=methods, metavar="NAME", help=f"{', '.join(methods)}; default loft")
     add("--rank", type=positive_int, help=f"rank of the adapters; default {defaults.rank}")
     add("--alpha", type=positive_float, help="adapters are scaled by alpha/rank; default rank")
     add(
@@ -71,9 +86,10 @@ def make_parser(
         type=lambda value: _targets(value, targets),
         help=f"layers to adapt: {','.join(targets)}; default {','.join(defaults.targets)}",
     )
-    peaks = ", ".join(f"{defaults.default_peak(name):g} for {name}" for name in METHODS)
+    peaks = ", ".join(f"{defaults.default_peak(name):g} for {name}" for name in methods)
     add("--learning-rate", type=positive_float, help=f"peak learning rate; default {peaks}")
     add_number(parser, defaults, "steps", "training steps")
+    add("--epochs", type=positive_float, help="passes over the data; default from --steps")
     add_number(parser, defaults, "batch_size", "examples per step")
     add_number(parser, defaults, "accumulate", "parts of a batch, computed one after another")
     add_number(parser, defaults, "eval_every", "steps between evaluations")
@@ -166,8 +182,13 @@ def positive_float(value: str) -> float:
     return number
 
 
+def names(value: str) -> tuple[str, ...]:
+    """Parses a flag's value as names that commas separate."""
+    return tuple(value.split(","))
+
+
 def _targets(value: str, known: Mapping[str, Any]) -> tuple[str, ...]:
-    names = tuple(dict.fromkeys(value.split(",")))
-    if unknown := [name for name in names if name not in known]:
+    targets = tuple(dict.fromkeys(names(value)))
+    if unknown := [name for name in targets if name not in known]:
         raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {','.join(known)}")
-    return names
+    return targets

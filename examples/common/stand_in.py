@@ -1,4 +1,4 @@
-"""A tiny random language model, for trying a command without weights."""
+"""Tiny random models and images, for trying a command without a download."""
 
 import json
 from pathlib import Path
@@ -6,6 +6,16 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+VIT_CONFIG = {
+    "model_type": "vit",
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "patch_size": 4,
+    "image_size": 8,
+}
+"""A ViT's config.json."""
 CONFIG = {
     "model_type": "llama",
     "vocab_size": 256,
@@ -72,3 +82,50 @@ def write_model(folder: Path) -> Path:
     byte_tokenizer().save(str(folder / "tokenizer.json"))
     save_file(random_tensors(), folder / "model.safetensors")
     return folder
+
+
+def random_vit_tensors(seed: int = 0) -> dict[str, np.ndarray]:
+    """Random weights for VIT_CONFIG by Hugging Face's names, float32 `(out, in)`."""
+    hidden, inner, patch, tokens = 16, 24, 4, 5
+    shapes: dict[str, tuple[int, ...]] = {
+        "vit.embeddings.cls_token": (1, 1, hidden),
+        "vit.embeddings.position_embeddings": (1, tokens, hidden),
+        "vit.embeddings.patch_embeddings.projection.weight": (hidden, 3, patch, patch),
+        "vit.embeddings.patch_embeddings.projection.bias": (hidden,),
+        "vit.layernorm.weight": (hidden,),
+        "vit.layernorm.bias": (hidden,),
+    }
+    for index in range(2):
+        layer = f"vit.encoder.layer.{index}"
+        for norm in ("layernorm_before", "layernorm_after"):
+            shapes |= {f"{layer}.{norm}.{name}": (hidden,) for name in ("weight", "bias")}
+        for name, out, in_ in (
+            *(
+                (f"attention.attention.{part}", hidden, hidden)
+                for part in ("query", "key", "value")
+            ),
+            ("attention.output.dense", hidden, hidden),
+            ("intermediate.dense", inner, hidden),
+            ("output.dense", hidden, inner),
+        ):
+            shapes |= {f"{layer}.{name}.weight": (out, in_), f"{layer}.{name}.bias": (out,)}
+    draw = np.random.default_rng(seed)
+    return {name: draw.normal(size=x).astype(np.float32) * 0.3 for name, x in shapes.items()}
+
+
+def write_vit(folder: Path) -> Path:
+    """Writes a ViT to a new folder in Hugging Face's format, and returns the folder."""
+    from safetensors.numpy import save_file
+
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(VIT_CONFIG))
+    save_file(random_vit_tensors(), folder / "model.safetensors")
+    return folder
+
+
+def write_images(path: Path) -> Path:
+    """Writes 20 images of two classes to a .npz file, and returns its path."""
+    draw, labels = np.random.default_rng(0), np.arange(20) % 2
+    images = draw.integers(0, 100, (20, 8, 8, 3)) + 100 * labels[:, None, None, None]
+    np.savez(path, images=images.astype(np.uint8), labels=labels, classes=["dark", "light"])
+    return path

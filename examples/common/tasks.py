@@ -109,6 +109,7 @@ def instructions(
     places = batches.spread(np.arange(len(held_out)), settings.eval_questions)
     rows, description = _rows(settings, tokenizer, config, train, "training")
     worst = 100 * packing.worst_padding(rows, settings.batch_size, settings.seed)
+    hint = " (a longer --seq-len has less)" if settings.packing and worst > 10 else ""
     evaluated = [held_out[place] for place in places]
     of_evaluated, _ = _rows(settings, tokenizer, config, evaluated, "held-out")
 
@@ -117,7 +118,8 @@ def instructions(
 
     return Task(
         kind="instructions",
-        description=f"{description}, {worst:.1f} % in the worst step; {len(evaluated)} held out",
+        description=f"{description}, {worst:.1f} % in the worst step{hint}; "
+        f"{len(evaluated)} held out",
         train=rows,
         held_out=of_evaluated,
         units=settings.seq_len,
@@ -170,7 +172,7 @@ def _prompts(
     """The prompts of the held-out examples for `--generate`, and those of `--test-data`."""
     sets = {"held out": held_out} if settings.generate else {}
     for source in settings.test_data:
-        if (name := _name(source)) in sets:
+        if (name := sources.set_name(source)) in sets:
             raise UserError(f"--test-data has two sets of the name {name}: rename a file.")
         sets[name] = forms.examples(sources.read(source, "--test-data"))
     found = {}
@@ -181,15 +183,6 @@ def _prompts(
         references = [reference for _, reference in pairs]
         found[name] = Prompts(ids=[one.ids.tolist() for one in encoded], references=references)
     return found
-
-
-def _name(source: str) -> str:
-    """'boolq' for data/boolq/test.json, 'gsm8k' for gsm8k.jsonl, and the id of a hub dataset."""
-    path = Path(source)
-    if not path.is_file():
-        return source
-    stem = path.name.split(".")[0]
-    return path.resolve().parent.name if stem in ("test", "validation", "dev") else stem
 
 
 def multiple_choice(settings: LlmSettings, tokenizer: Tokenizer, content: Content) -> Task:

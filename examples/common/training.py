@@ -123,8 +123,11 @@ class Trainer:
             of_opt_state = state_shardings(optimizer(0.0), params)
             of_state: Any = TrainState(whole, of_params, of_opt_state)  # pyright: ignore
         self._start = jax.jit(start, out_shardings=of_state)
-        self._step = jax.jit(step, donate_argnums=0, out_shardings=(of_state, whole))
-        self._evaluate = jax.jit(evaluate, out_shardings=whole)
+        options = _compiler_options(self.frozen)
+        self._step = jax.jit(
+            step, donate_argnums=0, out_shardings=(of_state, whole), compiler_options=options
+        )
+        self._evaluate = jax.jit(evaluate, out_shardings=whole, compiler_options=options)
         self._whole = jax.jit(lambda tree: tree, out_shardings=whole)
 
     def start(self, model: nnx.Module) -> TrainState:
@@ -167,3 +170,16 @@ class Trainer:
         rows = jax.tree.leaves(batch)[0].shape[axis]
         sharding = meshes.batch_sharding(self._mesh, rows, axis)
         return jax.tree.map(lambda array: meshes.put(array, sharding), batch)
+
+
+def _compiler_options(frozen: Any) -> dict[str, str | bool] | None:
+    """Options that save memory on a CPU with 16-bit weights.
+
+    XLA slices the weights of a layer out of a float32 copy of those of all layers there, and of
+    kept activations too. It must not make these copies before the loop over the layers, where they
+    would stay for the whole step: inside, a slice needs no copy.
+    """
+    half = any(leaf.dtype in (jnp.bfloat16, jnp.float16) for leaf in jax.tree.leaves(frozen))
+    if not half or jax.default_backend() != "cpu":
+        return None
+    return {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from .models.vit import TARGETS
-from .settings import Settings, add_number, make_parser, parse, positive_float
+from .settings import Settings, add_number, make_parser, names, parse, positive_float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +52,12 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[VitSettings, Path | Non
     )
     add("--data", help=".npz file, or folder with one folder per class; default MNIST digits")
     add("--eval-data", help="held-out data in the same format; default one tenth of --data")
+    add(
+        "--test-data",
+        type=names,
+        help="further data in the same format, separated by commas, such as the domains of a "
+        "dataset; their accuracy is measured after training",
+    )
     add_number(parser, defaults, "image_size", "height and width in pixels")
     add_number(parser, defaults, "eval_images", "images to evaluate on")
     add(

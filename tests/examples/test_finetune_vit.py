@@ -84,11 +84,34 @@ def test_the_adapter_and_the_head_are_left_as_peft_writes_them_too(finished):
 
 
 @pytest.mark.parametrize(
-    ("method", "leaves"), [("factored", 14), ("dora", 20), ("full", 26), ("head", 2)]
+    ("method", "leaves"),
+    # The prompts; four arrays of each of two bottlenecks; and the head.
+    [("factored", 14), ("dora", 20), ("full", 26), ("head", 2), ("vpt", 3), ("adapter", 10)],
 )
 def test_other_methods_leave_the_same_results(arguments, tmp_path, method, leaves):
     assert run(*arguments, "--method", method, "--output", tmp_path / "out") == 0
     assert_results(tmp_path / "out", leaves)
+
+
+def test_the_accuracy_on_each_test_set_and_class_is_logged(arguments, tmp_path, capsys):
+    draw, sets = np.random.default_rng(1), []
+    for name, classes in (("photos", ["dark", "light"]), ("sketches", ["light", "dark"])):
+        labels = np.arange(6) % 2
+        bright = (labels == classes.index("light"))[:, None, None, None]
+        images = draw.integers(0, 100, (6, 12, 12, 3)) + 100 * bright
+        np.savez(tmp_path / name, images=images.astype(np.uint8), labels=labels, classes=classes)
+        sets.append(str(tmp_path / f"{name}.npz"))
+    flags = ["--test-data", ",".join(sets), "--accumulate", "2", "--learning-rate", "1e-2"]
+    assert run(*arguments, *flags, "--output", tmp_path / "out") == 0
+    found = [r for r in read_metrics(tmp_path / "out") if "tested" in r]
+    assert [r["tested"] for r in found] == ["held out", "photos", "sketches"]
+    # The order of the classes in a file does not matter.
+    assert found[1]["accuracy"] == found[2]["accuracy"] == 1
+    assert found[2]["accuracy_of_class"] == {"dark": 1, "light": 1}
+    assert "mean accuracy of 2 sets: 100.0 %" in capsys.readouterr().out
+    doubled = ["--test-data", ",".join([sets[0], sets[0]])]
+    assert run(*arguments, *doubled, "--output", tmp_path / "other") == 1
+    assert "two sets of the name photos" in capsys.readouterr().err
 
 
 def test_a_killed_run_resumes_bit_exactly(finished, arguments, tmp_path, monkeypatch):

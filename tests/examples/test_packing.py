@@ -102,6 +102,27 @@ def test_sequences_that_cannot_share_a_row_have_rows_of_their_own():
     assert packing.pack([], capacity=10, seed=0, repeat=True) == []
 
 
+def fewest_rows(lengths: list[int], capacity: int) -> int:
+    """The fewest rows that hold the sequences, found by trying all subsets of them."""
+    # (rows, tokens in the last one) of the best order of a subset, whose bits are its sequences.
+    best = {0: (1, 0)}
+    for subset in range(1, 1 << len(lengths)):
+        found = []
+        for place, length in enumerate(lengths):
+            if subset >> place & 1:
+                rows, used = best[subset & ~(1 << place)]
+                fits = used + length <= capacity
+                found.append((rows, used + length) if fits else (rows + 1, length))
+        best[subset] = min(found)
+    return best[(1 << len(lengths)) - 1][0]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rows_with_room_for_two_sequences_are_as_few_as_possible(seed):
+    lengths = np.random.default_rng(seed).integers(86, 200, 9).tolist()
+    assert len(packing.pack(lengths, 256, seed)) == fewest_rows(lengths, 256)
+
+
 def test_each_sequence_is_in_a_segment_of_its_own():
     some = sequences([4, 3, 5])
     rows = packing.arrange(some, [[0, 1], [2]], 6)

@@ -66,15 +66,25 @@ def hold_out(data: Images) -> tuple[Images, Images]:
     return _rows(data, ~held_out), _rows(data, held_out)
 
 
-def same_classes(train: Images, held_out: Images) -> Images:
+def same_classes(train: Images, held_out: Images, flag: str = "--eval-data") -> Images:
     """The held-out images, with labels that index the classes of the training images."""
     if unknown := sorted(set(held_out.classes) - set(train.classes)):
         raise UserError(
-            f"--eval-data has classes that the training images lack ({', '.join(unknown[:5])}): "
+            f"{flag} has classes that the training images lack ({', '.join(unknown[:5])}): "
             "use the same class names in both."
         )
     places = np.array([train.classes.index(name) for name in held_out.classes], np.int32)
     return Images(held_out.images, places[held_out.labels], train.classes)
+
+
+def accuracies(data: Images, predictions: np.ndarray) -> dict[str, float]:
+    """The fraction of a class's images that are recognized, for each class that has images."""
+    right = predictions == data.labels
+    return {
+        name: float(right[data.labels == label].mean())
+        for label, name in enumerate(data.classes)
+        if (data.labels == label).any()
+    }
 
 
 def examples_of(data: Images) -> dict[str, np.ndarray]:

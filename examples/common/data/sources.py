@@ -49,6 +49,21 @@ def read(source: str, flag: str = "--data") -> str | list[Record]:
     )
 
 
+def set_name(source: str) -> str:
+    """The name of a test set.
+
+    'boolq' for data/boolq/test.json, 'gsm8k' for gsm8k.jsonl, 'sketch' for the folder test/sketch,
+    and the id of a hub dataset.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return path.resolve().name
+    if not path.is_file():
+        return source
+    stem = path.name.split(".")[0]
+    return path.resolve().parent.name if stem in ("test", "validation", "dev") else stem
+
+
 def read_file(path: Path) -> str | list[Record]:
     """The records of a JSON, JSON Lines or Parquet file, else its text; gzip is unpacked."""
     if path.suffix in _TABLE_NAMES:

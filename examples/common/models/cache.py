@@ -4,11 +4,22 @@ The sequences of a batch end at the same slot of the cache. Shorter ones have pa
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+
+class Shape(Protocol):
+    """What a cache needs to know of a model's config."""
+
+    @property
+    def num_hidden_layers(self) -> int: ...
+    @property
+    def num_key_value_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
 
 
 class Cache(NamedTuple):
@@ -24,11 +35,17 @@ class Cache(NamedTuple):
     """The number of slots in use, int32 scalar."""
 
     @classmethod
-    def empty(
-        cls, first: jax.Array, slots: int, *, layers: int, heads: int, head_dim: int, dtype
-    ) -> "Cache":
-        """A cache without tokens for sequences that begin at the slots `first`."""
-        zeros = jnp.zeros((layers, len(first), slots, heads, head_dim), dtype)
+    def empty(cls, first: jax.Array, slots: int, config: Shape, dtype: Any) -> "Cache":
+        """A cache without tokens for sequences that begin at the slots `first`.
+
+        Args:
+            first: int32 `(batch,)`.
+            slots: the most tokens of a sequence, its padding included.
+            config: of the model.
+            dtype: of the keys and values.
+        """
+        heads = (config.num_key_value_heads, config.head_dim)
+        zeros = jnp.zeros((config.num_hidden_layers, len(first), slots, *heads), dtype)
         return cls(zeros, zeros, first, jnp.int32(0))
 
     def positions(self, new: int) -> jax.Array:

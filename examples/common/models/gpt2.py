@@ -4,7 +4,6 @@ Attributes have the names of Hugging Face checkpoints. The layers `h` are stacke
 """
 
 import dataclasses
-import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -16,7 +15,7 @@ from loft_jax.adapters import LoraRule
 
 from .attention import attend
 from .cache import Cache, CachedAttention, extend_layers
-from .stacking import scan_layers, stack, stacked_rule
+from .stacking import keep, scan_layers, stack, stacked_rule
 
 TARGETS = {
     **dict.fromkeys("qkv", "attn/c_attn"),
@@ -44,6 +43,11 @@ class GPT2Config:
     def head_dim(self) -> int:
         """The width of a head."""
         return self.hidden_size // self.num_attention_heads
+
+    @property
+    def num_key_value_heads(self) -> int:
+        """The heads of keys and values, one for each head of queries."""
+        return self.num_attention_heads
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "GPT2Config":
@@ -91,10 +95,9 @@ class Attention(nnx.Module):
         """`(batch, length, hidden)` to the same; `cached` mixes the values, if it is given."""
         scale = self.config.head_dim**-0.5
         parts = (*x.shape[:2], 3, self.config.num_attention_heads, self.config.head_dim)
-        q, k, v = jnp.moveaxis(self.c_attn(x).reshape(parts), 2, 0)
+        q, k, v = jnp.moveaxis(keep(self.c_attn(x)).reshape(parts), 2, 0)
         if cached is None:
-            mix = functools.partial(attend, scale=scale, segments=segments)
-            mixed = jax.checkpoint(mix)(q, k, v)  # the backward pass keeps q, k and v alone
+            mixed = attend(q, k, v, scale=scale, segments=segments)
         else:
             mixed = cached(q, k, v, scale=scale)
         return self.c_proj(mixed.reshape(x.shape))
@@ -109,7 +112,7 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`(batch, length, hidden)` to the same."""
-        return self.c_proj(jax.checkpoint(jax.nn.gelu)(self.c_fc(x)))
+        return self.c_proj(jax.nn.gelu(keep(self.c_fc(x))))
 
 
 class Layer(nnx.Module):
@@ -129,10 +132,8 @@ class Layer(nnx.Module):
         cached: CachedAttention | None = None,
     ) -> jax.Array:
         """`(batch, length, hidden)` to the same; arguments as `Attention`."""
-        # The backward pass keeps the inputs of the norms, not their steps.
-        first, second = (jax.checkpoint(lambda x, n=n: n(x)) for n in (self.ln_1, self.ln_2))
-        x = x + self.attn(first(x), segments, cached)
-        return x + self.mlp(second(x))
+        x = keep(x + self.attn(self.ln_1(x), segments, cached))
+        return x + self.mlp(self.ln_2(x))
 
 
 class GPT2(nnx.Module):
@@ -161,18 +162,12 @@ class GPT2(nnx.Module):
             positions = jnp.arange(tokens.shape[1])[None]
         run = lambda layer, x: layer(x, segments)
         x = self._embed(tokens, positions)
-        return self.ln_f(scan_layers(self.h, x, run, remat=self.remat))
+        keeps = "input" if self.remat else "named"
+        return self.ln_f(scan_layers(self.h, x, run, keeps=keeps))
 
     def cache(self, first: jax.Array, slots: int) -> Cache:
         """An empty cache for sequences that begin at the slots `first`, int `(batch,)`."""
-        return Cache.empty(
-            first,
-            slots,
-            layers=self.config.num_hidden_layers,
-            heads=self.config.num_attention_heads,
-            head_dim=self.config.head_dim,
-            dtype=self.wte.embedding[...].dtype,
-        )
+        return Cache.empty(first, slots, self.config, self.wte.embedding[...].dtype)
 
     def extend(self, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         """The normalized output for tokens that continue the sequences in a cache.

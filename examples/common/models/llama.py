@@ -14,7 +14,6 @@ libtpu, has neither Mistral, SmolLM3 nor GPT-2, and does not scale LLaMA 3's rot
 jax-ml/bonsai is not on PyPI, needs jax below 0.9, and of these has only Qwen3 and Gemma 3.
 """
 
-import functools
 from collections.abc import Iterable
 
 import jax
@@ -26,7 +25,7 @@ from loft_jax.adapters import LoraRule
 from .attention import attend
 from .cache import Cache, CachedAttention, extend_layers
 from .llama_config import LlamaConfig as LlamaConfig
-from .stacking import scan_layers, stack, stacked_rule
+from .stacking import keep, scan_layers, stack, stacked_rule
 
 TARGETS = {
     "q": "self_attn/q_proj",
@@ -41,10 +40,7 @@ TARGETS = {
 
 
 class RMSNorm(nnx.Module):
-    """Divides by the root mean square and scales, in at least float32.
-
-    The backward pass keeps only the input.
-    """
+    """Divides by the root mean square and scales, in at least float32."""
 
     def __init__(self, size: int, config: LlamaConfig):
         self.config = config
@@ -52,14 +48,10 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`(..., size)` to the same."""
-        return self._normalize(x, self.scale[...])
-
-    @functools.partial(jax.checkpoint, static_argnums=0)
-    def _normalize(self, x: jax.Array, scale: jax.Array) -> jax.Array:
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         mean_square = jnp.square(wide).mean(axis=-1, keepdims=True)
         normalized = wide * jax.lax.rsqrt(mean_square + self.config.rms_norm_eps)
-        return (normalized * (scale + self.config.norm_offset)).astype(x.dtype)
+        return (normalized * (self.scale[...] + self.config.norm_offset)).astype(x.dtype)
 
 
 def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
@@ -110,7 +102,8 @@ class Attention(nnx.Module):
         """
         heads = (*x.shape[:2], -1, self.config.head_dim)
         q, k, v = (
-            projection(x).reshape(heads) for projection in (self.q_proj, self.k_proj, self.v_proj)
+            keep(projection(x)).reshape(heads)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -118,21 +111,16 @@ class Attention(nnx.Module):
         angles = positions[..., None] * self.config.frequencies[kind]
         windows = [kind.window for kind in self.config.distinct_kinds]
 
-        # The backward pass keeps q, k and v alone.
-        @jax.checkpoint
-        def mix(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        q, k = rotate(q, angles), rotate(k, angles)
+        if cached is None:
             run = lambda window: (
                 lambda *qkv: attend(*qkv, scale=scale, window=window, segments=segments)
             )
-            rotated = rotate(q, angles), rotate(k, angles)
-            return jax.lax.switch(kind, [run(window) for window in windows], *rotated, v)
-
-        if cached is None:
-            mixed = mix(q, k, v)
+            mixed = jax.lax.switch(kind, [run(window) for window in windows], q, k, v)
         else:
             everything = jnp.iinfo(jnp.int32).max
             window = jnp.array([window or everything for window in windows])[kind]
-            mixed = cached(rotate(q, angles), rotate(k, angles), v, scale=scale, window=window)
+            mixed = cached(q, k, v, scale=scale, window=window)
         return self.o_proj(mixed.reshape(*x.shape[:2], -1))
 
 
@@ -149,9 +137,7 @@ class MLP(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """`(batch, length, hidden)` to the same."""
         activation = jax.nn.silu if self.config.activation == "silu" else jax.nn.gelu
-        # The backward pass keeps the two factors, not the steps of the activation.
-        product = jax.checkpoint(lambda gate, up: activation(gate) * up)
-        return self.down_proj(product(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(activation(keep(self.gate_proj(x))) * keep(self.up_proj(x)))
 
 
 class Layer(nnx.Module):
@@ -179,9 +165,9 @@ class Layer(nnx.Module):
         """`(batch, length, hidden)` to the same; arguments as `Attention`."""
         attended = self.self_attn(self.input_layernorm(x), positions, segments, kind, cached)
         if not self.config.sandwich_norm:
-            x = x + attended
+            x = keep(x + attended)
             return x + self.mlp(self.post_attention_layernorm(x))
-        x = x + self.post_attention_layernorm(attended)
+        x = keep(x + self.post_attention_layernorm(attended))
         return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
 
 
@@ -227,19 +213,13 @@ class Llama(nnx.Module):
             positions = jnp.arange(tokens.shape[1])[None]
         run = lambda layer, x, kind: layer(x, positions, segments, kind)
         kinds = jnp.array(self.config.kind_of_layer)
+        keeps = "input" if self.remat else "named"
         x = self._embed(tokens)
-        return self.norm(scan_layers(self.layers, x, run, kinds, remat=self.remat))
+        return self.norm(scan_layers(self.layers, x, run, kinds, keeps=keeps))
 
     def cache(self, first: jax.Array, slots: int) -> Cache:
         """An empty cache for sequences that begin at the slots `first`, int `(batch,)`."""
-        return Cache.empty(
-            first,
-            slots,
-            layers=self.config.num_hidden_layers,
-            heads=self.config.num_key_value_heads,
-            head_dim=self.config.head_dim,
-            dtype=self.embed_tokens.embedding[...].dtype,
-        )
+        return Cache.empty(first, slots, self.config, self.embed_tokens.embedding[...].dtype)
 
     def extend(self, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         """The normalized output for tokens that continue the sequences in a cache.

@@ -1,10 +1,11 @@
 """Identical layers stacked into one module, with a leading axis for `jax.lax.scan`."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from loft_jax.adapters import LoraRule
 
@@ -12,6 +13,19 @@ M = TypeVar("M", bound=nnx.Module)
 
 STACKED = (0,)
 """The axis of the parameters on which layers are stacked."""
+
+
+Keeps = Literal["all", "named", "input"]
+_KEPT = "kept"
+_POLICIES = {
+    "named": jax.checkpoint_policies.save_only_these_names(_KEPT),
+    "input": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def keep(x: jax.Array) -> jax.Array:
+    """Marks a result that the backward pass keeps, if `scan_layers` keeps named ones."""
+    return checkpoint_name(x, _KEPT)
 
 
 def stack(make: Callable[[nnx.Rngs], M], count: int, rngs: nnx.Rngs) -> M:
@@ -25,7 +39,7 @@ def scan_layers(
     x: jax.Array,
     apply: Callable[..., jax.Array] = lambda layer, x: layer(x),
     *each: jax.Array,
-    remat: bool = False,
+    keeps: Keeps = "all",
 ) -> jax.Array:
     """Applies the stacked layers to `x`, one after another.
 
@@ -34,7 +48,8 @@ def scan_layers(
         x: the input of the first layer.
         apply: applies one layer to its input.
         *each: arrays whose rows belong to the layers; `apply` gets a row of each.
-        remat: whether the backward pass recomputes each layer instead of keeping its activations.
+        keeps: what the backward pass keeps of a layer: all activations, its input and the results
+            that the layer passes to `keep`, or its input alone. It computes the rest again.
     """
     graphdef, weights = nnx.split(layers)
 
@@ -42,7 +57,8 @@ def scan_layers(
         weights, *each = of_layer
         return apply(nnx.merge(graphdef, weights), x, *each), None
 
-    return jax.lax.scan(jax.checkpoint(run) if remat else run, x, (weights, *each))[0]
+    step = run if keeps == "all" else jax.checkpoint(run, policy=_POLICIES[keeps])
+    return jax.lax.scan(step, x, (weights, *each))[0]
 
 
 def stacked_rule(
