@@ -4,187 +4,91 @@
 
 The model is first trained on the bytes of a text, once; --cache keeps it. Then it is fine-tuned on
 the sources of Python's standard library, all of its kernels or adapters on all of them. Files are
-held out for the test loss, in nats a byte. A run that the results have already is skipped.
+held out for the validation and the test loss, in nats a byte. A run that the results have already
+is skipped. `suite` runs all that docs/longruns.md reports.
 """
 
 import argparse
 import functools
-import gzip
-import sysconfig
-import time
-import zlib
-from collections.abc import Callable
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
+from typing import Any, NamedTuple
 
 from benchmarks import records
-from benchmarks.longruns import model
-from benchmarks.longruns.methods import METHODS, renewal_of, warmup_cosine
-from examples.common.errors import UserError
+from benchmarks.longruns.data import Texts, held_out, python_sources, read_text
+from benchmarks.longruns.methods import METHODS
+from benchmarks.longruns.training import PRETRAINING_STEPS, Sizes, fine_tune, mean_loss, pretrain
 
 RESULTS = Path(__file__).parent / "results" / "language.jsonl"
-LAYERS, WIDTH, LENGTH, BATCH = 2, 128, 64, 8
-TEST_BATCHES = 64
-KEYS = ("method", "rate", "rank", "seed", "steps", "layers", "width", "length", "batch")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+class Run(NamedTuple):
+    """What distinguishes a run from others of the same sizes."""
+
+    method: str
+    rank: int | None
+    """None where all kernels are trained."""
+    rate: float
+    seed: int
+
+
+class Bench:
+    """The pretrained model, the texts and the results so far."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.sizes = Sizes(**{name: getattr(options, name) for name in Sizes._fields})
+        self.texts: Texts = python_sources()
+        read = functools.partial(read_text, options.text)
+        self.pretrained = pretrain(read, options.cache, self.sizes, options.pretraining_steps)
+        test = held_out(self.texts.test, self.sizes.batch, self.sizes.length)
+        before = mean_loss(self.pretrained, None, test)
+        print(f"test loss before fine-tuning: {before:.4f}", flush=True)
+        self.file = options.results
+        self.rows = rows_of(self.file, self.sizes)
+
+    def result(self, run: Run) -> records.Row:
+        """The row of a run, from the results or from the run itself."""
+        if run in self.rows:
+            return self.rows[run]
+        found = fine_tune(
+            self.pretrained, self.texts, run.method, run.rank or 1, run.rate, run.seed, self.sizes
+        )
+        row = run._asdict() | self.sizes._asdict() | found
+        records.append(self.file, [row])
+        print(*run, found["loss"], f"{1000 * (found['seconds'] or 0):.0f} ms", flush=True)
+        self.rows[run] = row
+        return row
+
+
+def add_sizes(parser: argparse.ArgumentParser) -> None:
+    """Adds the text, the sizes, the cache and the results."""
     parser.add_argument("--text", type=Path, required=True, help="to train on first, maybe gzipped")
-    parser.add_argument("--method", choices=METHODS, nargs="+", required=True, metavar="METHOD")
-    parser.add_argument("--rate", type=float, nargs="+", required=True, help="peak learning rates")
-    parser.add_argument("--rank", type=int, default=4)
-    parser.add_argument("--seed", type=int, nargs="+", default=[0])
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--pretraining-steps", type=int, default=4000)
-    parser.add_argument("--layers", type=int, default=LAYERS)
-    parser.add_argument("--width", type=int, default=WIDTH)
-    parser.add_argument("--length", type=int, default=LENGTH, help="bytes a sequence")
-    parser.add_argument("--batch", type=int, default=BATCH, help="sequences a step")
+    helps = ("of fine-tuning", "of the model", "of the model", "bytes a sequence", "sequences")
+    for (name, value), text in zip(Sizes()._asdict().items(), helps, strict=True):
+        parser.add_argument(f"--{name}", type=int, default=value, help=f"{text} (default {value})")
+    parser.add_argument("--pretraining-steps", type=int, default=PRETRAINING_STEPS)
     parser.add_argument("--cache", type=Path, default=Path("longruns-pretrained.npz"))
     parser.add_argument("--results", type=Path, default=RESULTS)
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--method", choices=METHODS, nargs="+", required=True, metavar="METHOD")
+    parser.add_argument("--rate", type=float, nargs="+", required=True, help="peak learning rates")
+    parser.add_argument("--rank", type=int, default=4)
+    parser.add_argument("--seed", type=int, nargs="+", default=[0])
+    add_sizes(parser)
+
+
 def run(options: argparse.Namespace) -> None:
-    train, test = python_sources()
-    pretrained = _pretrained(options)
-    print(
-        f"test loss before fine-tuning: {_test_loss(pretrained, None, test, options):.4f}",
-        flush=True,
-    )
-    done = records.read(options.results) if options.results.exists() else []
-    for seed in options.seed:
-        for name in options.method:
-            for rate in options.rate:
-                settings = {k: getattr(options, k, None) for k in KEYS}
-                settings |= {"method": name, "rate": rate, "seed": seed}
-                if any(all(row[k] == settings[k] for k in KEYS) for row in done):
-                    continue
-                row = settings | fine_tune(pretrained, train, test, settings, options)
-                print(
-                    {k: row[k] for k in ("method", "rate", "seed", "loss", "seconds")}, flush=True
-                )
-                records.append(options.results, [row])
+    bench = Bench(options)
+    for seed, method, rate in itertools.product(options.seed, options.method, options.rate):
+        rank = None if METHODS[method].full else options.rank
+        bench.result(Run(method, rank, rate, seed))
 
 
-def fine_tune(
-    pretrained: Any, train: np.ndarray, test: np.ndarray, settings: Any, options: argparse.Namespace
-) -> dict[str, Any]:
-    """Returns the test losses along a run and its seconds a step."""
-    method, steps = METHODS[settings["method"]], options.steps
-    tx = method.optimizer(warmup_cosine(settings["rate"], steps))
-    key, of_adapters = jax.random.split(jax.random.key(settings["seed"]))
-    draw = functools.partial(model.new_adapters, params=pretrained, rank=options.rank)
-    # What is trained; the rest is the base.
-    trained = _kernels(pretrained) if method.full else draw(of_adapters)
-    base, state = pretrained, tx.init(trained)
-    objective = _of_kernels if method.full else _of_adapters
-    chunk = jax.jit(functools.partial(_train, tx, objective))
-    change = jax.jit(renewal_of(method, draw, tx))
-    interval = method.interval or steps // 6
-    curve, seconds = [], 0.0
-    for start in range(0, steps, interval):
-        count = min(interval, steps - start)
-        batches = _batches(train, np.random.default_rng([settings["seed"], start]), count, options)
-        begin = time.perf_counter()
-        base, trained, state = chunk(base, trained, state, batches)
-        if method.interval and start + count < steps:
-            key, used = jax.random.split(key)
-            base, trained, state = change(base, trained, state, used)
-        jax.block_until_ready(trained)
-        seconds += time.perf_counter() - begin
-        if (start + count) % (steps // 6) < interval or start + count == steps:
-            loss = _test_loss(*_parts(method.full, base, trained), test, options)
-            curve.append([start + count, round(loss, 5)])
-    return {"loss": curve[-1][1], "curve": curve, "seconds": round(seconds / steps, 4)}
-
-
-def _train(tx: optax.GradientTransformation, objective: Callable[..., jax.Array], base, trained,
-           state, batches):  # fmt: skip
-    def step(carry: Any, batch: jax.Array) -> tuple[Any, None]:
-        trained, state = carry
-        gradients = jax.grad(objective)(trained, base, batch)
-        updates, state = tx.update(gradients, state, trained)
-        return (optax.apply_updates(trained, updates), state), None
-
-    (trained, state), _ = jax.lax.scan(step, (trained, state), batches)
-    return base, trained, state
-
-
-def _of_adapters(adapters: Any, base: Any, batch: jax.Array) -> jax.Array:
-    return model.loss(base, adapters, batch)
-
-
-def _of_kernels(kernels: Any, base: Any, batch: jax.Array) -> jax.Array:
-    return model.loss(_parts(True, base, kernels)[0], None, batch)
-
-
-def _kernels(params: Any) -> Any:
-    layers = params["layers"]
-    return {"layers": {name: x for name, x in layers.items() if isinstance(x, dict)}}
-
-
-def _parts(full: bool, base: Any, trained: Any) -> tuple[Any, Any]:
-    """Returns parameters and adapters."""
-    if not full:
-        return base, trained
-    return {**base, "layers": {**base["layers"], **trained["layers"]}}, None
-
-
-def python_sources() -> tuple[np.ndarray, np.ndarray]:
-    """Returns the bytes of the standard library's sources, and those of held-out files."""
-    folder = Path(sysconfig.get_paths()["stdlib"])
-    files = sorted(x for x in folder.rglob("*.py") if "site-packages" not in x.parts)
-    files = [x for x in files if "test" not in x.parts and "idle_test" not in x.parts]
-    split: list[list[bytes]] = [[], []]
-    for file in files:
-        held_out = zlib.crc32(str(file.relative_to(folder)).encode()) % 10 == 0
-        split[held_out].append(file.read_bytes())
-    train, test = (np.frombuffer(b"\n".join(part), np.uint8) for part in split)
-    return train, test
-
-
-def _batches(
-    text: np.ndarray, rng: np.random.Generator, count: int, options: argparse.Namespace
-) -> jax.Array:
-    """Returns `count` batches of random windows."""
-    starts = rng.integers(0, len(text) - options.length - 1, (count, options.batch, 1))
-    return jnp.asarray(text[starts + np.arange(options.length + 1)])
-
-
-def _test_loss(params: Any, adapters: Any, text: np.ndarray, options: argparse.Namespace) -> float:
-    """The mean over some batches, the same in all runs."""
-    batches = _batches(text, np.random.default_rng(0), TEST_BATCHES, options)
-    return float(_mean_loss(params, adapters, batches))
-
-
-@jax.jit
-def _mean_loss(params: Any, adapters: Any, batches: jax.Array) -> jax.Array:
-    return jnp.mean(jax.lax.map(lambda batch: model.loss(params, adapters, batch), batches))
-
-
-def _pretrained(options: argparse.Namespace) -> Any:
-    """The model trained on the text, from the cache if it is there."""
-    params = model.init(jax.random.key(1), options.layers, options.width, options.length)
-    leaves, treedef = jax.tree.flatten(params)
-    if options.cache.exists():
-        with np.load(options.cache) as file:
-            found = [jnp.asarray(file[f"arr_{k}"]) for k in range(len(leaves))]
-        if [x.shape for x in found] != [x.shape for x in leaves]:
-            raise UserError(f"{options.cache} holds another model. Give another --cache.")
-        return treedef.unflatten(found)
-    data = options.text.read_bytes()
-    text = np.frombuffer(gzip.decompress(data) if options.text.suffix == ".gz" else data, np.uint8)
-    tx = optax.adamw(warmup_cosine(3e-3, options.pretraining_steps), weight_decay=0.0)
-    chunk = jax.jit(functools.partial(_train, tx, lambda p, _, batch: model.loss(p, None, batch)))
-    state, rng = tx.init(params), np.random.default_rng(1)
-    for start in range(0, options.pretraining_steps, 500):
-        count = min(500, options.pretraining_steps - start)
-        _, params, state = chunk(None, params, state, _batches(text, rng, count, options))
-        print(f"pretraining, step {start + count}", flush=True)
-    np.savez(options.cache, *jax.tree.leaves(params))
-    return params
+def rows_of(file: Path, sizes: Sizes) -> dict[Run, records.Row]:
+    """The rows of a results file that have these sizes."""
+    rows: Sequence[dict[str, Any]] = records.read(file) if file.exists() else []
+    of_sizes = [row for row in rows if all(row[k] == v for k, v in sizes._asdict().items())]
+    return {Run(*(row[name] for name in Run._fields)): row for row in of_sizes}

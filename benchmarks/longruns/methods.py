@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from loft_jax import LoraAxes, LoraPairs, baselines, loft_adamw
+from benchmarks.longruns.low_rank_steps import adamw_of_rank
+from loft_jax import LoraAxes, LoraPairs, baselines, loft_adamw, loft_muon
 from loft_jax.adapters import merge, renew
 
 Renew = Callable[[Any, Any, Any, jax.Array], tuple[Any, Any, Any]]
@@ -36,45 +37,72 @@ class Method:
     renewal: dict[str, Any] | None = None
 
 
+WARMUP = 20
+"""Steps after each new adapter in which the learning rate rises, where a method has this."""
+
 PAIRS = LoraPairs(axes=(("layers/.*", LoraAxes(batch=(0,))),))
 _adamw = functools.partial(optax.adamw, weight_decay=0.0)
 _loft = functools.partial(loft_adamw, weight_decay=0.0, second_moment="factored", pairs=PAIRS)
-_lora_rite = functools.partial(baselines.lora_rite, pairs=PAIRS)
+_of_pairs = lambda optimizer, **options: functools.partial(optimizer, pairs=PAIRS, **options)
 
 
-def _renewed(interval: int, size: float = 0.1, **renewal: Any) -> Method:
-    renewal["size"] = size
-    options = ", ".join(f"{name}={value!r}" for name, value in renewal.items())
-    label = f"LoFT, renewed every {interval}: {options}"
+def _renewed(interval: int, directions: str, size: float = 1.0, keep: int = 0) -> Method:
+    label = f"LoFT, renewed every {interval}: {directions}"
+    label += f", {keep} of 4 kept" * (keep > 0) + f", `size={size}`" * (size != 1)
+    renewal = {"directions": directions, "size": size, "keep": keep}
     return Method(label=label, optimizer=_loft, interval=interval, renewal=renewal)
 
 
-def _drawn_anew(interval: int, name: str, optimizer: Any) -> Method:
+def _drawn_anew(interval: int, name: str, optimizer: Any, warmup: bool = False) -> Method:
     label = f"{name}, drawn anew every {interval}, without its moments"
-    return Method(label=label, optimizer=optimizer, interval=interval)
+    if not warmup:
+        return Method(label=label, optimizer=optimizer, interval=interval)
+
+    def with_warmup(rate: optax.Schedule) -> optax.GradientTransformation:
+        return optimizer(
+            lambda count: rate(count) * jnp.minimum((count % interval + 1) / WARMUP, 1)
+        )
+
+    return Method(label=f"{label}, warm-up of {WARMUP}", optimizer=with_warmup, interval=interval)
 
 
 METHODS = {
     "full": Method(label="full fine-tuning", optimizer=_adamw, full=True),
-    "lora": Method(label="LoRA", optimizer=_adamw),
-    "lora-drawn-anew": _drawn_anew(250, "LoRA", _adamw),
-    "lora-drawn-anew-25": _drawn_anew(25, "LoRA", _adamw),
-    "lora-rite": Method(
-        label="LoRA-RITE", optimizer=functools.partial(baselines.lora_rite, pairs=PAIRS)
+    "full-rank-4": Method(
+        label="full fine-tuning, steps of rank 4", optimizer=adamw_of_rank(4), full=True
     ),
+    "full-rank-4-feedback": Method(
+        label="full fine-tuning, steps of rank 4, the rest kept for later",
+        optimizer=adamw_of_rank(4, feedback=True),
+        full=True,
+    ),
+    "lora": Method(label="LoRA", optimizer=_adamw),
+    "lora-rite": Method(label="LoRA-RITE", optimizer=_of_pairs(baselines.lora_rite)),
+    "lora-pro": Method(label="LoRA-Pro", optimizer=_of_pairs(baselines.lora_pro)),
+    "altlora": Method(label="AltLoRA+", optimizer=_of_pairs(baselines.altlora_plus)),
     "lora-muon": Method(label="LoRA, Muon on the factors", optimizer=optax.contrib.muon),
     "loft": Method(label="LoFT, factored", optimizer=_loft),
-    "loft-drawn-anew": _drawn_anew(250, "LoFT", _loft),
-    "loft-drawn-anew-25": _drawn_anew(25, "LoFT", _loft),
-    "random-250": _renewed(250, directions="random"),
-    "momentum-250": _renewed(250, directions="momentum"),
-    "kept-250": _renewed(250, directions="momentum", keep=2),
-    "random-25": _renewed(25, directions="random"),
-    "momentum-25": _renewed(25, directions="momentum"),
-    "stiff-25": _renewed(25, directions="momentum", size=1.0),
-    "kept-25": _renewed(25, directions="momentum", keep=2),
-    "momentum-5": _renewed(5, directions="momentum"),
-    "stiff-5": _renewed(5, directions="momentum", size=1.0),
+    "loft-calibrated": Method(
+        label="LoFT, calibrated", optimizer=functools.partial(_loft, second_moment="calibrated")
+    ),
+    "loft-simple": Method(
+        label="LoFT (simple)", optimizer=functools.partial(_loft, second_moment="diagonal")
+    ),
+    "loft-simultaneous": Method(
+        label="LoFT, factored, no alternation", optimizer=functools.partial(_loft, alternate=False)
+    ),
+    "loft-uncalibrated": Method(
+        label="LoFT, factored, no calibration", optimizer=functools.partial(_loft, calibrate=False)
+    ),
+    "loft-muon": Method(label="LoFT-Muon", optimizer=_of_pairs(loft_muon, weight_decay=0.0)),
+    **{f"lora-anew-{k}": _drawn_anew(k, "LoRA", _adamw) for k in (25, 100, 250)},
+    **{f"loft-anew-{k}": _drawn_anew(k, "LoFT", _loft) for k in (25, 50, 100, 250, 500)},
+    **{f"loft-anew-{k}-warm": _drawn_anew(k, "LoFT", _loft, warmup=True) for k in (50, 100, 250)},
+    **{f"random-{k}": _renewed(k, "random") for k in (25, 100, 250, 500)},
+    **{f"momentum-{k}": _renewed(k, "momentum") for k in (5, 25, 100, 250, 500)},
+    **{f"random-{k}-small": _renewed(k, "random", 0.1) for k in (25, 50, 100, 250, 500)},
+    **{f"momentum-{k}-small": _renewed(k, "momentum", 0.1) for k in (5, 25, 100, 250, 500)},
+    **{f"kept-{k}-small": _renewed(k, "momentum", 0.1, keep=2) for k in (25, 250)},
 }
 
 

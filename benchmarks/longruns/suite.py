@@ -1,0 +1,128 @@
+"""Runs the language runs of docs/longruns.md, and skips those that the results have.
+
+    python -m benchmarks.longruns suite --text wikitext2-train.txt.gz
+
+All of it takes about four hours on two cores: give half of the parts to each of two processes, with
+a file of results for each. It can be stopped at any time. --minutes starts no further run after so
+long, and as the learning rates of all methods are searched first, then the other seeds follow one
+by one, what is there can be reported at any time.
+
+Learning rates are half a decade apart. A search tries 0.01 (0.003 for full fine-tuning) and both
+its neighbors with seed 0, and goes on outward while the best validation loss is at an edge. The
+other seeds run at the best rate.
+"""
+
+import argparse
+import dataclasses
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+
+from benchmarks import records
+from benchmarks.accuracy.search import index_of, rate_at, search
+from benchmarks.longruns.language import Bench, Run, add_sizes
+from benchmarks.longruns.methods import METHODS
+
+MOST_RATES = 6
+
+Cell = tuple[str, int | None]
+"""A method and a rank; full fine-tuning has none."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Part:
+    """A table of the report: methods at some ranks."""
+
+    title: str
+    methods: tuple[str, ...]
+    ranks: tuple[int, ...] = (4,)
+
+
+PARTS = {
+    "renewal": Part(
+        title="Renewal",
+        methods=(
+            "full", "loft", "lora", "loft-anew-100", "loft-anew-250", "momentum-100",
+            "random-100-small", "loft-anew-50", "loft-anew-500", "momentum-250", "momentum-500",
+            "random-250-small", "lora-anew-100", "loft-anew-100-warm", "random-100",
+        ),
+    ),
+    "bound": Part(title="Steps of low rank", methods=("full-rank-4", "full-rank-4-feedback")),
+    "calibration": Part(
+        title="Calibration", methods=("loft", "loft-uncalibrated", "loft-calibrated", "loft-simple")
+    ),
+    "ranks": Part(title="Ranks", methods=("loft", "lora"), ranks=(1, 4, 16)),
+    "rivals": Part(
+        title="Other methods",
+        methods=("lora-rite", "altlora", "lora-muon", "loft-muon", "loft-simultaneous", "lora-pro"),
+    ),
+}  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--part", choices=PARTS, nargs="+", default=list(PARTS))
+    parser.add_argument("--method", choices=METHODS, nargs="+", metavar="METHOD", help="only these")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--minutes", type=float, default=math.inf)
+    add_sizes(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    end = time.monotonic() + 60 * options.minutes
+    bench = Bench(options)
+    cells = [cell for name in options.part for cell in cells_of(PARTS[name])]
+    if options.method:
+        cells = [cell for cell in cells if cell[0] in options.method]
+    for next_run in runs(cells, options.seeds, bench.rows):
+        if time.monotonic() > end:
+            print("Time is up. The same command goes on.")
+            return
+        bench.result(next_run)
+
+
+def runs(cells: Sequence[Cell], seeds: int, rows: Mapping[Run, records.Row]) -> Iterator[Run]:
+    """The runs to come, one after another; `rows` has to hold each when the next is asked for."""
+    cells = list(dict.fromkeys(cells))
+    for cell in cells:
+        while (rate := next_rate(rows, *cell)) is not None:
+            yield Run(*cell, rate, 0)
+    for seed in range(1, seeds):
+        for cell in cells:
+            following = Run(*cell, best_rate(rows, *cell), seed)
+            if following not in rows:
+                yield following
+
+
+def cells_of(part: Part) -> list[Cell]:
+    """What a part compares."""
+    return [
+        (method, None if METHODS[method].full else rank)
+        for method in part.methods
+        for rank in part.ranks
+    ]
+
+
+def next_rate(rows: Mapping[Run, records.Row], method: str, rank: int | None) -> float | None:
+    """The next rate of a search; None at its end."""
+    losses = _losses(rows, method, rank)
+    for trials in range(3, MOST_RATES + 1):
+        found = search(losses, index_of(0.003 if METHODS[method].full else 0.01), trials)
+        if found.next_index is not None:
+            return rate_at(found.next_index)
+        if not found.at_edge:
+            return None
+    return None
+
+
+def best_rate(rows: Mapping[Run, records.Row], method: str, rank: int | None) -> float:
+    """The rate with the lowest validation loss of seed 0."""
+    losses = _losses(rows, method, rank)
+    return rate_at(min(losses, key=lambda index: (losses[index], index)))
+
+
+def _losses(rows: Mapping[Run, records.Row], method: str, rank: int | None) -> dict[int, float]:
+    return {
+        index_of(run.rate): math.inf if row["validation"] is None else row["validation"]
+        for run, row in rows.items()
+        if (run.method, run.rank, run.seed) == (method, rank, 0)
+    }
