@@ -8,7 +8,7 @@ are sharded over a mesh: `data` shards the batch, `fsdp` the batch and the store
 the computation of a layer. Without an accelerator, the script uses eight CPU devices.
 
 Hardware: the GPUs or TPUs that JAX finds, else 2 CPU cores and 7 GB of memory.
-Time on 2 CPU cores: 8 min 20 s (5.2 s per step). Score: that of `finetune_llm.py`.
+Time on 2 CPU cores: 8 min 20 s (5.2 s per step). Score: that of `finetune_llm.py` with these flags.
 
 A killed run can be resumed on the same mesh or on another one:
 

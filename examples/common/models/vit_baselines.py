@@ -21,7 +21,7 @@ class Prompted(nnx.Module):
 
     def __init__(self, layer: vit.Layer, count: int, patch_size: int, *, rngs: nnx.Rngs):
         """Draws `count` prompts for each layer, as the authors do, from a uniform distribution."""
-        layers, width = layer.layernorm_before.scale.shape
+        layers, width = layer.layernorm_before.scale[...].shape
         bound = math.sqrt(6 / (3 * patch_size**2 + width))
         draw = jax.random.uniform(
             rngs.params(), (layers, count, width), minval=-bound, maxval=bound
