@@ -19,15 +19,14 @@ class Prompted(nnx.Module):
     Each layer attends to prompts of its own. What it computes at their places is dropped.
     """
 
-    def __init__(self, layer: vit.Layer, count: int, patch_size: int, *, rngs: nnx.Rngs):
+    def __init__(self, layer: vit.Layer, config: vit.VitConfig, count: int, *, rngs: nnx.Rngs):
         """Draws `count` prompts for each layer, as the authors do, from a uniform distribution."""
-        layers, width = layer.layernorm_before.scale[...].shape
-        bound = math.sqrt(6 / (3 * patch_size**2 + width))
-        draw = jax.random.uniform(
-            rngs.params(), (layers, count, width), minval=-bound, maxval=bound
-        )
+        bound = math.sqrt(6 / (3 * config.patch_size**2 + config.hidden_size))
+        shape = (config.num_hidden_layers, count, config.hidden_size)
         self.layer = layer
-        self.prompts = nnx.LoRAParam(draw)
+        self.prompts = nnx.LoRAParam(
+            jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound)
+        )
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`(batch, tokens, hidden)` to the same."""
@@ -63,7 +62,7 @@ def add_prompts(model: vit.Vit, count: int, *, rngs: nnx.Rngs) -> vit.Vit:
     def wrap(_: Any, node: Any) -> Any:
         if not isinstance(node, vit.Layer):
             return node
-        return Prompted(node, count, model.config.patch_size, rngs=rngs)
+        return Prompted(node, model.config, count, rngs=rngs)
 
     return nnx.recursive_map(wrap, model)
 
