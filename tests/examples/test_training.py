@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -12,7 +13,7 @@ from optimizers import hasty_compiler as hasty_compiler
 from common import losses, methods, training
 from common.data import text
 from common.models import llama_weights as weights
-from common.models.llama import lora_rule
+from common.models.llama import Llama, LlamaConfig, lora_rule
 from loft_jax.adapters import add_lora, lora_pairs
 
 
@@ -174,3 +175,20 @@ class Ignorant:
 def test_a_model_that_knows_nothing_pays_the_entropy_of_the_vocabulary():
     found = text.next_token_loss(Ignorant(), WINDOWS % 7)
     np.testing.assert_allclose(found, np.full(6, np.log(7)), rtol=1e-6)
+
+
+def test_a_step_on_a_cpu_holds_no_float32_copy_of_16_bit_weights():
+    """XLA would move such copies of all layers out of the loop over the layers."""
+    shape = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "num_hidden_layers": 16}
+    rule = lora_rule(("q",), 2, 2)
+    model = Llama(LlamaConfig(**shape, **heads), rngs=nnx.Rngs(0), remat=True)
+    nnx.update(model, jax.tree.map(lambda x: x.astype(jnp.bfloat16), nnx.state(model)))
+    model = add_lora(model, rule, rngs=nnx.Rngs(1))
+    trainer = training.Trainer(
+        model, text.next_token_loss, lambda rate: methods.METHODS["lora"].optimizer(rate, None)
+    )
+    state, batch = trainer.start(model), np.zeros((1, 1, 9), np.int32)
+    compiled = trainer._step.lower(state, trainer.frozen, batch, np.float32(0)).compile()
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(trainer.frozen))
+    assert compiled.memory_analysis().temp_size_in_bytes < weights
