@@ -65,8 +65,11 @@ def browser():
 def test_the_answer_is_among_the_first_three(question, address, browser):
     browser.get(f"{address}/search.html?q={question.replace(' ', '+')}")
     waiting = waits.WebDriverWait(browser, 20)
-    done = lambda driver: driver.find_elements("css selector", "#search-results ul.search li a")
-    hits = [link.get_attribute("href") for link in waiting.until(done)]
+    # The hits appear one by one.
+    summary = lambda driver: driver.find_element("css selector", "#search-results .search-summary")
+    waiting.until(lambda driver: "found" in summary(driver).text)
+    links = browser.find_elements("css selector", "#search-results ul.search li a")
+    hits = [link.get_attribute("href") for link in links]
     pages = list(dict.fromkeys(hit.split("?")[0].split("#")[0] for hit in hits))
     assert f"{address}/{QUESTIONS[question]}" in pages[:3], pages[:5]
 
