@@ -44,9 +44,9 @@ from loft_jax.algorithm.factored import unpack
 
 RESULTS = Path(__file__).parent / "results" / "step_length.jsonl"
 STEPS, SPAN = 300, 20
-LOWEST = {"full": 5e-4, "loft": 2e-3, "loft-simultaneous": 1e-3, "lora": 4e-3}
+LOWEST = {"full": 1e-3, "loft": 4e-3, "loft-simultaneous": 2e-3, "lora": 8e-3}
 """The first rate of each method; the others are twice the one before."""
-RATES = 5
+RATES = 4
 MEASURED = ("direction", "projected", "step", "drift")
 
 
