@@ -1,16 +1,14 @@
 """The long runs at a tiny size: they learn, resume and make a table."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from optimizers import hasty_compiler as hasty_compiler
 
 from benchmarks import records
-from benchmarks.longruns import data, language, sensing, step_length, suite, table
+from benchmarks.longruns import data, language, sensing, suite, table
 from benchmarks.longruns.low_rank_steps import adamw_of_rank, leading_part
-from benchmarks.longruns.methods import METHODS, PAIRS, warmup_cosine
-from loft_jax import loft_adamw
+from benchmarks.longruns.methods import METHODS, warmup_cosine
 
 
 def test_sensing_approaches_its_target_with_renewals(monkeypatch):
@@ -110,31 +108,6 @@ def test_steps_of_low_rank_are_the_leading_part_of_adamws():
         assert np.linalg.matrix_rank(updates["w"], tol=1e-4) == 1
         total = total + updates["w"]
     np.testing.assert_allclose(total + state[1].rest["w"], -3 * np.sign(x[0]), atol=1e-2)
-
-
-def test_the_measured_ratio_projected_is_the_step():
-    shapes = {"lora_a": (1, 6, 2), "lora_b": (1, 2, 5)}
-    keys = iter(jax.random.split(jax.random.key(0), 8))
-    draw = lambda: {
-        "layers": {"q": {n: jax.random.normal(next(keys), s) for n, s in shapes.items()}}
-    }
-    options = {"weight_decay": 0.0, "second_moment": "factored", "balance": False}
-    tx = loft_adamw(1.0, **options, pairs=PAIRS)
-    params = draw()
-    state, update = tx.init(params), jax.jit(tx.update)
-    for _ in range(3):
-        before, (updates, state) = params, update(draw(), state, params)
-        params = jax.tree.map(jnp.add, params, updates)
-    # The third step moves b, whose partner is a.
-    core = state[0]
-    of = lambda field, name: getattr(core, field)["layers"]["q"][name][0]
-    ratio = step_length.adam_ratio(
-        of("mu", "lora_b").T, of("nu", "lora_b").T, of("basis", "lora_a"), 3
-    )
-    q = of("basis", "lora_a")
-    a = before["layers"]["q"]["lora_a"][0]
-    step = a @ updates["layers"]["q"]["lora_b"][0]
-    np.testing.assert_allclose(step, -(ratio @ q @ q.T).T, atol=1e-4)
 
 
 def main(arguments: list[str]) -> int:

@@ -35,7 +35,7 @@ def adamw_of_rank(rank: int, feedback: bool = False) -> Callable[[Any], Any]:
         )
         return _State(jax.tree.map(start, params), jax.tree.map(jnp.zeros_like, params))
 
-    def update(updates: Any, state: _State, params: Any = None) -> tuple[Any, _State]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, _State]:
         del params
         whole = jax.tree.map(jnp.add, updates, state.rest) if feedback else updates
         leaves, treedef = jax.tree.flatten(whole)

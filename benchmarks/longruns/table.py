@@ -67,7 +67,7 @@ def table(rows: Mapping[Run, records.Row], part: Part) -> str:
             difference,
             None if p is None else f"{p:.2g}",
             _gap_closed(rows, losses, cell),
-            f"{1000 * statistics.median(seconds):.0f}" if seconds else None,
+            f"{1000 * statistics.median(seconds):.1f}" if seconds else None,
         ])  # fmt: skip
     return markdown.table(HEADS, lines)
 
