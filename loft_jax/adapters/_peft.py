@@ -64,8 +64,8 @@ def save_peft(
       adapter: a pytree of the factors, of any layout and float dtype. Other leaves, such as a
         classification head, are saved in full as PEFT's modules_to_save. PEFT requires all
         parameters of such a module. A bias beside its factors is saved as ``bias="lora_only"``, and
-        a ``lora_magnitude`` beside ``lora_a`` as DoRA. Factors of experts (*layers, experts, ...)
-        are saved as PEFT's target_parameters.
+        a ``lora_magnitude`` beside ``lora_a`` as DoRA. Factors of experts
+        ``(*layers, experts, ...)`` are saved as PEFT's target_parameters.
       family: the names of the model's modules in transformers: ``llama``, ``gpt2``, ``bert``,
         ``vit``, ``dinov2``, or a `Family`.
       pairs: names, axes and scale of the factors, as in the optimizers: a `LoraPairs`, or the
