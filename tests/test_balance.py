@@ -16,6 +16,7 @@ from loft_jax import LoraPairs, balance_factors, loft_adamw, loft_muon, loft_sgd
 from loft_jax.algorithm.balance import balancing_matrices, is_unbalanced
 from loft_jax.algorithm.jacobi import symmetric_eigen
 from loft_jax.algorithm.pair import FactorPair
+from loft_jax.execution import batching
 
 gram = lambda x: jnp.asarray(x.T @ x)
 grams = lambda u, v: FactorPair(gram(u), gram(v))
@@ -111,6 +112,36 @@ def test_pairs_that_are_balanced_keep_their_updates_to_the_last_bit():
     new, _ = balance_factors().update(updates, optax.EmptyState(), params)
     jax.tree.map(np.testing.assert_array_equal, new["layer1"], updates["layer1"])
     assert np.abs(new["layer0"]["lora_a"] - updates["layer0"]["lora_a"]).max() > 1e-2
+
+
+def test_a_few_matrices_are_computed_in_blocks(monkeypatch):
+    """Of seven, two at a time: those that are needed, whichever they are, and a derivative."""
+    monkeypatch.setattr(batching, "_BLOCK_ENTRIES", {"cpu": 2 * 9})
+    stacks = [
+        jax.random.normal(jax.random.key(k), (*batch, 3, 3))
+        for k, batch in enumerate([(2, 2), (3,)])
+    ]
+
+    @jax.jit
+    def squares(flags: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def total(size: jax.Array) -> tuple[jax.Array, jax.Array]:
+            where = [flags[:4].reshape(2, 2), flags[4:]]
+            scaled = [jnp.multiply(size, x) for x in stacks]
+            found = batching.batched_over_groups(lambda x: x @ x, scaled, where=where)
+            found = jnp.concatenate([x.reshape(-1, 3, 3) for x in found])
+            return jnp.sum(jnp.where(flags[:, None, None], found, 0)), found
+
+        slope, found = jax.grad(total, has_aux=True)(jnp.ones(()))
+        return slope, found
+
+    expected = np.concatenate([np.reshape(x @ x, (-1, 3, 3)) for x in stacks])
+    for chosen in ([], [3], [0, 5], [1, 2, 6], range(7)):
+        flags = np.isin(np.arange(7), list(chosen))
+        slope, found = squares(jnp.asarray(flags))
+        np.testing.assert_allclose(found[flags], expected[flags], rtol=1e-5)
+        np.testing.assert_allclose(slope, 2 * expected[flags].sum(), rtol=1e-4)
+        blocks = -(-flags.sum() // 2)
+        assert np.any(found != 0, axis=(1, 2)).sum() <= 2 * blocks
 
 
 # The weight does not notice.

@@ -17,6 +17,7 @@ COMMANDS = (
     "precision",
     "low-precision",
     "bfloat16-training",
+    "balance",
     "casts",
     "export",
     "factor-condition",

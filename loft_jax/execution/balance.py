@@ -43,7 +43,7 @@ def balance_updates(
     unbalanced = _over_pairs(is_unbalanced, grams, indices)
 
     def balance() -> list[Stacks]:
-        matrices = _over_pairs(balancing_matrices, grams, indices)
+        matrices = _over_pairs(balancing_matrices, grams, indices, where=unbalanced)
         args = zip(kinds, params, stacks, unbalanced, matrices, strict=True)
         return [traced_once(_balanced, *of) for of in args]
 
@@ -56,11 +56,11 @@ def balance_updates(
     return new
 
 
-def _over_pairs(fn: Any, grams: Sequence[Stacks], indices: Any) -> list[Any]:
-    """Maps a function of the Gram matrices of a pair over all pairs of all groups."""
+def _over_pairs(fn: Any, grams: Sequence[Stacks], indices: Any, where: Any = None) -> list[Any]:
+    """Maps a function of the Gram matrices of a pair over the pairs of all groups."""
     of_matrices = lambda a, b: fn(FactorPair(a, b))
     first, second = [x.a for x in grams], [x.b for x in grams]
-    return batched_over_groups(of_matrices, first, second, indices=indices)
+    return batched_over_groups(of_matrices, first, second, indices=indices, where=where)
 
 
 def _grams(kind: PairKind, params: Stacks, updates: Stacks) -> Stacks:

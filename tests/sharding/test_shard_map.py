@@ -23,7 +23,7 @@ from optimizers import hasty_compiler as hasty_compiler
 
 from loft_jax import LoraPairs, loft_adamw
 from loft_jax.algorithm.sharded_dim import ShardedDim, gather_shared_axes
-from loft_jax.execution import chunks
+from loft_jax.execution import batching, chunks
 from loft_jax.sharding import shard_map_pairs, state_shardings
 
 SHAPES = {
@@ -70,6 +70,7 @@ def test_shards_of_the_factors_do_what_whole_ones_do(
     if in_chunks:
         for elements in ("_FACTOR_ELEMENTS", "_PEAK_ELEMENTS"):
             monkeypatch.setattr(chunks, elements, {"cpu": 1})
+        monkeypatch.setattr(batching, "_BLOCK_ENTRIES", {"cpu": 1})
     params = parameters()
     whole = jax.jit(make().update)
     split = in_shard_map(make, params)
