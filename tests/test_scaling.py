@@ -15,10 +15,17 @@ from pathlib import Path
 import pytest
 from optimizers import hasty_compiler as hasty_compiler
 
-from benchmarks.scaling import compile, predict, settings, tables
+from benchmarks import records
+from benchmarks.scaling import compile, one_device, predict, settings, tables
 from benchmarks.scaling.collectives import Collective, collectives, total_sent
 from benchmarks.scaling.formulas import loft_traffic, memory, stored, traffic
-from benchmarks.scaling.step import MODELS, Setting, compiled_step
+from benchmarks.scaling.step import (
+    MODELS,
+    OTHER_METHODS,
+    Setting,
+    compiled_step,
+    lowered_step,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -107,6 +114,18 @@ def test_state_is_as_wide_as_documented():
     assert memory(calibrated).state - 12 == 4 * rows * (2 * 16 + 136)
     assert factored == 4 * rows * (2 * 16 + 2)
     assert lora == 4 * rows * 2 * 16
+
+
+@pytest.mark.parametrize("method", OTHER_METHODS)
+def test_other_methods_are_traced_on_one_device(method):
+    setting = dataclasses.replace(TINY, mesh={}, method=method, whole_logits=False, chained=False)
+    assert "optimizer" in lowered_step(setting).as_text(debug_info=True)
+
+
+def test_the_cost_guide_has_the_memory_of_every_method_on_one_device():
+    rows = records.read(one_device.RESULTS)
+    assert {(row["method"], row["rank"]) for row in rows} == set(one_device.settings())
+    assert one_device.table(rows) in (ROOT / "docs/cost.md").read_text()
 
 
 def test_a_tpu_stores_in_tiles():

@@ -5,4 +5,4 @@ import sys
 from benchmarks.command_line import main
 
 if __name__ == "__main__":
-    sys.exit(main("scaling", ("compile", "tables", "predict")))
+    sys.exit(main("scaling", ("compile", "tables", "predict", "one-device")))

@@ -23,16 +23,19 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from examples.common.losses import cross_entropy, token_losses
+from examples.common.methods import adapt
 from examples.common.models import llama
 from examples.common.models.stacking import scan_layers
-from loft_jax import clip_by_projected_global_norm, loft_adamw
-from loft_jax.adapters import add_lora, lora_pairs
+from loft_jax import clip_by_projected_global_norm, loft_adamw, loft_muon
+from loft_jax.adapters import lora_pairs
 from loft_jax.sharding import adapter_shardings, state_shardings
 
 AXES = ("data", "fsdp", "tensor")
 TOKENS = ("data", "fsdp")
 """The axes that shard the batch."""
 METHODS = ("calibrated", "factored", "lora")
+"""The methods that `formulas` predicts."""
+OTHER_METHODS = ("simple", "muon", "dora")
 
 
 def _config(
@@ -94,7 +97,8 @@ class Setting:
       model: one of `MODELS`.
       mesh: sizes of the axes of `AXES`; an axis that is missing has size 1.
       rank: the rank of the adapters.
-      method: LoFT's second moment, or "lora" for `optax.adamw` on the same adapters.
+      method: LoFT's second moment; "lora" for `optax.adamw` on the same adapters; or one of
+        `OTHER_METHODS`.
       batch, length: sequences per step, and tokens of a sequence.
       targets: the projections with adapters.
       stacked: layers are stacked and scanned; otherwise each layer has its own arrays.
@@ -240,7 +244,8 @@ def lowered_step(setting: Setting) -> Any:
 
     def make() -> Any:
         kind = RematLlama if setting.stacked else UnstackedLlama
-        return add_lora(kind(setting.config, rngs=nnx.Rngs(0)), rule, rngs=nnx.Rngs(1))
+        method = "dora" if setting.method == "dora" else "lora"
+        return adapt(kind(setting.config, rngs=nnx.Rngs(0)), method, rule, nnx.Rngs(1))
 
     graphdef, adapter, base = nnx.split(nnx.eval_shape(make), nnx.LoRAParam, ...)
     base = _placed(nnx.as_pure(base), mesh)
@@ -270,10 +275,12 @@ def lowered_step(setting: Setting) -> Any:
 
 def optimizer(setting: Setting, rule: Any) -> optax.GradientTransformation:
     """Clipping and AdamW: those of LoFT, or those of Optax on the same adapters."""
-    if setting.method == "lora":
+    if setting.method in ("lora", "dora"):
         return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
     pairs = lora_pairs(rule)
-    second: Any = setting.method
+    if setting.method == "muon":
+        return loft_muon(1e-3, max_norm=1.0, pairs=pairs)
+    second: Any = "diagonal" if setting.method == "simple" else setting.method
     if not setting.chained:
         return loft_adamw(1e-3, second_moment=second, max_norm=1.0, pairs=pairs)
     return optax.chain(
