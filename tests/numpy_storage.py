@@ -7,7 +7,7 @@ renaming, deleting, the lock.
 import json
 import os
 import pickle
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,12 @@ IN_MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 """Where to make folders whose flushes take no time, as of `tempfile`."""
 
 
-def write(folder: Path, meta: Mapping[str, Any], arrays: _storage.Arrays) -> None:
-    """As `_storage.write`."""
+def begin(folder: Path, meta: Mapping[str, Any], arrays: _storage.Arrays) -> Callable[[], None]:
+    """As `_storage.begin`."""
+    return lambda: _write(folder, meta, arrays)
+
+
+def _write(folder: Path, meta: Mapping[str, Any], arrays: _storage.Arrays) -> None:
     for item, leaves in arrays.items():
         (folder / item).mkdir(parents=True)
         on_host = {path: np.asarray(x) for path, x in leaves.items()}
@@ -49,7 +53,7 @@ def read_back(folder: Path, paths: Iterable[str]) -> dict[str, np.ndarray]:
 @pytest.fixture
 def numpy_storage(monkeypatch) -> Iterator[None]:
     """Lets `Checkpoints` write NumPy files. Other tests check the types of its functions."""
-    monkeypatch.setattr(_storage, "write", write)
+    monkeypatch.setattr(_storage, "begin", begin)
     monkeypatch.setattr(_storage, "read", read)
     monkeypatch.setattr(_storage, "read_back", read_back)
     jaxtyping.config.update("jaxtyping_disable", True)

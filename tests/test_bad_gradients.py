@@ -105,6 +105,9 @@ ORDERS = {
     "skip_large(if_finite(clip))": lambda: skipping_large(if_finite(clipping(PLAIN()))),
     "if_finite(skip_large(clip))": lambda: if_finite(skipping_large(clipping(PLAIN()))),
     "clip(if_finite(skip_large))": lambda: clipping(if_finite(skipping_large(PLAIN()))),
+    "clip(skip_large(if_finite))": lambda: clipping(skipping_large(if_finite(PLAIN()))),
+    "skip_large(clip(if_finite))": lambda: skipping_large(clipping(if_finite(PLAIN()))),
+    "if_finite(clip(skip_large))": lambda: if_finite(clipping(skipping_large(PLAIN()))),
 }
 
 

@@ -105,7 +105,7 @@ def table(rows: list[Row]) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trees", nargs="+", choices=SIZES, default=list(SIZES))
-    parser.add_argument("--largest", type=int, default=5000, help="leave out more pairs than this")
+    parser.add_argument("--pairs", type=int, nargs="+", help="only these numbers of pairs")
     parser.add_argument("--compiled", type=int, default=5000, help="compile no more than these")
     parser.add_argument("--optimizers", nargs="+", choices=CHOSEN, default=list(CHOSEN))
     add_results(parser)
@@ -116,10 +116,9 @@ def run(options: argparse.Namespace) -> None:
     jax.config.update("jax_enable_compilation_cache", False)
     rows = []
     for tree in options.trees:
-        for pairs in SIZES[tree]:
-            if pairs <= options.largest:
-                compiled = pairs <= options.compiled
-                found = measure(tree, pairs, tuple(options.optimizers), compiled)
-                append(options.results, found)
-                rows += found
+        for pairs in options.pairs or SIZES[tree]:
+            compiled = pairs <= options.compiled
+            found = measure(tree, pairs, tuple(options.optimizers), compiled)
+            append(options.results, found)
+            rows += found
     print(table(rows))

@@ -81,12 +81,8 @@ class Run:
 
     def save_adapter(self, params: Any) -> None:
         """Saves the trained parameters, replacing an earlier version."""
-        # Two saves at once can wait for each other: Orbax numbers them for the whole process.
-        try:
-            self._checkpoints.wait()
-        finally:  # the adapter does not depend on the checkpoint
-            with ocp.StandardCheckpointer() as checkpointer:
-                checkpointer.save(self.folder / "adapter", params, force=True)
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(self.folder / "adapter", params, force=True)
 
     def __enter__(self) -> "Run":
         return self

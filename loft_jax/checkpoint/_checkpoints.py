@@ -3,6 +3,7 @@
 import contextlib
 import operator
 import os
+import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,9 +37,9 @@ class Checkpoints:
     A checkpoint contains the adapter, the optimizer state, the step, the position in the data, the
     random key and metrics. It identifies the frozen base by name and checksums. Only one run writes
     to a folder, and holds a lock on it until it is closed; others can read it with
-    ``read_only=True``. In a multi-process run, the folder must
-    be on a shared file system, and all processes must call each method together with the same
-    arguments.
+    ``read_only=True``. Threads may share an object: its methods run one after the other. In a
+    multi-process run, the folder must be on a shared file system, and all processes must call each
+    method together with the same arguments.
 
     Args:
       folder: a local or mounted folder, created if it does not exist.
@@ -96,7 +97,7 @@ class Checkpoints:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
         if best_mode not in ("min", "max"):
             raise ValueError(f"best_mode must be 'min' or 'max', got {best_mode!r}.")
-        self.folder = Path(folder).absolute()
+        self.folder = _checked_path(folder)
         self._base, self._best = base, best
         self._pairs = pairs
         self._scales: dict[tuple[str, ...], dict[str, float]] = {}
@@ -105,6 +106,7 @@ class Checkpoints:
         self._read_only, self._timeout_s = read_only, timeout_s
         self._ownership = Ownership(self.folder, take_over)
         self._saving: Save | None = None
+        self._lock, self._process = threading.RLock(), os.getpid()
         if not read_only:
             try:
                 warn_of_undeleted(self.folder, self._ownership.claim(), stacklevel=2)
@@ -161,6 +163,11 @@ class Checkpoints:
             raise CheckpointError(
                 f"{self.folder} was opened with read_only=True and cannot be saved to."
             )
+        if self._is_forked():
+            raise CheckpointError(
+                f"{self.folder} was opened in process {self._process}, of which this process is a "
+                "fork. Save there. Processes that save must be spawned, with a folder each."
+            )
         step = operator.index(step)  # also of NumPy, which JSON cannot encode
         if step < 0:
             raise ValueError(f"step must not be negative, got {step}.")
@@ -174,28 +181,29 @@ class Checkpoints:
         encode_data(data)
         trees = {"adapter": adapter, "opt_state": opt_state, "key": key}
         named = {item: named_leaves(tree, item) for item, tree in trees.items()}
-        # Listed from disk: another run may have saved there, and Orbax would overwrite it.
-        steps = self.steps()
-        warn_of_undeleted(self.folder, self._ownership.claim(), stacklevel=2)
-        measured = _processes.on_first_process(lambda: measured)
-        described = {item: records(*leaves) for item, leaves in named.items()}
-        check_equal_everywhere(named, described)
-        options = {item: options_by_path(tree) for item, tree in trees.items()}
-        scales = self._scales_of(adapter, tuple(named["adapter"][0]))
-        record = Record(step, described, options, data, measured, self._base, scales=scales)
-        if not self._is_new(record, steps):
-            return False
-        # Orbax accepts neither empty arrays nor empty trees. The record describes those in full.
-        arrays = {
-            item: {path: x for path, x in leaves.items() if x.size}
-            for item, (leaves, _) in named.items()
-        }
-        arrays = {item: leaves for item, leaves in arrays.items() if leaves}
-        self._retention.add(record)
-        self._saving = Save(self.folder, record, arrays, self._timeout_s, self._ownership.check)
-        if not self._asynchronous:
-            self.wait()
-        return True
+        with self._lock:
+            # Listed from disk: another run may have saved there, and Orbax would overwrite it.
+            steps = self.steps()
+            warn_of_undeleted(self.folder, self._ownership.claim(), stacklevel=2)
+            measured = _processes.on_first_process(lambda: measured)
+            described = {item: records(*leaves) for item, leaves in named.items()}
+            check_equal_everywhere(named, described)
+            options = {item: options_by_path(tree) for item, tree in trees.items()}
+            scales = self._scales_of(adapter, tuple(named["adapter"][0]))
+            record = Record(step, described, options, data, measured, self._base, scales=scales)
+            if not self._is_new(record, steps):
+                return False
+            # Orbax accepts neither empty arrays nor empty trees. The record describes them in full.
+            arrays = {
+                item: {path: x for path, x in leaves.items() if x.size}
+                for item, (leaves, _) in named.items()
+            }
+            arrays = {item: leaves for item, leaves in arrays.items() if leaves}
+            self._retention.add(record)
+            self._saving = Save(self.folder, record, arrays, self._timeout_s, self._ownership.check)
+            if not self._asynchronous:
+                self.wait()
+            return True
 
     def restore(
         self, *, adapter: Any, opt_state: Any = None, key: Any = None, step: int | None = None
@@ -235,14 +243,15 @@ class Checkpoints:
         targets = {"adapter": adapter, "opt_state": opt_state, "key": key}
         targets = {item: tree for item, tree in targets.items() if tree is not None}
         scales = self._scales_of(adapter, tuple(by_path(adapter, "adapter")))
-        return restore_newest(
-            self.folder,
-            step,
-            self.steps,
-            lambda candidate: _reading.read(self.folder, candidate, targets, self._base, scales),
-            self._set_aside,
-            self._read_only,
-        )
+        with self._lock:
+            return restore_newest(
+                self.folder,
+                step,
+                self.steps,
+                lambda found: _reading.read(self.folder, found, targets, self._base, scales),
+                self._set_aside,
+                self._read_only,
+            )
 
     def steps(self) -> tuple[int, ...]:
         """Returns the saved steps in order, after waiting for a background save.
@@ -272,25 +281,29 @@ class Checkpoints:
     def wait(self) -> None:
         """Waits until the background save is complete, then deletes checkpoints not to be kept.
 
-        Warns of those that could not be deleted (`UndeletedCheckpointWarning`).
+        Warns of those that could not be deleted (`UndeletedCheckpointWarning`). Does nothing in a
+        forked process.
 
         Raises:
           CheckpointError: the save failed, in this or another process.
         """
-        if self._saving is None:
+        if self._is_forked():
             return
-        step, error = self._saving.step, self._saving.result()
-        self._saving = None
-        failed = _processes.worst(int(error is not None))
-        if failed:
-            self._retention.remove(step)
-            reason = "it failed in another process" if error is None else brief(error)
-            raise CheckpointError(
-                f"step {step} could not be saved to {self.folder}: {reason}\nEarlier checkpoints "
-                "are intact. Check that the disk has space, that the folder exists and is "
-                "writable, and that all processes are alive. Then save again."
-            ) from error
-        warn_of_undeleted(self.folder, self._retention.delete_obsolete(), stacklevel=2)
+        with self._lock:
+            if self._saving is None:
+                return
+            step, error = self._saving.step, self._saving.result()
+            self._saving = None
+            failed = _processes.worst(int(error is not None))
+            if failed:
+                self._retention.remove(step)
+                reason = "it failed in another process" if error is None else brief(error)
+                raise CheckpointError(
+                    f"step {step} could not be saved to {self.folder}: {reason}\nEarlier "
+                    "checkpoints are intact. Check that the disk has space, that the folder exists "
+                    "and is writable, and that all processes are alive. Then save again."
+                ) from error
+            warn_of_undeleted(self.folder, self._retention.delete_obsolete(), stacklevel=2)
 
     def close(self) -> None:
         """Waits for the background save and releases all resources. Raises as `wait`."""
@@ -309,6 +322,10 @@ class Checkpoints:
             if error is None:
                 raise
             error.add_note(str(of_close))
+
+    def _is_forked(self) -> bool:
+        """Whether this process is a fork of the one that opened the folder; it has no threads."""
+        return os.getpid() != self._process
 
     def _scales_of(self, adapter: Any, paths: tuple[str, ...]) -> Mapping[str, float]:
         """Returns the known scales of an adapter, searched for once for each set of paths."""
@@ -348,3 +365,19 @@ class Checkpoints:
             message = f"{message}\nIt was moved to {to}."
             self._retention.remove(step)
         warnings.warn(message, DamagedCheckpointWarning, stacklevel=4)
+
+
+def _checked_path(folder: str | os.PathLike[str]) -> Path:
+    """Returns the absolute path of a folder."""
+    try:
+        path = Path(folder).absolute()
+        str(path).encode()
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{folder} cannot be found: the working directory was deleted. Use an absolute path."
+        ) from error
+    except UnicodeEncodeError as error:
+        raise CheckpointError(
+            f"{str(folder)!a} is not UTF-8, the encoding that Orbax needs. Use another folder."
+        ) from error
+    return path

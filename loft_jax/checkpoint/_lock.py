@@ -30,7 +30,7 @@ class Lock:
 
     def __init__(self, folder: Path):
         self._path = folder / NAME
-        self._token = secrets.token_hex(8)
+        self._token, self._process = secrets.token_hex(8), os.getpid()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -71,7 +71,9 @@ class Lock:
         return None if (holder or {}).get("token") == self._token else _name(holder)
 
     def release(self) -> None:
-        """Releases the lock if this run still holds it."""
+        """Releases the lock if this run still holds it. In a forked process, does nothing."""
+        if os.getpid() != self._process:
+            return
         self._stop.set()
         with contextlib.suppress(OSError):
             if (self._read() or {}).get("token") == self._token:

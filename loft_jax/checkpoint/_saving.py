@@ -44,20 +44,21 @@ class Save:
         self._error: BaseException | None = None
         self._on_host: Arrays | None = None
         meta = record.to_json()  # now: the caller may change the position in the data
-        finish: Callable[[], None]
+        begin: Callable[[], Callable[[], None]]
         if jax.process_count() == 1:
-            # In the memory of the host nothing can change them, and all of Orbax's work can be done
-            # in the background. Only NumPy arrays, which the caller can change, are copied there:
-            # JAX does not reuse a donated buffer that NumPy still refers to.
+            # In the memory of the host nothing can change them, and Orbax can write them in the
+            # background. Only NumPy arrays, which the caller can change, are copied there: JAX does
+            # not reuse a donated buffer that NumPy still refers to.
             own = lambda x: x.copy() if isinstance(x, np.ndarray) else x
             on_host = self._on_host = jax.device_get(jax.tree.map(own, arrays))
-            finish = lambda: _storage.write(self._unfinished, meta, on_host)
+            begin = lambda: _storage.begin(self._unfinished, meta, on_host)
         else:
             # Orbax synchronizes the processes over their devices, which training also uses.
-            try:
-                finish = _storage.begin_together(self._unfinished, meta, arrays, timeout_s)
-            except Exception as error:  # all processes have to learn of it, when they wait
-                self._error, finish = error, lambda: None
+            begin = lambda: _storage.begin_together(self._unfinished, meta, arrays, timeout_s)
+        try:
+            finish = begin()
+        except Exception as error:  # all processes have to learn of it, when they wait
+            self._error, finish = error, lambda: None
         self._thread = threading.Thread(target=self._run, args=(finish,), name="checkpoint save")
         self._thread.start()
 

@@ -1,7 +1,10 @@
 """Arrays on the disk: the only module that writes and reads them with Orbax."""
 
+import asyncio
+import contextlib
 import json
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,33 +27,57 @@ OWN_FILES = ("_CHECKPOINT_METADATA", "commit_success.txt")
 """What Orbax adds to a folder of several items."""
 
 
-# Orbax copies NumPy arrays unless told otherwise. `write` gets arrays that nothing changes.
+# Orbax copies NumPy arrays unless told otherwise. `begin` gets arrays that nothing changes.
 _WITHOUT_COPIES = ocp.type_handlers.create_type_handler_registry(
     (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)),
     (jax.Array, ocp.type_handlers.get_type_handler(jax.Array)),  # unused; Orbax warns without
 )
 
 
-def write(folder: Path, meta: Mapping[str, Any], arrays: Arrays) -> None:
-    """Writes a checkpoint of arrays on the host, in a single-process run.
+def begin(folder: Path, meta: Mapping[str, Any], arrays: Arrays) -> Callable[[], None]:
+    """Begins to write a checkpoint of arrays on the host, in a single-process run.
 
     Args:
       folder: of the checkpoint; created.
       meta: the record, as JSON.
-      arrays: not empty, and no item is; they must not change while this function runs.
+      arrays: not empty, and no item is; they must not change until they are written.
+
+    Returns:
+      A function that waits until everything is written.
     """
-    for item, leaves in arrays.items():
-        (folder / item).mkdir(parents=True)
-        # Not a checkpointer: in the background it could collide with a save that the program makes
-        # with Orbax at the same time, since Orbax numbers the saves of a process.
-        handler = ocp.PyTreeCheckpointHandler(type_handler_registry=_WITHOUT_COPIES)
+    # Not a checkpointer: one that fails waits for all of Orbax's threads in the process.
+    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=_WITHOUT_COPIES)
+    futures: list[Any] = []
+
+    def begin_items() -> None:
+        # Not asyncio.run, which is not safe beside the event loops of Orbax's threads.
+        with contextlib.closing(asyncio.new_event_loop()) as loop:
+            for item, leaves in arrays.items():
+                (folder / item).mkdir(parents=True)
+                args = ocp.args.PyTreeSave(dict(leaves))
+                begun = handler.async_save(epath.Path(folder / item), args=args)
+                futures.extend(loop.run_until_complete(begun) or ())
+
+    # In Orbax a save waits for the signals of the operation that began last in the process, which
+    # may be a save of the program's own. Once that has ended or failed, they never come. An
+    # operation of its own has none. Which one it is, Orbax looks up while a save begins: therefore
+    # it begins in the thread that also begins the program's saves, and not in the background.
+    ocp.Checkpointer(handler).synchronize_next_awaitable_signal_operation_id()
+    with ThreadPoolExecutor(1) as executor:  # an event loop may be running in the caller's thread
+        executor.submit(begin_items).result()
+
+    def finish() -> None:
         try:
-            handler.save(epath.Path(folder / item), args=ocp.args.PyTreeSave(dict(leaves)))
-            handler.finalize(epath.Path(folder / item))
+            for future in futures:
+                future.result()
+            for item in arrays:
+                handler.finalize(epath.Path(folder / item))
         finally:
             handler.close()
-    (folder / "meta").mkdir(parents=True)
-    (folder / "meta" / "metadata").write_text(json.dumps(meta), "utf-8")
+        (folder / "meta").mkdir(parents=True)
+        (folder / "meta" / "metadata").write_text(json.dumps(meta), "utf-8")
+
+    return finish
 
 
 def begin_together(
@@ -59,7 +86,7 @@ def begin_together(
     """Begins to write a checkpoint in all processes.
 
     Args:
-      folder, meta, arrays: as of `write`, equal in all processes.
+      folder, meta, arrays: as of `begin`, equal in all processes.
       timeout_s: how long to wait for the other processes, in seconds.
 
     Returns:

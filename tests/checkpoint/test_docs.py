@@ -10,6 +10,8 @@ import jax
 import numpy as np
 from optimizers import hasty_compiler as hasty_compiler
 
+import loft_jax
+
 GUIDE = (Path(__file__).parents[2] / "docs" / "checkpoints.md").read_text()
 (BLOCK,) = re.findall(r"```python\n(.*?)```", GUIDE, flags=re.DOTALL)
 
@@ -45,3 +47,12 @@ def test_importing_the_package_does_not_import_orbax():
     code = "import sys, loft_jax; print(any(name.startswith('orbax') for name in sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_one_module_uses_orbax_and_by_public_names():
+    package = Path(loft_jax.__file__).parent
+    texts = {path.name: path.read_text() for path in package.rglob("*.py")}
+    users = [name for name, text in texts.items() if re.search(r"\b(from|import) orbax", text)]
+    assert users == ["_storage.py"]
+    names = re.findall(r"\bocp((?:\.\w+)+)|\borbax((?:\.\w+)+)", texts["_storage.py"])
+    assert len(names) > 10 and not [name for name in names if "._" in "".join(name)]

@@ -170,3 +170,63 @@ def test_a_run_that_was_not_closed_releases_the_folder(tmp_path):
     code = f"from loft_jax.checkpoint import Checkpoints; x = Checkpoints({str(tmp_path)!r})"
     subprocess.run([sys.executable, "-c", code], check=True)
     assert not (tmp_path / _lock.NAME).exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning", "ignore:os.fork:RuntimeWarning")
+def test_a_fork_neither_saves_nor_releases_the_folder(tmp_path):
+    """As a program that forks workers."""
+    (told, tell), checkpoints = os.pipe(), Checkpoints(tmp_path)
+    if os.fork() == 0:
+        try:
+            with checkpoints:
+                checkpoints.save(1, **STATE)
+        except BaseException as error:
+            os.write(tell, str(error).encode())
+        os._exit(0)
+    os.wait()
+    os.close(tell)
+    with open(told) as pipe:
+        assert (
+            f"was opened in process {os.getpid()}, of which this process is a fork" in pipe.read()
+        )
+    holder = holder_of(tmp_path)
+    assert checkpoints.save(1, **STATE)
+    assert checkpoints.steps() == (1,) and holder_of(tmp_path) == holder
+    checkpoints.close()
+
+
+def test_threads_that_share_an_object_save_one_after_the_other(tmp_path):
+    refused = []
+
+    def save(step):
+        try:
+            assert checkpoints.save(step, **STATE)
+        except CheckpointError as error:
+            refused.append(step)
+            assert "is older than the newest checkpoint" in str(error)
+
+    with Checkpoints(tmp_path, keep=9) as checkpoints:
+        threads = [threading.Thread(target=save, args=(step,)) for step in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sorted([*checkpoints.steps(), *refused]) == list(range(8))
+    assert len(list(tmp_path.iterdir())) == 8 - len(refused)
+
+
+def test_a_folder_whose_name_orbax_cannot_take_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="is not UTF-8.*Use another folder"):
+        Checkpoints(tmp_path / os.fsdecode(b"\xff"))
+
+
+def test_a_relative_folder_follows_no_change_of_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gone").mkdir()
+    with Checkpoints("run") as checkpoints:
+        monkeypatch.chdir("gone")
+        (tmp_path / "gone").rmdir()
+        checkpoints.save(1, **STATE)
+        with pytest.raises(CheckpointError, match="other cannot be found: the working directory"):
+            Checkpoints("other")
+    assert (tmp_path / "run" / "1").exists()

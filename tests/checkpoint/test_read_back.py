@@ -35,16 +35,22 @@ def half_file(write, folder, meta, arrays):
     largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
 
 
+def inject(patch, fault):
+    """Lets saves write in the background with a fault."""
+    begin = _storage.begin
+    write = lambda *args: begin(*args)()
+    patch.setattr(_storage, "begin", lambda *args: lambda: fault(write, *args))
+
+
 @pytest.mark.parametrize(
     "fault", [other_value, other_shape, lost_array, half_of_orbax_own_file, half_file]
 )
 @pytest.mark.parametrize("batch", [1, 2**28], ids=["in parts", "at once"])
 def test_a_save_whose_files_are_not_what_was_to_be_saved_fails(tmp_path, monkeypatch, fault, batch):
-    write = _storage.write
     monkeypatch.setattr(_reading, "_BATCH_BYTES", batch)
     with Checkpoints(tmp_path) as checkpoints:
         with monkeypatch.context() as patch:
-            patch.setattr(_storage, "write", lambda *args: fault(write, *args))
+            inject(patch, fault)
             checkpoints.save(1, **STATE)
             with pytest.raises(CheckpointError, match="step 1 could not be saved"):
                 checkpoints.wait()
@@ -76,8 +82,7 @@ def test_where_arrays_are_stored_otherwise_orbax_reads_them_back(tmp_path, monke
         assert checkpoints.save(1, **STATE)
         assert checkpoints.steps() == (1,)
         with monkeypatch.context() as patch:
-            write = _storage.write
-            patch.setattr(_storage, "write", lambda *args: other_value(write, *args))
+            inject(patch, other_value)
             checkpoints.save(2, **STATE)
             with pytest.raises(CheckpointError, match="other values when it is read back"):
                 checkpoints.wait()

@@ -353,13 +353,16 @@ def test_steps_may_donate_what_is_being_saved(tmp_path):
 
 def test_numpy_arrays_may_change_while_they_are_saved(tmp_path, monkeypatch):
     """Those of a caller that updates in place. The files are written as late as possible."""
-    write, changed = _storage.write, threading.Event()
+    begin, changed = _storage.begin, threading.Event()
 
-    def late_write(*args):
-        assert changed.wait(20)
-        write(*args)
+    def begin_late(*args):
+        def finish():
+            assert changed.wait(20)
+            begin(*args)()
 
-    monkeypatch.setattr(_storage, "write", late_write)
+        return finish
+
+    monkeypatch.setattr(_storage, "begin", begin_late)
     adapter, state = {"w": np.arange(6.0)}, {"n": np.array(1)}
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, adapter=adapter, opt_state=state)
