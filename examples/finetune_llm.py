@@ -87,14 +87,20 @@ def build_model(
 
 def build_trainer(settings: LlmSettings, model: Any, task: Task, pairs: LoraPairs) -> Trainer:
     """The compiled training step; it works for all learning rates and seeds."""
-    optimizer = functools.partial(make_optimizer, settings.optimizer, pairs=pairs)
+    optimizer = functools.partial(
+        make_optimizer,
+        settings.optimizer,
+        pairs=pairs,
+        max_norm=settings.max_norm,
+        weight_decay=settings.weight_decay,
+    )
     wrt = trainable(settings.method, HEAD if settings.method == "head" else None)
     return Trainer(model, task.loss, optimizer, wrt, task.outputs, settings.accumulate)
 
 
 def size_of(model: Any) -> tuple[int, float]:
     """The numbers in a model without its adapters, and their megabytes (4 bits are half a byte)."""
-    base = jax.tree.leaves(nnx.state(model, nnx.Not(nnx.LoRAParam)))
+    base = jax.tree.leaves(nnx.state(model, nnx.Not(nnx.Any(nnx.LoRAParam, nnx.RngState))))
     bits = lambda dtype: 4 if dtype in (jnp.int4, jnp.uint4) else 8 * dtype.itemsize
     return sum(leaf.size for leaf in base), sum(leaf.size * bits(leaf.dtype) for leaf in base) / 8e6
 
@@ -184,7 +190,7 @@ def finetune(
         rule = pretrained.lora_rule(settings.targets, settings.rank, alpha)
     except ValueError as error:
         raise UserError(f"--targets: {error}, for {pretrained.name}.") from error
-    rule = adapter_rule(settings.method, rule)
+    rule = dataclasses.replace(adapter_rule(settings.method, rule), dropout=settings.dropout)
     if mesh is not None:
         if settings.quantize is not None:
             raise UserError("--quantize works on one device only: remove it, or --mesh.")

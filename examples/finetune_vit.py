@@ -21,6 +21,7 @@ baseline; `--model` and `--data` select other weights and data. `--help` lists a
 Ctrl-C saves the state and stops; `--resume --output runs/loft-1` continues the run.
 """
 
+import dataclasses
 import functools
 import sys
 from collections.abc import Sequence
@@ -124,13 +125,15 @@ def finetune(settings: VitSettings, output: Path | None, resume: bool) -> None:
     task = image_classification(train, held_out)
     settings = settings.for_epochs(batches.count(task.train))
     rule = lora_rule(settings.targets, settings.rank, settings.alpha or settings.rank)
-    rule = adapter_rule(settings.method, rule)
+    rule = dataclasses.replace(adapter_rule(settings.method, rule), dropout=settings.dropout)
     pairs = lora_pairs(rule)
     model = build_model(settings, pretrained, len(train.classes), rule)
     optimizer = functools.partial(
         make_optimizer,
         settings.method,
         pairs=pairs,
+        max_norm=settings.max_norm,
+        weight_decay=settings.weight_decay,
         head=CLASSIFIER,
         head_ratio=settings.head_ratio,
     )

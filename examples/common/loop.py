@@ -19,7 +19,7 @@ from .errors import Preempted
 from .runs import Run
 from .settings import Settings
 from .tasks import Task
-from .training import Trainer, TrainState, learning_rate_at
+from .training import Trainer, TrainState
 
 
 def say(*values: Any, **options: Any) -> None:
@@ -64,7 +64,7 @@ def fit(
         with Preemption() as preemption, interrupt_as_preemption() as interrupted:
             for done, batch in enumerate(bar, start=first + 1):
                 began = time.perf_counter()
-                learning_rate = learning_rate_at(done - 1, settings.steps, settings.peak)
+                learning_rate = settings.learning_rate_at(done - 1)
                 state, loss = trainer.step(state, batch, learning_rate)
                 loss = float(loss)
                 speed = units / (time.perf_counter() - began)

@@ -25,6 +25,7 @@ from common.models.gpt2 import GPT2, GPT2Config
 from loft_jax.adapters import FAMILIES, load_peft
 
 SMALL = "--steps 4 --eval-every 2 --save-every 2 --batch-size 2 --seq-len 8 --rank 2 --alpha 4"
+DROPOUT = ("--dropout", "0.2", "--weight-decay", "0.1", "--schedule", "cosine")
 
 
 def run(*arguments: Any) -> int:
@@ -51,7 +52,7 @@ def finished(arguments, tmp_path_factory) -> Finished:
     """A run with LoFT; tests must not change its folder."""
     folder = tmp_path_factory.mktemp("finished") / "out"
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        assert run(*arguments, "--output", folder) == 0
+        assert run(*arguments, *DROPOUT, "--output", folder) == 0
     return Finished(folder, printed.getvalue())
 
 
@@ -112,11 +113,11 @@ def test_the_adapter_is_left_as_peft_writes_it_too(finished):
         (("--second-moment", "factored"), 4),
         (("--method", "lora"), 4),
         (("--method", "full"), 11),
-        (("--method", "dora"), 6),
+        (("--method", "dora", "--dropout", "0.2"), 6),
         (("--method", "rslora"), 4),
         (("--quantize", "nf4"), 4),
         (("--quantize", "int8", "--method", "lora"), 4),
-        (("--dtype", "bfloat16", "--remat", "--accumulate", "2"), 4),
+        (("--dtype", "bfloat16", "--remat", "--accumulate", "2", "--dropout", "0.1"), 4),
     ],
     ids=["factored", "lora", "full", "dora", "rslora", "nf4", "int8", "bfloat16"],
 )
@@ -127,7 +128,7 @@ def test_other_methods_leave_the_same_results(arguments, tmp_path, capsys, flags
 
 def test_methods_are_compared_at_the_same_learning_rate(finished, arguments, tmp_path, capsys):
     folder = tmp_path / "out"
-    assert run(*arguments, "--compare", "lora,full", "--output", folder) == 0
+    assert run(*arguments, *DROPOUT, "--compare", "lora,full", "--output", folder) == 0
     assert (folder / "comparison.png").read_bytes().startswith(b"\x89PNG")
     assert read_metrics(folder) == read_metrics(finished.folder)
     records = {name: read_metrics(folder / name) for name in (".", "lora", "full")}
@@ -172,7 +173,7 @@ def test_a_killed_run_resumes_bit_exactly(finished, arguments, tmp_path, monkeyp
 
     with monkeypatch.context() as patch:
         patch.setattr(training.Trainer, "step", interrupted)
-        assert run(*arguments, "--output", folder) == 130
+        assert run(*arguments, *DROPOUT, "--output", folder) == 130
     assert [r["step"] for r in read_metrics(folder) if "loss" in r] == [1, 2, 3]
 
     assert run("--resume", "--output", folder) == 0
@@ -196,7 +197,7 @@ def test_ctrl_c_saves_the_step_and_the_run_resumes_bit_exactly(
 
     with monkeypatch.context() as patch:
         patch.setattr(training.Trainer, "step", interrupted)
-        assert run(*arguments, "--output", folder) == 130
+        assert run(*arguments, *DROPOUT, "--output", folder) == 130
     assert "continue with --resume" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGINT) is handler
     assert (folder / "checkpoints" / "3").is_dir()  # in spite of --save-every 2
@@ -285,6 +286,8 @@ def test_without_an_output_folder_the_next_free_one_is_taken(tmp_path, monkeypat
         (["--compare", "lora,sgd"], "--compare sgd: choose from loft"),
         (["--method", "head"], "has no separate head"),
         (["--method", "full", "--dtype", "bfloat16"], "--method full trains weights"),
+        (["--method", "full", "--dropout", "0.1"], "--dropout is for adapters"),
+        (["--method", "lora-pro", "--weight-decay", "0.1"], "LoRA-Pro has none"),
         (["--resume"], "--resume needs --output"),
         (["--resume", "--output", "missing"], "missing contains no run to resume"),
     ],
@@ -306,6 +309,8 @@ def test_what_cannot_work_is_explained_in_one_paragraph(
         (["--rank", "0"], "'0' is not a positive integer"),
         (["--learning-rate", "-1"], "'-1' is not a positive number"),
         (["--method", "sgd"], "invalid choice: 'sgd'"),
+        (["--dropout", "1"], "'1' is not below 1"),
+        (["--weight-decay", "-1"], "'-1' is not zero or a positive number"),
     ],
 )
 def test_bad_flags_are_refused(capsys, flags, message):
