@@ -133,6 +133,11 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[LlmSettings, Path | Non
         raise UserError(f"--compare {unknown[0]}: choose from {', '.join(methods)}.")
     for method in (settings.method, *settings.compare):
         _check_storage(settings, method)
+    if settings.merge and settings.quantize is not None:
+        raise UserError(
+            "--merge needs unquantized weights, because an adapter is smaller than the steps of "
+            f"--quantize {settings.quantize}: remove one of the two."
+        )
     return settings, output, resume
 
 

@@ -10,7 +10,7 @@ import optax
 from flax import nnx
 
 from loft_jax import LoraPairs, baselines, clip_by_projected_global_norm, loft_adamw, loft_muon
-from loft_jax.adapters import LoraLayer, LoraRule, add_lora
+from loft_jax.adapters import LoraLayer, LoraRule, add_lora, remove_lora
 
 from .errors import UserError
 
@@ -189,6 +189,16 @@ def adapt(model: Any, method: str, rule: LoraRule, rngs: nnx.Rngs) -> Any:
     return nnx.recursive_map(wrap, model)
 
 
+def merge(model: Any, method: str) -> Any:
+    """A trained model without adapters, whose weights contain them."""
+    if METHODS[method].trains != "adapters":
+        return model
+    if not METHODS[method].dora:
+        return remove_lora(model, merge=True)
+    unwrap = lambda path, node: node.merged() if isinstance(node, DoraLayer) else node
+    return nnx.recursive_map(unwrap, model)
+
+
 class DoraLayer(nnx.Module):
     """DoRA: a linear layer whose weight is a direction, adapted by LoRA, times a magnitude."""
 
@@ -205,6 +215,15 @@ class DoraLayer(nnx.Module):
         dropped = None if self.dropout is None else self.dropout(x)
         y = baselines.dora_output(x, self.base.kernel[...], *factors, self.scale, dropped=dropped)
         return y if self.base.bias is None else y + self.base.bias[...]
+
+    def merged(self) -> nnx.Linear:
+        """The layer with DoRA's weight."""
+        weight = functools.partial(baselines.dora_weight, scale=self.scale)
+        factors = (self.lora_magnitude[...], self.lora_a[...], self.lora_b[...])
+        base = nnx.clone(self.base)
+        kernel = base.kernel[...]
+        base.kernel[...] = (jax.vmap(weight) if kernel.ndim > 2 else weight)(kernel, *factors)
+        return base
 
 
 def trainable(method: str, head: str | None = None) -> Any:

@@ -30,7 +30,7 @@ def learning_rate_at(
         >>> [round(learning_rate_at(step, 3, 1.0, 0, "cosine"), 2) for step in range(3)]
         [1.0, 0.75, 0.25]
     """
-    rising = max(1, round(warmup * steps if warmup < 1 else warmup))
+    rising = max(1, round(warmup * steps if warmup < 1 else warmup)) if warmup else 0
     if step < rising:
         return peak * (step + 1) / rising
     falling = steps - rising

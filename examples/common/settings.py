@@ -12,6 +12,7 @@ from .errors import UserError
 from .methods import METHODS, default_learning_rate
 from .runs import read_settings
 from .schedules import Schedule, learning_rate_at
+from .trackers import PACKAGES, check_installed
 
 S = TypeVar("S", bound="Settings")
 
@@ -52,6 +53,8 @@ class Settings:
     eval_every: int = 15
     save_every: int = 15
     seed: int = 0
+    log_to: tuple[str, ...] = ()
+    merge: bool = False
 
     @property
     def peak(self) -> float:
@@ -142,6 +145,12 @@ def make_parser(
     add_number(group, defaults, "eval_every", "steps between evaluations")
     add_number(group, defaults, "save_every", "steps between checkpoints")
     add("--seed", type=int, help=f"of adapters, batches and samples; default {defaults.seed}")
+    add(
+        "--merge",
+        action=argparse.BooleanOptionalAction,
+        help="also write the whole trained model, with its adapters merged, for transformers",
+    )
+    add("--log-to", type=names, help="also log the metrics to " + ", ".join(PACKAGES))
     add("--output", type=Path, help="folder for the results; default the next runs/METHOD-N")
     add("--resume", action="store_true", help="continue the run in --output")
     return parser
@@ -175,6 +184,11 @@ def parse(
         raise UserError(
             f"--dropout is for adapters, and --method {settings.method} has none: remove the flag."
         )
+    if settings.merge and METHODS[settings.method].trains in ("prompts", "bottlenecks"):
+        raise UserError(
+            f"--merge: what --method {settings.method} adds is no part of the weights. Remove it."
+        )
+    check_installed(settings.log_to)
     return settings, output, resume
 
 

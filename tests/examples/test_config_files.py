@@ -46,6 +46,7 @@ OTHERS = {
     "rank": 3, "alpha": 5.0, "targets": ("q",), "dropout": 0.25, "learning_rate": 1e-3,
     "warmup": 100.0, "schedule": "cosine", "weight_decay": 0.1, "clip": 0.0, "steps": 7,
     "epochs": 1.5, "batch_size": 6, "accumulate": 2, "eval_every": 8, "save_every": 9, "seed": 5,
+    "log_to": (), "merge": True,
     "task": "text", "train_on": "all", "packing": False, "chat_template": "c",
     "compare": ("full",), "generate": 4, "max_new_tokens": 11, "answers": "words",
     "second_moment": "factored", "quantize": None, "tile_size": 32, "dtype": "float32",

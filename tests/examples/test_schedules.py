@@ -34,4 +34,5 @@ def test_after_the_warm_up_the_learning_rate_is_that_of_optax(schedule, expected
     rates = [learning_rate_at(step, 40, 2.0, 10, schedule) for step in range(40)]
     np.testing.assert_allclose(rates[:10], 2 * np.arange(1, 11) / 10)
     np.testing.assert_allclose(rates[10:], [expected(n) for n in range(30)], rtol=1e-5)
+    assert [learning_rate_at(n, 30, 2.0, 0, schedule) for n in range(30)] == rates[10:]
     assert rates == [learning_rate_at(step, 40, 2.0, 0.25, schedule) for step in range(40)]
