@@ -26,33 +26,29 @@ Ctrl-C saves the state and stops; `--resume --output runs/loft-1` continues the 
 
 import dataclasses
 import functools
-import json
-import re
 import sys
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from tokenizers import Tokenizer
 
 from common import batches, loop
-from common.data import exact_match
+from common.answering import answer
 from common.errors import UserError, exit_status
 from common.figures import draw_comparison
 from common.llm_settings import LlmSettings, parse_arguments
 from common.meshes import batch_sharding, place_model, weight_sharding
-from common.methods import METHODS, adapt, adapter_rule, make_optimizer, title, trainable
+from common.methods import METHODS, adapt, adapter_rule, make_optimizer, merge, title, trainable
 from common.models import llama_weights
-from common.models.generate import complete, generate
+from common.models.generate import generate
+from common.models.merged import save_language_model
 from common.models.stacking import STACKED
-from common.runs import Run, open_run, read_records
-from common.tasks import Prompts, Task, language_task
+from common.runs import Run, next_steps, open_run, read_records
+from common.tasks import Task, language_task
 from common.training import Trainer
 from loft_jax import LoraPairs
 from loft_jax.adapters import LoraRule, lora_pairs, quantize, save_peft
@@ -87,14 +83,20 @@ def build_model(
 
 def build_trainer(settings: LlmSettings, model: Any, task: Task, pairs: LoraPairs) -> Trainer:
     """The compiled training step; it works for all learning rates and seeds."""
-    optimizer = functools.partial(make_optimizer, settings.optimizer, pairs=pairs)
+    optimizer = functools.partial(
+        make_optimizer,
+        settings.optimizer,
+        pairs=pairs,
+        max_norm=settings.max_norm,
+        weight_decay=settings.weight_decay,
+    )
     wrt = trainable(settings.method, HEAD if settings.method == "head" else None)
     return Trainer(model, task.loss, optimizer, wrt, task.outputs, settings.accumulate)
 
 
 def size_of(model: Any) -> tuple[int, float]:
     """The numbers in a model without its adapters, and their megabytes (4 bits are half a byte)."""
-    base = jax.tree.leaves(nnx.state(model, nnx.Not(nnx.LoRAParam)))
+    base = jax.tree.leaves(nnx.state(model, nnx.Not(nnx.Any(nnx.LoRAParam, nnx.RngState))))
     bits = lambda dtype: 4 if dtype in (jnp.int4, jnp.uint4) else 8 * dtype.itemsize
     return sum(leaf.size for leaf in base), sum(leaf.size * bits(leaf.dtype) for leaf in base) / 8e6
 
@@ -110,59 +112,12 @@ def sample(
         run.log({"step": step, "sample": generated})
 
 
-def answer(
-    run: Run,
-    settings: LlmSettings,
-    model: Any,
-    pretrained: llama_weights.Pretrained,
-    task: Task,
-    step: int,
-) -> None:
-    """Answers the prompts of each set, if any, and logs how many answers are right."""
-    if jax.process_count() > 1:  # generation needs the whole model in one process
-        return
-    tokenizer, records = pretrained.tokenizer, run.records()
-    stop = [tokenizer.token_to_id(token) for token in pretrained.tokenizer_config.stop]
-    stop = [index for index in stop if index is not None]
-    answered = {r["answered"] for r in records if "answered" in r and r["step"] == step}
-    for name, prompts in task.prompts.items():
-        if name in answered:  # before the run was resumed
-            continue
-        began = time.perf_counter()
-        ids = complete(model, prompts.ids, length=settings.max_new_tokens, stop=stop)
-        seconds = time.perf_counter() - began
-        texts = [tokenizer.decode(one) for one in ids]
-        file = re.sub(r"[^\w.-]", "-", f"answers-{step}-{name}.jsonl")
-        save_answers(run.folder / file, tokenizer, prompts, texts)
-        found = exact_match.score(texts, prompts.references)
-        run.log({"step": step, "answered": name} | found)
-        loop.say(
-            f"step {step}: {len(texts)} answers ({name}), {percent(found)} ({seconds:.0f} s, "
-            f"{sum(map(len, ids)) / seconds:.0f} tokens/s)"
-        )
-    if answered < task.prompts.keys() and len(task.prompts) > 1:
-        sets = [r for r in run.records() if "answered" in r and r["step"] == step]
-        mean = float(np.mean([record["exact_match"] for record in sets]))
-        loop.say(f"step {step}: mean of {len(sets)} sets, {percent({'exact_match': mean})}")
-
-
-def save_answers(path: Path, tokenizer: Tokenizer, prompts: Prompts, texts: list[str]) -> None:
-    """Writes a line of JSON for each prompt, with its answer and the reference."""
-    with path.open("w") as file:
-        for prompt, text, right in zip(prompts.ids, texts, prompts.references, strict=True):
-            line = {"prompt": tokenizer.decode(prompt), "answer": text, "reference": right}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-
-def percent(metrics: Mapping[str, float]) -> str:
-    """'exact match 12.5 %, last number match 20.0 %'."""
-    return ", ".join(f"{name.replace('_', ' ')} {100 * x:.1f} %" for name, x in metrics.items())
-
-
 def finetune(
     settings: LlmSettings, output: Path | None, resume: bool, mesh: Mesh | None = None
 ) -> Path:
     """Runs the whole example, on one device or on a mesh; returns the folder of the run."""
+    if settings.merge and jax.process_count() > 1:
+        raise UserError("--merge needs the whole model in one process: remove it.")
     pretrained, method = llama_weights.load(settings.model), METHODS[settings.method]
     context = pretrained.config.max_position_embeddings
     if context is not None and settings.seq_len > context:
@@ -184,7 +139,7 @@ def finetune(
         rule = pretrained.lora_rule(settings.targets, settings.rank, alpha)
     except ValueError as error:
         raise UserError(f"--targets: {error}, for {pretrained.name}.") from error
-    rule = adapter_rule(settings.method, rule)
+    rule = dataclasses.replace(adapter_rule(settings.method, rule), dropout=settings.dropout)
     if mesh is not None:
         if settings.quantize is not None:
             raise UserError("--quantize works on one device only: remove it, or --mesh.")
@@ -205,8 +160,8 @@ def finetune(
     with open_run(settings, output, resume, examples=task.train, base=base) as run:
         if task.kind == "text":
             sample(run, settings, model, pretrained, step=0)
-        answer(run, settings, model, pretrained, task, step=0)
-        state = loop.fit(settings, run, trainer, state, task, resume=resume)
+        seconds = answer(run, settings, model, pretrained, task, step=0)
+        state = loop.fit(settings, run, trainer, state, task, resume=resume, afterwards=seconds)
         adapter = trainer.whole(state.params)
         if task.kind == "text":
             sample(run, settings, trainer.model(adapter), pretrained, step=settings.steps)
@@ -224,6 +179,9 @@ def finetune(
                 task_type="CAUSAL_LM",
                 use_rslora=method.rslora,
             )
+        if settings.merge:
+            merged = merge(trainer.model(state.params), settings.method)
+            save_language_model(run.folder / "merged", merged, pretrained)
         samples = [record["sample"] for record in run.records() if "sample" in record]
         for when, generated in zip(("before", "after"), samples, strict=False):
             print(f"\n--- sample {when} ---\n{generated}")
@@ -243,7 +201,7 @@ def compare(
     folder = finetune(settings, output, resume, mesh)
     for method in settings.compare:
         alike: dict[str, Any] = {"learning_rate": settings.peak, "save_every": settings.steps}
-        alike |= {"compare": (), "prompt": ""}
+        alike |= {"compare": (), "prompt": "", "merge": False}
         other = dataclasses.replace(settings, method=method, **alike)
         begun = (folder / method / "settings.json").exists()
         finetune(other, folder / method, begun, mesh)
@@ -256,6 +214,8 @@ def compare(
         heading = f"Learning rate {settings.peak:g} for each method, and perplexity at the end"
         draw_comparison(curves, folder / "comparison.png", heading)
         print(f"\ncomparison in {folder / 'comparison.png'}")
+    if jax.process_index() == 0:
+        print(next_steps(folder, "finetune_llm.py"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

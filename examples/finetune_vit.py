@@ -21,6 +21,7 @@ baseline; `--model` and `--data` select other weights and data. `--help` lists a
 Ctrl-C saves the state and stops; `--resume --output runs/loft-1` continues the run.
 """
 
+import dataclasses
 import functools
 import sys
 from collections.abc import Sequence
@@ -42,12 +43,13 @@ from common.data.images import (
 from common.data.sources import set_name
 from common.errors import UserError, exit_status
 from common.figures import draw_confusion, draw_predictions
-from common.methods import METHODS, adapt, adapter_rule, make_optimizer, title, trainable
+from common.methods import METHODS, adapt, adapter_rule, make_optimizer, merge, title, trainable
 from common.models import vit_weights
+from common.models.merged import save_image_classifier
 from common.models.vit import CLASSIFIER, Vit, lora_rule
 from common.models.vit_baselines import add_bottlenecks, add_prompts
 from common.models.vit_weights import Pretrained
-from common.runs import Run, open_run
+from common.runs import Run, next_steps, open_run
 from common.tasks import image_classification
 from common.training import Trainer
 from common.vit_settings import VitSettings, parse_arguments
@@ -124,13 +126,15 @@ def finetune(settings: VitSettings, output: Path | None, resume: bool) -> None:
     task = image_classification(train, held_out)
     settings = settings.for_epochs(batches.count(task.train))
     rule = lora_rule(settings.targets, settings.rank, settings.alpha or settings.rank)
-    rule = adapter_rule(settings.method, rule)
+    rule = dataclasses.replace(adapter_rule(settings.method, rule), dropout=settings.dropout)
     pairs = lora_pairs(rule)
     model = build_model(settings, pretrained, len(train.classes), rule)
     optimizer = functools.partial(
         make_optimizer,
         settings.method,
         pairs=pairs,
+        max_norm=settings.max_norm,
+        weight_decay=settings.weight_decay,
         head=CLASSIFIER,
         head_ratio=settings.head_ratio,
     )
@@ -156,6 +160,10 @@ def finetune(settings: VitSettings, output: Path | None, resume: bool) -> None:
                 base_model=settings.model,
                 use_rslora=method.rslora,
             )
+        if settings.merge:
+            merged = merge(trainer.model(state.params), settings.method)
+            sizes = (settings.image_size, train.classes)
+            save_image_classifier(run.folder / "merged", merged, pretrained, *sizes)
         predictions, accuracy = {}, {}
         for name, images in {HELD_OUT: held_out, **tests}.items():
             size = settings.batch_size // settings.accumulate
@@ -168,6 +176,7 @@ def finetune(settings: VitSettings, output: Path | None, resume: bool) -> None:
         heading = f"{pretrained.name}, {title(settings.method, settings.rank)}"
         draw(run.folder, held_out, predictions[HELD_OUT], heading)
         loop.report(settings, run, task, heading)
+    print(next_steps(run.folder, "finetune_vit.py"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -26,7 +26,8 @@ from benchmarks.accuracy.variants import (
 from benchmarks.accuracy.workloads import Split, Workload
 from examples.common import batches
 from examples.common.models.stacking import STACKED
-from examples.common.training import Trainer, TrainState, learning_rate_at
+from examples.common.schedules import learning_rate_at
+from examples.common.training import Trainer, TrainState
 
 MakeRun = Callable[[float | None, int], dict[str, Any]]
 """(learning rate, seed) -> the record of the run."""

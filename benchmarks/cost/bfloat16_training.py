@@ -30,7 +30,7 @@ from examples.common.batches import batch_at, spread
 from examples.common.data import text
 from examples.common.errors import UserError
 from examples.common.models import llama, llama_weights
-from examples.common.training import learning_rate_at
+from examples.common.schedules import learning_rate_at
 from loft_jax import loft_adamw
 from loft_jax.adapters import LoraRule, add_lora
 from loft_jax.algorithm.second_moment import SecondMomentName

@@ -1,5 +1,6 @@
 """Settings and command line of `finetune_llm.py` and `multi_device.py`."""
 
+import argparse
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -71,10 +72,9 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[LlmSettings, Path | Non
         help=f"tokens of --task instructions to train on; default {defaults.train_on}",
     )
     add(
-        "--no-packing",
-        dest="packing",
-        action="store_false",
-        help="one example in each row, padded; default several, with segment masks",
+        "--packing",
+        action=argparse.BooleanOptionalAction,
+        help="several examples in a row, with segment masks; --no-packing pads each; default on",
     )
     add(
         "--compare",
@@ -120,7 +120,7 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[LlmSettings, Path | Non
     )
     add(
         "--remat",
-        action="store_true",
+        action=argparse.BooleanOptionalAction,
         help="recompute each layer in the backward pass: less memory, about a third more time",
     )
     add_number(parser, defaults, "seq_len", "tokens per example")
@@ -133,6 +133,11 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[LlmSettings, Path | Non
         raise UserError(f"--compare {unknown[0]}: choose from {', '.join(methods)}.")
     for method in (settings.method, *settings.compare):
         _check_storage(settings, method)
+    if settings.merge and settings.quantize is not None:
+        raise UserError(
+            "--merge needs unquantized weights, because an adapter is smaller than the steps of "
+            f"--quantize {settings.quantize}: remove one of the two."
+        )
     return settings, output, resume
 
 

@@ -4,7 +4,6 @@ import contextlib
 import signal
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,10 +15,11 @@ from loft_jax.checkpoint import Preemption
 
 from .batches import batches
 from .errors import Preempted
+from .progress import Clock, clock_time, multiples
 from .runs import Run
 from .settings import Settings
 from .tasks import Task
-from .training import Trainer, TrainState, learning_rate_at
+from .training import Trainer, TrainState
 
 
 def say(*values: Any, **options: Any) -> None:
@@ -29,7 +29,14 @@ def say(*values: Any, **options: Any) -> None:
 
 
 def fit(
-    settings: Settings, run: Run, trainer: Trainer, state: TrainState, task: Task, *, resume: bool
+    settings: Settings,
+    run: Run,
+    trainer: Trainer,
+    state: TrainState,
+    task: Task,
+    *,
+    resume: bool,
+    afterwards: float = 0.0,
 ) -> TrainState:
     """Trains to the last step and evaluates on the way.
 
@@ -40,16 +47,19 @@ def fit(
         state: before the first step.
         task: data and metrics.
         resume: whether to start from the newest checkpoint of the run instead of from `state`.
+        afterwards: the seconds that the run will take after the last step, for the time left.
 
     Raises:
         Preempted, KeyboardInterrupt: SIGTERM or Ctrl-C stopped the run. The state after the
             current step is saved, and the user knows how to resume.
     """
+    clock = Clock()
     if resume:
         state = run.restore(state)
         say(f"resuming after step {int(state.step)} of {settings.steps}")
     else:
-        evaluate(settings, run, trainer, state, task)
+        with clock.measure("evaluation"):
+            evaluate(settings, run, trainer, state, task)
     first, units = int(state.step), settings.batch_size * task.units
     steps = batches(task.train, settings.batch_size, settings.seed, range(first, settings.steps))
     bar = tqdm(
@@ -58,20 +68,27 @@ def fit(
         total=settings.steps,
         unit="step",
         desc=settings.method,
+        bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
         disable=jax.process_index() > 0,
     )
     try:
         with Preemption() as preemption, interrupt_as_preemption() as interrupted:
             for done, batch in enumerate(bar, start=first + 1):
-                began = time.perf_counter()
-                learning_rate = learning_rate_at(done - 1, settings.steps, settings.peak)
-                state, loss = trainer.step(state, batch, learning_rate)
-                loss = float(loss)
-                speed = units / (time.perf_counter() - began)
+                learning_rate = settings.learning_rate_at(done - 1)
+                with clock.measure("step") as measured:
+                    state, loss = trainer.step(state, batch, learning_rate)
+                    loss = float(loss)
+                speed = units / measured.seconds
                 record = {"step": done, "loss": loss, "learning_rate": learning_rate}
                 run.log(record | {f"{task.unit}_per_second": speed})
+                left = afterwards + clock.left(
+                    step=settings.steps - done,
+                    evaluation=multiples(settings.eval_every, done - 1, settings.steps),
+                    checkpoint=multiples(settings.save_every, done - 1, settings.steps),
+                )
                 bar.set_postfix(
                     {
+                        "left": clock_time(left),
                         "loss": f"{loss:.3f}",
                         "lr": f"{learning_rate:.1e}",
                         f"{task.unit}/s": f"{speed:.0f}",
@@ -80,10 +97,13 @@ def fit(
                 last, stop = done == settings.steps, preemption.reached(done)
                 metrics = None
                 if done % settings.eval_every == 0 or last:
-                    metrics = evaluate(settings, run, trainer, state, task)
+                    with clock.measure("evaluation"):
+                        metrics = evaluate(settings, run, trainer, state, task)
                 if done % settings.save_every == 0 or last or stop:
-                    run.save(state, metrics)
+                    with clock.measure("checkpoint"):
+                        run.save(state, metrics)
                 if stop and not last:
+                    run.wait()  # so that what the user is told below is true
                     raise KeyboardInterrupt if interrupted.is_set() else Preempted
     except (KeyboardInterrupt, Preempted) as stopped:
         why = "preempted" if isinstance(stopped, Preempted) else "stopped"
@@ -92,6 +112,12 @@ def fit(
             remedy = f"there is no checkpoint yet, so delete {run.folder} and start again"
         say(f"\n{why}; {remedy}", file=sys.stderr)
         raise
+    if settings.steps > first:
+        say(
+            f"{settings.steps - first} steps of {clock.typical('step'):.2f} s; "
+            f"{clock_time(clock.total('evaluation'))} in evaluations, "
+            f"{clock_time(clock.compilation())} in compilation"
+        )
     return state
 
 

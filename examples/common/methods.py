@@ -3,19 +3,24 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import jax
 import optax
 from flax import nnx
 
 from loft_jax import LoraPairs, baselines, clip_by_projected_global_norm, loft_adamw, loft_muon
-from loft_jax.adapters import LoraLayer, LoraRule, add_lora
+from loft_jax.adapters import LoraLayer, LoraRule, add_lora, remove_lora
 
 from .errors import UserError
 
-Optimizer = Callable[[Any, LoraPairs | None], optax.GradientTransformation]
-"""(learning rate, pairs) -> the transformation; `pairs` describes the adapters."""
+
+class Optimizer(Protocol):
+    """Makes the transformation for a learning rate; `pairs` describes the adapters."""
+
+    def __call__(
+        self, learning_rate: Any, pairs: LoraPairs | None, weight_decay: float = 0.0
+    ) -> optax.GradientTransformation: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,18 +55,48 @@ class Method:
         return self.trains == "adapters" and not self.dora
 
 
-def _adamw(learning_rate: Any, pairs: LoraPairs | None) -> optax.GradientTransformation:
-    return optax.adamw(learning_rate, weight_decay=0.0)
+def _adamw(
+    learning_rate: Any, pairs: LoraPairs | None = None, weight_decay: float = 0.0
+) -> optax.GradientTransformation:
+    """AdamW, which does not use the description of the adapters."""
+    return optax.adamw(learning_rate, weight_decay=weight_decay, mask=decayed)
 
 
-def _loft(**options: Any) -> Optimizer:
-    return lambda learning_rate, pairs: loft_adamw(
-        learning_rate, weight_decay=0.0, pairs=pairs, **options
+def _muon(
+    learning_rate: Any, pairs: LoraPairs | None, weight_decay: float = 0.0
+) -> optax.GradientTransformation:
+    # Updates have AdamW's size, so AdamW's learning rate suits non-LoRA parameters too.
+    return loft_muon(
+        learning_rate,
+        weight_decay=weight_decay,
+        adam_weight_decay=weight_decay,
+        consistent_rms=0.2,
+        pairs=pairs,
     )
 
 
-def _with_pairs(make: Callable[..., optax.GradientTransformation]) -> Optimizer:
-    return lambda learning_rate, pairs: make(learning_rate, pairs=pairs)
+def _lora_pro(
+    learning_rate: Any, pairs: LoraPairs | None, weight_decay: float = 0.0
+) -> optax.GradientTransformation:
+    if weight_decay:
+        raise UserError("--weight-decay: LoRA-Pro has none. Remove the flag.")
+    return baselines.lora_pro(learning_rate, pairs=pairs)
+
+
+def _with_pairs(make: Callable[..., optax.GradientTransformation], **options: Any) -> Optimizer:
+    return lambda learning_rate, pairs, weight_decay=0.0: make(
+        learning_rate, weight_decay=weight_decay, pairs=pairs, **options
+    )
+
+
+def _loft(**options: Any) -> Optimizer:
+    return _with_pairs(loft_adamw, **options)
+
+
+def decayed(params: Any) -> Any:
+    """Whether weight decay applies to each leaf: to all but biases and the scales of norms."""
+    spared = {jax.tree_util.DictKey(name) for name in ("bias", "scale")}
+    return jax.tree.map_with_path(lambda path, _: spared.isdisjoint(path), params)
 
 
 METHODS = {
@@ -99,8 +134,7 @@ METHODS = {
     ),
     "muon": Method(
         label="LoFT-Muon",
-        # Updates have AdamW's size, so AdamW's learning rate suits non-LoRA parameters too.
-        optimizer=_with_pairs(functools.partial(loft_muon, consistent_rms=0.2)),
+        optimizer=_muon,
         rate=3,
         projected=True,
     ),
@@ -113,7 +147,7 @@ METHODS = {
     ),
     # The variant with a second moment (Algorithm 2 of the paper).
     "altlora": Method(label="AltLoRA+", optimizer=_with_pairs(baselines.altlora_plus), rate=5),
-    "lora-pro": Method(label="LoRA-Pro", optimizer=_with_pairs(baselines.lora_pro), rate=1),
+    "lora-pro": Method(label="LoRA-Pro", optimizer=_lora_pro, rate=1),
     "lora-rite": Method(label="LoRA-RITE", optimizer=_with_pairs(baselines.lora_rite), rate=5),
     "vpt": Method(label="VPT", optimizer=_adamw, rate=10, trains="prompts"),
     "adapter": Method(label="bottleneck adapters", optimizer=_adamw, rate=10, trains="bottlenecks"),
@@ -155,12 +189,22 @@ def adapt(model: Any, method: str, rule: LoraRule, rngs: nnx.Rngs) -> Any:
     return nnx.recursive_map(wrap, model)
 
 
+def merge(model: Any, method: str) -> Any:
+    """A trained model without adapters, whose weights contain them."""
+    if METHODS[method].trains != "adapters":
+        return model
+    if not METHODS[method].dora:
+        return remove_lora(model, merge=True)
+    unwrap = lambda path, node: node.merged() if isinstance(node, DoraLayer) else node
+    return nnx.recursive_map(unwrap, model)
+
+
 class DoraLayer(nnx.Module):
     """DoRA: a linear layer whose weight is a direction, adapted by LoRA, times a magnitude."""
 
     def __init__(self, layer: LoraLayer):
         """Takes the base and the factors of an adapted `nnx.Linear`, stacked on axis 0 or not."""
-        self.base, self.scale = layer.base, layer.scale
+        self.base, self.scale, self.dropout = layer.base, layer.scale, layer.dropout
         self.lora_a, self.lora_b = layer.lora_a, layer.lora_b
         init = jax.vmap(baselines.dora_init) if layer.stack else baselines.dora_init
         self.lora_magnitude = nnx.LoRAParam(init(layer.base.kernel[...]))
@@ -168,8 +212,18 @@ class DoraLayer(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """`(..., in)` to `(..., out)`."""
         factors = (self.lora_magnitude[...], self.lora_a[...], self.lora_b[...])
-        y = baselines.dora_output(x, self.base.kernel[...], *factors, self.scale)
+        dropped = None if self.dropout is None else self.dropout(x)
+        y = baselines.dora_output(x, self.base.kernel[...], *factors, self.scale, dropped=dropped)
         return y if self.base.bias is None else y + self.base.bias[...]
+
+    def merged(self) -> nnx.Linear:
+        """The layer with DoRA's weight."""
+        weight = functools.partial(baselines.dora_weight, scale=self.scale)
+        factors = (self.lora_magnitude[...], self.lora_a[...], self.lora_b[...])
+        base = nnx.clone(self.base)
+        kernel = base.kernel[...]
+        base.kernel[...] = (jax.vmap(weight) if kernel.ndim > 2 else weight)(kernel, *factors)
+        return base
 
 
 def trainable(method: str, head: str | None = None) -> Any:
@@ -194,31 +248,35 @@ def make_optimizer(
     learning_rate: Any,
     *,
     pairs: LoraPairs | None = None,
-    max_norm: float = 1.0,
+    max_norm: float | None = 1.0,
+    weight_decay: float = 0.0,
     head: str | None = None,
     head_ratio: float = 1.0,
 ) -> optax.GradientTransformation:
-    """Gradient clipping followed by a method's optimizer, without weight decay.
+    """Gradient clipping followed by a method's optimizer.
 
     Args:
         method: one of `METHODS`.
         learning_rate: a number or a traced scalar.
         pairs: scale and stacked axes of the adapters.
-        max_norm: the global norm at which gradients are clipped.
+        max_norm: the global norm at which gradients are clipped; None does not clip.
+        weight_decay: decoupled, times the learning rate. Biases and the scales of norms, which
+            `full` and `head` train, do not decay.
         head: the attribute of a new head, which AdamW trains; None for a model without one.
         head_ratio: the head's learning rate as a multiple of `learning_rate`.
     """
     chosen = METHODS[method]
-    clip = optax.clip_by_global_norm(max_norm)
-    if chosen.projected:
-        clip = clip_by_projected_global_norm(max_norm, pairs=pairs)
-    optimizer = chosen.optimizer(learning_rate, pairs)
+    optimizer = chosen.optimizer(learning_rate, pairs, weight_decay)
     if head is not None and chosen.trains != "head":
-        of_head = _adamw(head_ratio * learning_rate, None)
+        of_head = _adamw(head_ratio * learning_rate, None, weight_decay)
         optimizer = optax.partition(
             {"head": of_head, "body": optimizer}, functools.partial(head_labels, head)
         )
-    return optax.chain(clip, optimizer)
+    if max_norm is None:
+        return optimizer
+    if chosen.projected:
+        return optax.chain(clip_by_projected_global_norm(max_norm, pairs=pairs), optimizer)
+    return optax.chain(optax.clip_by_global_norm(max_norm), optimizer)
 
 
 def head_labels(head: str, params: Any) -> Any:

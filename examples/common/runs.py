@@ -10,6 +10,7 @@ All processes of a run share the folder. The first process writes everything but
 import dataclasses
 import hashlib
 import json
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from jax.experimental import multihost_utils
 from loft_jax.checkpoint import BaseReference, Checkpoints
 
 from .errors import UserError
+from .trackers import Tracker, numbers_of, open_tracker
 from .training import TrainState
 
 
@@ -32,14 +34,31 @@ class Run:
     def __init__(self, folder: Path, base: BaseReference | None = None):
         """Opens a folder that `open_run` has checked or created."""
         self.folder = folder.resolve()
+        self._trackers: list[Tracker] | None = None
+        self._first_step = 0
         self._metrics = self.folder / "metrics.jsonl"
         self._checkpoints = Checkpoints(self.folder / "checkpoints", base=base, best="eval_loss")
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Appends a line to the metrics."""
-        if jax.process_index() == 0:
-            with self._metrics.open("a") as file:
-                file.write(json.dumps(record) + "\n")
+        """Appends a line to the metrics, and its numbers to those of the trackers."""
+        if jax.process_index() > 0:
+            return
+        with self._metrics.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        if numbers := numbers_of(record):
+            for tracker in self._open_trackers():
+                tracker.log(numbers, step=record["step"])
+
+    def _open_trackers(self) -> list[Tracker]:
+        # Not before the first record: a resumed run knows its step after `restore` only.
+        if self._trackers is None:
+            saved = read_settings(self.folder)
+            settings, identity = saved["settings"], saved.get("id", "")
+            self._trackers = [
+                open_tracker(name, self.folder, identity, settings, self._first_step)
+                for name in settings.get("log_to", ())
+            ]
+        return self._trackers
 
     def records(self) -> list[dict[str, Any]]:
         """All complete lines of the metrics; a killed run may leave an incomplete one."""
@@ -72,8 +91,13 @@ class Run:
             shorter = self._metrics.with_suffix(".new")
             shorter.write_text("".join(json.dumps(record) + "\n" for record in kept))
             shorter.replace(self._metrics)
+        self._first_step = restored.step + 1
         state = restored.opt_state
         return TrainState(state["step"], restored.adapter, state["optimizer"])
+
+    def wait(self) -> None:
+        """Waits until all checkpoints are written."""
+        self._checkpoints.wait()
 
     def has_checkpoint(self) -> bool:
         """Whether there is a checkpoint to resume from; does not wait for other processes."""
@@ -88,7 +112,11 @@ class Run:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self._checkpoints.close()
+        try:
+            for tracker in self._trackers or ():
+                tracker.finish()
+        finally:
+            self._checkpoints.close()
 
 
 def open_run(
@@ -122,7 +150,11 @@ def open_run(
     if output is None:
         numbered = (Path("runs") / f"{settings.method}-{n}" for n in range(1, 10_000))
         output = next(path for path in numbered if not path.exists())
-    described = {"settings": dataclasses.asdict(settings), "data_sha256": digest.hexdigest()}
+    described = {
+        "id": uuid.uuid4().hex,
+        "settings": dataclasses.asdict(settings),
+        "data_sha256": digest.hexdigest(),
+    }
     problem = _begin(output, described) if jax.process_index() == 0 else ""
     if jax.process_count() > 1:  # all processes stop if the first one cannot start the run
         failed = multihost_utils.broadcast_one_to_all(jnp.int32(bool(problem)))
@@ -138,6 +170,22 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
     if not metrics.exists():
         return []
     return [json.loads(line) for line in metrics.read_text().split("\n")[:-1]]
+
+
+def next_steps(folder: Path, script: str) -> str:
+    """What a user can do with the results of a finished run."""
+    shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+    lines = []
+    if (folder / "merged").is_dir():
+        lines.append(f"load the trained model: from_pretrained({str(shown / 'merged')!r})")
+    if (folder / "peft").is_dir():
+        lines.append(
+            f"load the adapter: PeftModel.from_pretrained(base, {str(shown / 'peft')!r}), "
+            "or serve it (docs/howto/serve_transformers.md)"
+        )
+    config = shown / "settings.json"
+    lines.append(f"change a setting: python examples/{script} --config {config} --rank 16")
+    return "\nnext:\n" + "\n".join(f"  {line}" for line in lines)
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

@@ -5,13 +5,22 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar, get_args
 
+from .config_files import read_config
 from .errors import UserError
 from .methods import METHODS, default_learning_rate
 from .runs import read_settings
+from .schedules import Schedule, learning_rate_at
+from .trackers import PACKAGES, check_installed
 
 S = TypeVar("S", bound="Settings")
+
+
+class Flags(Protocol):
+    """A parser, or a group of its flags."""
+
+    def add_argument(self, *names: str, **options: Any) -> argparse.Action: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +40,12 @@ class Settings:
     rank: int = 8
     alpha: float | None = None
     targets: tuple[str, ...] = ()
+    dropout: float = 0.0
     learning_rate: float | None = None
+    warmup: float = 0.1
+    schedule: Schedule = "linear"
+    weight_decay: float = 0.0
+    clip: float = 1.0
     steps: int = 60
     epochs: float | None = None
     batch_size: int = 4
@@ -39,11 +53,22 @@ class Settings:
     eval_every: int = 15
     save_every: int = 15
     seed: int = 0
+    log_to: tuple[str, ...] = ()
+    merge: bool = False
 
     @property
     def peak(self) -> float:
         """The peak learning rate."""
         return self.learning_rate or self.default_peak(self.method)
+
+    @property
+    def max_norm(self) -> float | None:
+        """The norm at which gradients are clipped; None does not clip."""
+        return self.clip or None
+
+    def learning_rate_at(self, step: int) -> float:
+        """The learning rate of a step, from 0."""
+        return learning_rate_at(step, self.steps, self.peak, self.warmup, self.schedule)
 
     def for_epochs(self: S, examples: int) -> S:
         """The settings with the steps of `--epochs` over so many examples, if it is given."""
@@ -76,8 +101,10 @@ def make_parser(
         methods: the choices of `--method`.
     """
     methods = tuple(methods)
-    parser = argparse.ArgumentParser(description=description, argument_default=argparse.SUPPRESS)
-    add = parser.add_argument
+    parser = argparse.ArgumentParser(
+        description=description, argument_default=argparse.SUPPRESS, allow_abbrev=False
+    )
+    add = parser.add_argument_group("method").add_argument
     add("--method", choices=methods, metavar="NAME", help=f"{', '.join(methods)}; default loft")
     add("--rank", type=positive_int, help=f"rank of the adapters; default {defaults.rank}")
     add("--alpha", type=positive_float, help="adapters are scaled by alpha/rank; default rank")
@@ -86,24 +113,53 @@ def make_parser(
         type=lambda value: _targets(value, targets),
         help=f"layers to adapt: {','.join(targets)}; default {','.join(defaults.targets)}",
     )
+    add("--dropout", type=fraction, help="of the adapters' input in training; default 0")
+    group = parser.add_argument_group("optimization")
+    add = group.add_argument
     peaks = ", ".join(f"{defaults.default_peak(name):g} for {name}" for name in methods)
     add("--learning-rate", type=positive_float, help=f"peak learning rate; default {peaks}")
-    add_number(parser, defaults, "steps", "training steps")
+    add(
+        "--warmup",
+        type=non_negative_float,
+        help="steps in which the learning rate rises; below 1, a fraction of the steps; default "
+        f"{defaults.warmup}",
+    )
+    add(
+        "--schedule",
+        choices=get_args(Schedule),
+        help=f"the learning rate after the warm-up; default {defaults.schedule}",
+    )
+    add("--weight-decay", type=non_negative_float, help="decoupled, as in AdamW; default 0")
+    add(
+        "--clip",
+        type=non_negative_float,
+        help=f"norm at which gradients are clipped, 0 for none; default {defaults.clip:g}",
+    )
+    add_number(group, defaults, "steps", "training steps")
     add("--epochs", type=positive_float, help="passes over the data; default from --steps")
-    add_number(parser, defaults, "batch_size", "examples per step")
-    add_number(parser, defaults, "accumulate", "parts of a batch, computed one after another")
-    add_number(parser, defaults, "eval_every", "steps between evaluations")
-    add_number(parser, defaults, "save_every", "steps between checkpoints")
+    add_number(group, defaults, "batch_size", "examples per step")
+    add_number(group, defaults, "accumulate", "parts of a batch, computed one after another")
+    group = parser.add_argument_group("run")
+    add = group.add_argument
+    add("--config", type=Path, help="TOML or JSON file with settings; flags take precedence")
+    add_number(group, defaults, "eval_every", "steps between evaluations")
+    add_number(group, defaults, "save_every", "steps between checkpoints")
     add("--seed", type=int, help=f"of adapters, batches and samples; default {defaults.seed}")
+    add(
+        "--merge",
+        action=argparse.BooleanOptionalAction,
+        help="also write the whole trained model, with its adapters merged, for transformers",
+    )
+    add("--log-to", type=names, help="also log the metrics to " + ", ".join(PACKAGES))
     add("--output", type=Path, help="folder for the results; default the next runs/METHOD-N")
     add("--resume", action="store_true", help="continue the run in --output")
     return parser
 
 
-def add_number(parser: argparse.ArgumentParser, defaults: Settings, name: str, what: str) -> None:
-    """Adds the flag of a setting that is a positive integer."""
+def add_number(group: Flags, defaults: Settings, name: str, what: str) -> None:
+    """Adds the flag of a setting that is a positive integer to a parser or to a group of flags."""
     help_ = f"{what}; default {getattr(defaults, name)}"
-    parser.add_argument("--" + name.replace("_", "-"), type=positive_int, help=help_)
+    group.add_argument("--" + name.replace("_", "-"), type=positive_int, help=help_)
 
 
 def parse(
@@ -111,16 +167,28 @@ def parse(
 ) -> tuple[S, Path | None, bool]:
     """The settings, the output folder if one is given, and whether to resume the run in it.
 
-    A resumed run takes its settings from its folder, so `--resume --output FOLDER` is enough. Any
-    other flags must agree with these settings.
+    A flag takes precedence over the same setting in the file of `--config`. A resumed run takes its
+    settings from its folder, so `--resume --output FOLDER` is enough. Any other flags must agree
+    with these settings.
     """
     given = vars(parser.parse_args(argv))
+    if (config := given.pop("config", None)) is not None:
+        given = read_config(config, parser, kind) | given
     settings, output, resume = _settings(given, kind)
     if settings.batch_size % settings.accumulate:
         raise UserError(
             f"--accumulate {settings.accumulate} does not divide --batch-size "
             f"{settings.batch_size}: choose a divisor."
         )
+    if settings.dropout and METHODS[settings.method].trains != "adapters":
+        raise UserError(
+            f"--dropout is for adapters, and --method {settings.method} has none: remove the flag."
+        )
+    if settings.merge and METHODS[settings.method].trains in ("prompts", "bottlenecks"):
+        raise UserError(
+            f"--merge: what --method {settings.method} adds is no part of the weights. Remove it."
+        )
+    check_installed(settings.log_to)
     return settings, output, resume
 
 
@@ -179,6 +247,25 @@ def positive_float(value: str) -> float:
         number = 0.0
     if not 0 < number < float("inf"):
         raise argparse.ArgumentTypeError(f"{value!r} is not a positive number")
+    return number
+
+
+def non_negative_float(value: str) -> float:
+    """Parses a flag's value as a finite number that is positive or zero."""
+    try:
+        number = float(value)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{value!r} is not zero or a positive number")
+    return number
+
+
+def fraction(value: str) -> float:
+    """Parses a flag's value as a number from 0 to 1, and not 1."""
+    number = non_negative_float(value)
+    if number >= 1:
+        raise argparse.ArgumentTypeError(f"{value!r} is not below 1")
     return number
 
 

@@ -1,4 +1,4 @@
-"""A compiled training step and evaluation, and the learning-rate schedule.
+"""A compiled training step and evaluation.
 
 `Trainer` is independent of the model: it takes any nnx module, a function from (model, batch) to
 one loss per example, and a filter that selects the trained parameters.
@@ -29,14 +29,6 @@ Outputs = Callable[[Any, Any], Any]
 """(model, batch of n examples) -> an array or a tree of arrays, each `(n, ...)`."""
 
 
-def learning_rate_at(step: int, steps: int, peak: float) -> float:
-    """Rises linearly over the first tenth of the steps, then falls linearly to zero."""
-    warmup = max(1, round(steps / 10))
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * (steps - step) / (steps - warmup)
-
-
 class TrainState(NamedTuple):
     """The state that changes from step to step: a pytree of arrays, ready for a checkpoint."""
 
@@ -55,6 +47,9 @@ class Trainer:
     rates or seeds (`start(model)` with new adapters) share the compiled step.
 
     If the model is on a mesh, the state is on the same mesh, and batches are sharded over it.
+
+    Dropout is on in the steps and off in evaluation. Its masks depend only on the keys in the
+    model and on the step, so a resumed run draws the same ones.
     """
 
     def __init__(
@@ -69,7 +64,7 @@ class Trainer:
         """Splits the model.
 
         Args:
-            model: with all its parameters, frozen ones included.
+            model: with all its parameters, frozen ones included. Its dropout is switched off.
             loss: its mean over a batch is minimised.
             optimizer: makes the transformation for a learning rate.
             wrt: the nnx filter of the trained parameters.
@@ -78,28 +73,42 @@ class Trainer:
                 to save memory. The result is that of the whole batch.
         """
         self._accumulate = accumulate
-        self._graphdef, trained, frozen = nnx.split(model, wrt, ...)
+        model.train()
+        training = nnx.graphdef(model)
+        model.eval()
+        self._graphdef, trained, keys, counts, frozen = nnx.split(
+            model, wrt, nnx.RngKey, nnx.RngCount, ...
+        )
         self.frozen = nnx.as_pure(frozen)
+        # On the host, where every process and device can use them.
+        data_of = lambda key: np.asarray(jax.random.key_data(key))
+        self._keys = jax.tree.map(data_of, nnx.as_pure(keys))
+        self._counts = jax.tree.map(np.asarray, nnx.as_pure(counts))
         self._wrt = wrt
         self._mesh = meshes.mesh_of((trained, frozen))  # `trained` alone may be empty
 
         def evaluate(params: Any, frozen: Any, batch: Any) -> Any:
-            return (outputs or loss)(nnx.merge(self._graphdef, params, frozen), batch)
+            return (outputs or loss)(self._merge(self._graphdef, params, frozen), batch)
 
-        def total(params: Any, frozen: Any, part: Any) -> tuple[jax.Array, jax.Array]:
-            found = loss(nnx.merge(self._graphdef, params, frozen), part)
+        def total(
+            params: Any, frozen: Any, part: Any, count: jax.Array
+        ) -> tuple[jax.Array, jax.Array]:
+            found = loss(self._merge(training, params, frozen, count), part)
             losses, weights = found if isinstance(found, tuple) else (found, jnp.ones_like(found))
             return losses.sum(), weights.sum()
 
         def step(state: TrainState, frozen: Any, parts: Any, learning_rate: jax.Array):
-            def add(sums: Any, part: Any) -> tuple[Any, None]:
+            def add(sums: Any, numbered: Any) -> tuple[Any, None]:
+                number, part = numbered
                 (value, weight), gradients = jax.value_and_grad(total, has_aux=True)(
-                    state.params, frozen, part
+                    state.params, frozen, part, state.step * accumulate + number
                 )
                 return jax.tree.map(jnp.add, sums, (value, weight, gradients)), None
 
             zeros = jax.tree.map(jnp.zeros_like, (jnp.zeros([]), jnp.zeros([]), state.params))
-            (value, weight, gradients), _ = jax.lax.scan(add, zeros, parts)
+            (value, weight, gradients), _ = jax.lax.scan(
+                add, zeros, (jnp.arange(accumulate), parts)
+            )
             # A batch without a trained token has weight 0, loss 0 and gradient 0.
             value, gradients = jax.tree.map(
                 lambda x: x / jnp.maximum(weight, 1), (value, gradients)
@@ -161,7 +170,13 @@ class Trainer:
 
     def model(self, params: Any) -> Any:
         """The module with these trained parameters."""
-        return nnx.merge(self._graphdef, params, self.frozen)
+        return self._merge(self._graphdef, params, self.frozen)
+
+    def _merge(self, graphdef: Any, params: Any, frozen: Any, count: Any = 0) -> Any:
+        """The module whose dropout has drawn `count` masks."""
+        keys = jax.tree.map(jax.random.wrap_key_data, self._keys)
+        counts = jax.tree.map(lambda x: jnp.full_like(x, count), self._counts)
+        return nnx.merge(graphdef, params, keys, counts, frozen)
 
     def _put(self, batch: Any, axis: int = 0) -> Any:
         """Shards the examples, which are along `axis`, over the mesh, if there is one."""

@@ -93,16 +93,18 @@ def dora_output(
     scale: float | jax.Array = 1.0,
     *,
     detach_norm: bool = True,
+    dropped: Float[Array, "..."] | None = None,
 ) -> Float[Array, "..."]:
     """Returns ``x @ dora_weight(...)``, with the adapter applied factor by factor.
 
     The products with ``x`` are those of a LoRA layer, in the caller's precision. Neither a merged
-    weight in low precision nor its gradient is formed: only the norms need the merged weight. There
-    is no dropout.
+    weight in low precision nor its gradient is formed: only the norms need the merged weight.
 
     Args:
       x: ``(..., in)``.
       kernel, magnitude, a, b, scale, detach_norm: as in `dora_weight`.
+      dropped: ``x`` after dropout, for training; None without dropout. As in the released code and
+        in PEFT, what the adapter adds to ``x @ kernel`` is then computed from it.
 
     Returns:
       ``(..., out)``, without a bias, in the dtype of ``x @ kernel``.
@@ -122,7 +124,10 @@ def dora_output(
     with jax.default_matmul_precision("highest"):
         gain = _gain(_direction(kernel, a, b, scale), magnitude, detach_norm)
     y = x @ kernel
-    return (gain * (y + scale * ((x @ a) @ b))).astype(y.dtype)
+    if dropped is None:
+        return (gain * (y + scale * ((x @ a) @ b))).astype(y.dtype)
+    added = (gain - 1) * (dropped @ kernel) + gain * scale * ((dropped @ a) @ b)
+    return (y + added).astype(y.dtype)
 
 
 def _direction(

@@ -56,6 +56,17 @@ def test_weight_and_output_are_the_papers(shape, assert_close):
 
 
 @pytest.mark.usefixtures("x64")
+def test_dropout_applies_to_what_the_adapter_adds(assert_close):
+    values = problem()
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(7, 9))
+    dropped = x * rng.integers(0, 2, size=x.shape) * 2
+    y = dora_output(*arrays([x, *values]), SCALE, dropped=jnp.asarray(dropped))
+    w0, oracle = values[0], Oracle(*values)
+    assert_close(y, x @ w0 + dropped @ (oracle.weight - w0))
+
+
+@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("detach_norm", [True, False], ids=["constant norm", "full"])
 def test_gradients_are_the_papers(detach_norm, assert_close):
     values = problem()

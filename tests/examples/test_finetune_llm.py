@@ -1,6 +1,7 @@
 """The script on a tiny random model: its outputs, its messages, and resuming."""
 
 import contextlib
+import importlib
 import io
 import json
 import shutil
@@ -18,6 +19,7 @@ from flax import nnx
 from optimizers import hasty_compiler as hasty_compiler
 from safetensors.numpy import save_file
 
+import common
 import finetune_llm
 from common import runs, training
 from common.llm_settings import LlmSettings
@@ -25,6 +27,7 @@ from common.models.gpt2 import GPT2, GPT2Config
 from loft_jax.adapters import FAMILIES, load_peft
 
 SMALL = "--steps 4 --eval-every 2 --save-every 2 --batch-size 2 --seq-len 8 --rank 2 --alpha 4"
+DROPOUT = ("--dropout", "0.2", "--weight-decay", "0.1", "--schedule", "cosine")
 
 
 def run(*arguments: Any) -> int:
@@ -51,7 +54,7 @@ def finished(arguments, tmp_path_factory) -> Finished:
     """A run with LoFT; tests must not change its folder."""
     folder = tmp_path_factory.mktemp("finished") / "out"
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        assert run(*arguments, "--output", folder) == 0
+        assert run(*arguments, *DROPOUT, "--merge", "--output", folder) == 0
     return Finished(folder, printed.getvalue())
 
 
@@ -91,6 +94,25 @@ def test_loft_leaves_its_results(finished):
     assert_results(*finished, leaves=2 * 2)  # the factors of q and up
 
 
+def test_the_trained_model_is_left_as_transformers_reads_it(finished):
+    from common.models.llama_weights import load
+
+    model = load(str(finished.folder / "merged")).build()
+    base = json.loads((finished.folder / "settings.json").read_text())["settings"]["model"]
+    changed = [
+        "/".join(path)
+        for (path, ours), (_, old) in zip(
+            nnx.to_flat_state(nnx.state(model)),
+            nnx.to_flat_state(nnx.state(load(base).build())),
+            strict=True,
+        )
+        if not np.array_equal(ours[...], old[...])
+    ]
+    assert changed == ["layers/mlp/up_proj/kernel", "layers/self_attn/q_proj/kernel"]
+    assert f"from_pretrained('{finished.folder / 'merged'}')" in finished.printed
+    assert f"--config {finished.folder / 'settings.json'}" in finished.printed
+
+
 def test_the_adapter_is_left_as_peft_writes_it_too(finished):
     saved = load_peft(finished.folder / "peft")
     names = {
@@ -112,11 +134,11 @@ def test_the_adapter_is_left_as_peft_writes_it_too(finished):
         (("--second-moment", "factored"), 4),
         (("--method", "lora"), 4),
         (("--method", "full"), 11),
-        (("--method", "dora"), 6),
+        (("--method", "dora", "--dropout", "0.2"), 6),
         (("--method", "rslora"), 4),
         (("--quantize", "nf4"), 4),
         (("--quantize", "int8", "--method", "lora"), 4),
-        (("--dtype", "bfloat16", "--remat", "--accumulate", "2"), 4),
+        (("--dtype", "bfloat16", "--remat", "--accumulate", "2", "--dropout", "0.1"), 4),
     ],
     ids=["factored", "lora", "full", "dora", "rslora", "nf4", "int8", "bfloat16"],
 )
@@ -127,7 +149,7 @@ def test_other_methods_leave_the_same_results(arguments, tmp_path, capsys, flags
 
 def test_methods_are_compared_at_the_same_learning_rate(finished, arguments, tmp_path, capsys):
     folder = tmp_path / "out"
-    assert run(*arguments, "--compare", "lora,full", "--output", folder) == 0
+    assert run(*arguments, *DROPOUT, "--merge", "--compare", "lora,full", "--output", folder) == 0
     assert (folder / "comparison.png").read_bytes().startswith(b"\x89PNG")
     assert read_metrics(folder) == read_metrics(finished.folder)
     records = {name: read_metrics(folder / name) for name in (".", "lora", "full")}
@@ -172,7 +194,7 @@ def test_a_killed_run_resumes_bit_exactly(finished, arguments, tmp_path, monkeyp
 
     with monkeypatch.context() as patch:
         patch.setattr(training.Trainer, "step", interrupted)
-        assert run(*arguments, "--output", folder) == 130
+        assert run(*arguments, *DROPOUT, "--output", folder) == 130
     assert [r["step"] for r in read_metrics(folder) if "loss" in r] == [1, 2, 3]
 
     assert run("--resume", "--output", folder) == 0
@@ -196,7 +218,7 @@ def test_ctrl_c_saves_the_step_and_the_run_resumes_bit_exactly(
 
     with monkeypatch.context() as patch:
         patch.setattr(training.Trainer, "step", interrupted)
-        assert run(*arguments, "--output", folder) == 130
+        assert run(*arguments, *DROPOUT, "--output", folder) == 130
     assert "continue with --resume" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGINT) is handler
     assert (folder / "checkpoints" / "3").is_dir()  # in spite of --save-every 2
@@ -207,6 +229,22 @@ def test_ctrl_c_saves_the_step_and_the_run_resumes_bit_exactly(
         read_arrays(folder / "adapter"), read_arrays(finished.folder / "adapter"), strict=True
     ):
         np.testing.assert_array_equal(mine, other)
+
+
+def test_after_ctrl_c_in_the_first_step_the_message_is_true(
+    arguments, tmp_path, monkeypatch, capsys
+):
+    folder, step = tmp_path / "out", training.Trainer.step
+
+    def interrupted(*args):
+        signal.raise_signal(signal.SIGINT)
+        return step(*args)
+
+    monkeypatch.setattr(training.Trainer, "step", interrupted)
+    assert run(*arguments, "--save-every", "100", "--output", folder) == 130
+    assert (folder / "checkpoints" / "1").is_dir()
+    message = capsys.readouterr().err
+    assert f"stopped; continue with --resume --output {folder}" in message
 
 
 def test_a_second_ctrl_c_stops_at_once(arguments, tmp_path, monkeypatch, capsys):
@@ -283,8 +321,13 @@ def test_without_an_output_folder_the_next_free_one_is_taken(tmp_path, monkeypat
         (["--method", "dora", "--quantize", "nf4"], "--quantize does not support --method dora"),
         (["--compare", "full", "--quantize", "nf4"], "--method full trains all weights"),
         (["--compare", "lora,sgd"], "--compare sgd: choose from loft"),
+        (["--merge", "--quantize", "nf4"], "--merge needs unquantized weights"),
+        (["--log-to", "mlflow"], "--log-to mlflow: choose from tensorboard"),
+        (["--config", "missing.toml"], "Cannot use --config missing.toml"),
         (["--method", "head"], "has no separate head"),
         (["--method", "full", "--dtype", "bfloat16"], "--method full trains weights"),
+        (["--method", "full", "--dropout", "0.1"], "--dropout is for adapters"),
+        (["--method", "lora-pro", "--weight-decay", "0.1"], "LoRA-Pro has none"),
         (["--resume"], "--resume needs --output"),
         (["--resume", "--output", "missing"], "missing contains no run to resume"),
     ],
@@ -306,12 +349,20 @@ def test_what_cannot_work_is_explained_in_one_paragraph(
         (["--rank", "0"], "'0' is not a positive integer"),
         (["--learning-rate", "-1"], "'-1' is not a positive number"),
         (["--method", "sgd"], "invalid choice: 'sgd'"),
+        (["--dropout", "1"], "'1' is not below 1"),
+        (["--weight-decay", "-1"], "'-1' is not zero or a positive number"),
     ],
 )
 def test_bad_flags_are_refused(capsys, flags, message):
     with pytest.raises(SystemExit) as exit_:
         run(*flags)
     assert exit_.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_missing_package_is_named_with_its_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(ImportError, match=r"need tokenizers.*-e \"\.\[examples\]\""):
+        importlib.reload(common)
 
 
 def test_the_script_runs_by_its_path_and_fails_without_a_traceback(tmp_path):

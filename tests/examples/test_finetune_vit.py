@@ -42,7 +42,7 @@ def arguments(tmp_path_factory) -> list[str]:
 def finished(arguments, tmp_path_factory) -> Path:
     """The folder of a run with LoFT; tests must not change it."""
     folder = tmp_path_factory.mktemp("finished") / "out"
-    assert run(*arguments, "--output", folder) == 0
+    assert run(*arguments, "--merge", "--dropout", "0.1", "--output", folder) == 0
     return folder
 
 
@@ -72,6 +72,11 @@ def assert_results(folder: Path, leaves: int) -> None:
 
 def test_loft_leaves_its_results(finished):
     assert_results(finished, leaves=2 * 6 + 2)  # the factors of six targets, and the head
+
+
+def test_the_trained_model_is_left_as_transformers_reads_it(finished):
+    names = {path.name for path in (finished / "merged").iterdir()}
+    assert names == {"config.json", "preprocessor_config.json", "model.safetensors"}
 
 
 def test_the_adapter_and_the_head_are_left_as_peft_writes_them_too(finished):
@@ -125,7 +130,7 @@ def test_a_killed_run_resumes_bit_exactly(finished, arguments, tmp_path, monkeyp
 
     with monkeypatch.context() as patch:
         patch.setattr(training.Trainer, "step", interrupted)
-        assert run(*arguments, "--output", folder) == 130
+        assert run(*arguments, "--merge", "--dropout", "0.1", "--output", folder) == 130
     assert run("--resume", "--output", folder) == 0
     assert read_metrics(folder) == read_metrics(finished)
     ours, theirs = read_arrays(folder / "adapter"), read_arrays(finished / "adapter")
@@ -141,6 +146,8 @@ def test_a_killed_run_resumes_bit_exactly(finished, arguments, tmp_path, monkeyp
         (["--model", "missing"], "--model missing: there is no such folder"),
         (["--data", "missing"], "--data missing: there is no such file or folder"),
         (["--eval-data", "missing"], "--eval-data missing: there is no such"),
+        (["--method", "vpt", "--merge"], "--merge: what --method vpt adds"),
+        (["--method", "vpt", "--dropout", "0.1"], "--dropout is for adapters"),
         (["--resume"], "--resume needs --output"),
     ],
 )

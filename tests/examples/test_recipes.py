@@ -39,6 +39,8 @@ def test_the_paper_s_hyper_parameters_are_set():
     assert (last.method, last.rank, last.alpha, last.learning_rate) == ("loft", 1, 1, 1e-4)
     assert first.targets == ("q", "k", "v", "up", "down") and first.batch_size == 16
     assert len(first.test_data) == 8 and not first.packing
+    assert (first.dropout, first.warmup, first.schedule) == (0.05, 100, "linear")
+    assert of("table-14", 0).warmup == 0 and of("table-21", 0).dropout == 0.05
     assert (of("table-14", 0).batch_size, of("table-15", 0).batch_size) == (64, 32)
     assert of("figure-9", 0).quantize == "nf4"
     assert {of("table-21", number).seq_len for number in range(4)} == {256, 512}
@@ -46,6 +48,7 @@ def test_the_paper_s_hyper_parameters_are_set():
     assert (full.method, full.batch_size, full.learning_rate) == ("full", 64, 5e-4)
     assert (lora.method, lora.rank, lora.alpha) == ("lora", 16, 32)
     assert (last.method, last.rank, last.alpha, last.batch_size) == ("loft", 4, 4, 256)
+    assert (lora.dropout, last.dropout, full.dropout, lora.warmup) == (0.1, 0.1, 0, 0.1)
     assert len(of("table-18", 0).test_data) == 6 and not full.test_data
     ablations = ["loft", "no-alternation", "no-calibration", "neither"]
     for name, rank in (("table-6", 16), ("table-7", 4)):

@@ -1,4 +1,4 @@
-"""Schedule, optimizers, and a step that is compiled once for all learning rates and seeds."""
+"""Optimizers, dropout, and a step that is compiled once for all learning rates and seeds."""
 
 import dataclasses
 
@@ -12,6 +12,7 @@ from optimizers import hasty_compiler as hasty_compiler
 
 from common import losses, methods, training
 from common.data import text
+from common.errors import UserError
 from common.models import llama_weights as weights
 from common.models.llama import Llama, LlamaConfig, lora_rule
 from loft_jax.adapters import add_lora, lora_pairs
@@ -25,18 +26,6 @@ def adapted_model(folder, seed=0):
 
 RULE = lora_rule(["q", "down"], rank=2, alpha=2)
 WINDOWS = np.random.default_rng(0).integers(0, 256, (6, 9)).astype(np.int32)
-
-
-def test_the_learning_rate_rises_for_a_tenth_of_the_steps_then_falls_to_zero():
-    rates = [training.learning_rate_at(step, 50, 2.0) for step in range(51)]
-    np.testing.assert_allclose(rates[:5], [0.4, 0.8, 1.2, 1.6, 2.0])
-    np.testing.assert_allclose(np.diff(rates[5:]), -2.0 / 45)
-    assert rates[5] == 2.0 and rates[50] == 0
-
-
-@pytest.mark.parametrize("steps", [1, 2, 3])
-def test_short_runs_have_positive_learning_rates(steps):
-    assert all(training.learning_rate_at(step, steps, 1.0) > 0 for step in range(steps))
 
 
 def untied_model(folder):
@@ -91,6 +80,107 @@ def test_a_new_head_has_a_learning_rate_of_its_own():
     updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
     np.testing.assert_allclose(updates["layers"]["kernel"], -1e-2, rtol=1e-5)
     np.testing.assert_allclose(updates["classifier"]["kernel"], -1e-1, rtol=1e-5)
+
+
+def test_weight_decay_is_decoupled_and_spares_biases_and_norms():
+    params = {
+        "layers": {"kernel": np.ones(3, np.float32), "scale": np.ones(3, np.float32)},
+        "classifier": {"kernel": np.ones(3, np.float32), "bias": np.ones(3, np.float32)},
+    }
+    zeros = jax.tree.map(np.zeros_like, params)
+    options = {"head": "classifier", "head_ratio": 10.0, "weight_decay": 0.5}
+    for max_norm in (1.0, None):
+        tx = methods.make_optimizer("full", 1e-2, max_norm=max_norm, **options)
+        updates, _ = jax.jit(tx.update)(zeros, tx.init(params), params)
+        np.testing.assert_allclose(updates["layers"]["kernel"], -5e-3, rtol=1e-6)
+        np.testing.assert_allclose(updates["classifier"]["kernel"], -5e-2, rtol=1e-6)
+        assert not updates["layers"]["scale"].any() and not updates["classifier"]["bias"].any()
+
+
+@pytest.mark.parametrize("method", ["loft", "muon", "altlora", "lora-rite"])
+def test_optimizers_of_adapters_decay_them(method):
+    eye = np.eye(3, 2, dtype=np.float32)
+    params = {"lora_a": eye, "lora_b": eye.T}
+    zeros = jax.tree.map(np.zeros_like, params)
+    tx = methods.make_optimizer(method, 0.5, weight_decay=0.2)
+    updates, _ = jax.jit(tx.update)(zeros, tx.init(params), params)
+    moved = [name for name, update in updates.items() if np.any(update)]
+    for name in moved:
+        np.testing.assert_allclose(updates[name], -0.1 * params[name], rtol=1e-6)
+    alternates = method in ("loft", "muon", "altlora")
+    assert len(moved) == (1 if alternates else 2)
+
+
+def test_lora_pro_has_no_weight_decay():
+    with pytest.raises(UserError, match="--weight-decay: LoRA-Pro has none"):
+        methods.make_optimizer("lora-pro", 1e-3, weight_decay=0.1)
+
+
+def test_gradients_are_clipped_at_the_norm_that_is_given():
+    params = {"kernel": np.zeros(4, np.float32)}
+    gradients = {"kernel": np.full(4, 3.0, np.float32)}  # of norm 6
+
+    def first_moment(max_norm):
+        tx = methods.make_optimizer("full", 1e-2, max_norm=max_norm)
+        _, state = jax.jit(tx.update)(gradients, tx.init(params), params)
+        return optax.tree_utils.tree_get(state, "mu")["kernel"]
+
+    np.testing.assert_allclose(first_moment(None), 0.3, rtol=1e-6)
+    np.testing.assert_allclose(first_moment(2.0), 0.1, rtol=1e-6)
+
+
+# ---------------------------------------------------------------------------- dropout
+
+
+@pytest.fixture(scope="module")
+def with_dropout(model_folder):
+    """Makes trainers of a model with dropout; each compiles anew, as in a new process."""
+
+    def make(method="lora", dropout=0.5, accumulate=1):
+        rule = dataclasses.replace(RULE, dropout=dropout, init_b=jax.nn.initializers.ones)
+        model = methods.adapt(weights.load(str(model_folder)).build(), method, rule, nnx.Rngs(0))
+        sgd = lambda rate: optax.sgd(rate)
+        trainer = training.Trainer(model, text.next_token_loss, sgd, accumulate=accumulate)
+        return trainer, trainer.start(model)
+
+    return make
+
+
+def test_dropout_draws_a_mask_for_each_step_and_a_resumed_run_draws_the_same(with_dropout):
+    trainer, state = with_dropout()
+    found = []
+    for _ in range(3):
+        state, loss = trainer.step(state, WINDOWS, 0.0)  # the parameters stay
+        found.append(float(loss))
+    assert len(set(found)) == 3
+    anew, start = with_dropout()
+    # As from a checkpoint, which has the step.
+    resumed = start._replace(step=jnp.int32(2))
+    assert float(anew.step(resumed, WINDOWS, 0.0)[1]) == found[2]
+
+
+def test_dropout_is_off_in_evaluation_and_in_generation(with_dropout):
+    (trainer, state), (plain, same) = with_dropout(), with_dropout(dropout=0.0)
+    params = jax.tree.map(np.asarray, state.params)
+    assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, same.params)
+    expected = plain.evaluate(params, WINDOWS, 4)
+    np.testing.assert_array_equal(trainer.evaluate(params, WINDOWS, 4), expected)
+    logits = [one.model(params)(WINDOWS) for one in (trainer, plain)]
+    np.testing.assert_array_equal(*logits)
+    assert float(trainer.step(state, WINDOWS, 0.0)[1]) != pytest.approx(expected.mean(), abs=1e-4)
+
+
+def test_the_parts_of_a_batch_have_masks_of_their_own(with_dropout):
+    twice = np.concatenate([WINDOWS[:3]] * 2)
+    trainer, state = with_dropout(accumulate=2)
+    both = float(trainer.step(state, twice, 0.0)[1])
+    trainer, state = with_dropout()
+    first = float(trainer.step(state, WINDOWS[:3], 0.0)[1])
+    assert both != first
+    # The second part has the mask of a step that comes second.
+    trainer, state = with_dropout()
+    second = float(trainer.step(state._replace(step=jnp.int32(1)), WINDOWS[:3], 0.0)[1])
+    assert both == pytest.approx((first + second) / 2, rel=1e-6)
 
 
 def test_one_compilation_serves_every_learning_rate_and_seed(model_folder):

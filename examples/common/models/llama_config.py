@@ -111,6 +111,25 @@ class LlamaConfig:
             raise ValueError(f"model_type {kind!r} is not supported: use one of {names}")
         return cls(**_common(config) | _FAMILIES[kind](config))
 
+    def to_hf(self) -> dict[str, Any]:
+        """The config.json of a LLaMA with unscaled rotations; the inverse of `from_hf`."""
+        (kind,) = self.layer_kinds
+        assert kind.rope is not None
+        config = {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "rope_theta": kind.rope.theta,
+        }
+        return config | {name: getattr(self, name) for name in _SHARED}
+
+
+_SHARED = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps"),
+    *("max_position_embeddings", "tie_word_embeddings"),
+)
+"""The settings that have the same name and meaning in config.json."""
+
 
 def _common(config: Config) -> dict[str, Any]:
     heads = config["num_attention_heads"]

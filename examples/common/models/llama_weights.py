@@ -41,6 +41,8 @@ class Pretrained:
     tokenizer: Tokenizer
     tokenizer_config: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
     """The chat template and the special tokens."""
+    folder: Path | None = None
+    """Where config.json and the tokenizer are; None for a GGUF file."""
 
     def build(
         self, dtype: Any = jnp.float32, *, remat: bool = False, placement: Placement | None = None
@@ -136,7 +138,7 @@ def read_folder(folder: Path) -> Pretrained:
     except Exception as error:  # tokenizers raises bare Exception
         raise UserError(f"Cannot read {tokenizer}: {error}.") from error
     of_tokens = read_tokenizer_config(folder, read)
-    return Pretrained(folder.resolve().name, config, Safetensors(folder), read, of_tokens)
+    return Pretrained(folder.resolve().name, config, Safetensors(folder), read, of_tokens, folder)
 
 
 # ------------------------------------------------------------------------------- GGUF

