@@ -1,14 +1,28 @@
-"""The long runs at a tiny size: they learn, resume and make a table."""
+"""The long runs at a tiny size: they learn, resume and make tables and figures."""
 
+import gzip
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from optimizers import hasty_compiler as hasty_compiler
 
 from benchmarks import records
-from benchmarks.longruns import data, language, sensing, suite, table
+from benchmarks.longruns import (
+    arithmetic,
+    bench,
+    figures,
+    images,
+    language,
+    sensing,
+    suite,
+    table,
+    texts,
+)
 from benchmarks.longruns.low_rank_steps import adamw_of_rank, leading_part
 from benchmarks.longruns.methods import METHODS, warmup_cosine
+from benchmarks.longruns.transformer import adapted, new_adapters
 
 
 def test_sensing_approaches_its_target_with_renewals(monkeypatch):
@@ -20,12 +34,12 @@ def test_sensing_approaches_its_target_with_renewals(monkeypatch):
     assert errors.min() < 0.9
 
 
-def test_a_language_run_is_recorded_once(monkeypatch, tmp_path, capsys):
-    texts = data.Texts(*(np.arange(size, dtype=np.uint8) % 7 for size in (250, 99, 99)))
-    monkeypatch.setattr(language, "python_sources", lambda: texts)
-    monkeypatch.setattr(data, "HELD_OUT_BATCHES", 2)
+def test_a_run_is_recorded_once(monkeypatch, tmp_path):
+    short = texts.Texts(*(np.arange(size, dtype=np.uint8) % 7 for size in (250, 99, 99)))
+    monkeypatch.setattr(language, "python_sources", lambda: short)
+    monkeypatch.setattr(texts, "HELD_OUT_BATCHES", 2)
     (tmp_path / "text").write_bytes(bytes(range(100)))
-    arguments = f"language --text {tmp_path}/text --cache {tmp_path}/cache.npz --rate 0.1"
+    arguments = f"train --text {tmp_path}/text --cache {tmp_path}/cache.npz --rate 0.1"
     arguments += f" --results {tmp_path}/results --method full momentum-5 --steps 10 --rank 1"
     arguments += " --layers 1 --width 8 --length 8 --batch 2 --pretraining-steps 2"
 
@@ -38,6 +52,92 @@ def test_a_language_run_is_recorded_once(monkeypatch, tmp_path, capsys):
     assert all(row["curve"][-1] == [10, row["loss"]] for row in found)
     assert all(0 < row["validation"] < row["curve"][0][1] for row in found)
     assert rows() == found
+
+
+def test_a_vision_run_learns_labels_that_the_images_show(monkeypatch, tmp_path):
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 10, 200).astype(np.uint8)
+    grey = np.broadcast_to(25 * labels[:, None, None], (200, 28, 28)).astype(np.uint8)
+    for part in ("train", "t10k"):
+        for name, header, data in (("images-idx3", 16, grey), ("labels-idx1", 8, labels)):
+            content = gzip.compress(bytes(header) + data.tobytes())
+            (tmp_path / f"{part}-{name}-ubyte.gz").write_bytes(content)
+    sets = images.fashion_mnist(tmp_path)
+    assert [len(x["labels"]) for x in sets] == [180, 20, 200]
+    for part in sets:
+        assert part["images"].shape[1:] == (32, 32, 1)
+        np.testing.assert_array_equal(part["images"][:, 16, 16, 0], 25 * part["labels"])
+        assert not part["images"][:, 1].any()
+    monkeypatch.setattr(images, "digits", lambda: sets.train)
+    arguments = f"suite --task vision --images {tmp_path} --cache {tmp_path}/cache.npz --seeds 1"
+    arguments += f" --results {tmp_path}/results --method full dora --steps 20 --layers 1"
+    arguments += " --width 8 --patch 16 --batch 8 --pretraining-steps 2"
+    assert main(arguments.split()) == 0
+    best = {}
+    for row in records.read(tmp_path / "results"):
+        best[row["method"]] = min(row["loss"], best.get(row["method"], 9))
+        assert 0 <= row["accuracy"] <= 1
+        assert (row["layers"], row["width"], row["patch"], row["batch"]) == (1, 8, 16, 8)
+    assert best.keys() == {"full", "dora"}
+    assert max(best.values()) < 2.2
+
+
+def test_sums_are_right_and_none_is_in_two_parts():
+    parts = [
+        arithmetic.pairs(x) for x in (arithmetic.TRAIN, arithmetic.VALIDATION, arithmetic.TEST)
+    ]
+    assert sum(map(len, parts)) == len(np.unique(np.concatenate(parts))) == 10**6
+    batches = np.asarray(arithmetic.sums(parts[2], np.random.default_rng(0), 3, 2, 40))
+    assert batches.shape == (3, 2, 41)
+    lines = bytes(batches[0, 0]).decode().split("\n")
+    assert len(lines) == 4
+    assert len(lines[3]) == 2
+    for line in lines[:3]:
+        left, right, total = map(int, line.replace("=", "+").split("+"))
+        assert left + right == total
+        assert 1000 * left + right in parts[2]
+
+
+def test_a_sum_is_right_where_all_its_digits_are_predicted(monkeypatch):
+    pairs = arithmetic.pairs(arithmetic.TRAIN)
+    batch = arithmetic.sums(pairs, np.random.default_rng(0), 1, 2, 30)[0]
+    predicted = np.asarray(batch[:, 1:]).copy()
+    predicted[:, :7] = 0  # of the operands of the first sums
+    predicted[0, 9] ^= 1  # a digit of the first answer; two sums are whole in each of two rows
+    logits = jax.nn.one_hot(predicted.reshape(-1), 256)
+    monkeypatch.setattr(arithmetic.model, "logits", lambda *args: logits)
+    assert float(arithmetic.accuracy(None, None, batch)) == 0.75
+
+
+def test_adapters_are_scaled_and_doras_have_the_magnitude_of_the_weight():
+    rng = np.random.default_rng(0)
+    shapes = ((2, 5), (5, 4), (5, 2), (2, 4))
+    x, kernel, a, b = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
+    factors = {"lora_a": a, "lora_b": b}
+    scale = METHODS["rslora"].scale(2)
+    assert scale == pytest.approx(8 / 2**0.5)
+    weight = np.asarray(kernel + scale * a @ b)
+    np.testing.assert_allclose(adapted(x, kernel, factors, scale), x @ weight, rtol=1e-4)
+    params = {"layers": {"up": {"kernel": kernel[None]}}}
+    new = new_adapters(jax.random.key(0), params, 2, METHODS["dora"].magnitude)
+    dora = {**jax.tree.map(lambda x: x[0], new["layers"]["up"]), **factors}
+    expected = x @ (weight / np.linalg.norm(weight, axis=0) * np.linalg.norm(kernel, axis=0))
+    np.testing.assert_allclose(adapted(x, kernel, dora, scale), expected, rtol=1e-4)
+
+
+def test_a_task_refuses_what_it_does_not_have(tmp_path, capsys):
+    for arguments, message in (
+        ("suite --task vision --length 9", "has no --length"),
+        ("suite --part images", "its parts are renewal, bound"),
+        ("train --task cifar10 --method full --rate 1", "needs --images"),
+        (
+            f"train --task vision --images {tmp_path} --method full --rate 1",
+            "dataset-fashion-mnist",
+        ),
+        (f"train --cache {tmp_path}/x --method full --rate 1", "give a --text"),
+    ):
+        assert main(arguments.split()) != 0
+        assert message in capsys.readouterr().err
 
 
 def row(loss: float | None) -> records.Row:
@@ -69,11 +169,14 @@ def test_the_table_has_the_part_of_the_gap_that_each_method_closes():
         ("loft-anew-100", 4, 0.1): (None,),
     }
     rows = {
-        language.Run(*key, seed): row(loss)
+        bench.Run(*key, seed): row(loss)
         for key, found in losses.items()
         for seed, loss in enumerate(found)
     }
-    lines = [line.split(" | ") for line in table.table(rows, suite.PARTS["renewal"]).splitlines()]
+    lines = [
+        line.split(" | ")
+        for line in table.table(rows, suite.PARTS["language"]["renewal"]).splitlines()
+    ]
     cells = {line[0].removeprefix("| "): line[1:] for line in lines}
     renewed = cells["LoFT, renewed every 100: momentum"]
     # Of two tests, full fine-tuning's differences are all equal and so have no p.
@@ -82,6 +185,31 @@ def test_the_table_has_the_part_of_the_gap_that_each_method_closes():
     assert cells["LoFT, factored"][1] == "0.1"
     assert cells["LoRA"][4:7] == ["+0.050", "", "-5%"]
     assert "inf" in cells["LoFT, drawn anew every 100, without its moments"][2]
+
+
+def test_the_figure_has_the_curves_the_intervals_and_the_ranks(tmp_path):
+    rows = {}
+    for method, rank, loss in (
+        ("full", None, 1.0), ("loft", 4, 2.0), ("loft", 16, 1.5), ("loft-anew-100", 4, 1.7),
+        ("loft-anew-250", 4, 1.9),
+    ):  # fmt: skip
+        for seed in range(2):
+            curve = [[5, loss + 1], [10, loss + 0.1 * seed]]
+            run = bench.Run(method, rank, 0.1, seed)
+            rows[run] = row(loss + 0.1 * seed) | {"curve": curve}
+    steps, losses = figures.curves(rows, "loft")
+    np.testing.assert_allclose(losses, [[3, 2], [3, 2.1]])
+    assert list(steps) == [5, 10]
+    gaps = np.array(figures.gaps_by_interval(rows, r"loft-anew-(\d+)"))
+    np.testing.assert_allclose(gaps, [[100, 30, 0], [250, 10, 0]], atol=1e-9)
+    assert figures.rates_by_rank(rows, "loft") == [(4, 0.1), (16, 0.1)]
+    panels = [figures.curve_panel(rows, ""), figures.interval_panel(rows), figures.rank_panel(rows)]
+    figures.draw([panel for panel in panels if panel is not None], tmp_path / "x.png")
+    assert None not in panels
+    assert (tmp_path / "x.png").stat().st_size > 1000
+    assert (
+        figures.interval_panel({}) is figures.rank_panel({}) is figures.curve_panel({}, "") is None
+    )
 
 
 def test_the_schedule_rises_and_falls():
@@ -113,4 +241,4 @@ def test_steps_of_low_rank_are_the_leading_part_of_adamws():
 def main(arguments: list[str]) -> int:
     from benchmarks.command_line import main
 
-    return main("longruns", ["language"], arguments)
+    return main("longruns", ["suite", "train"], arguments)

@@ -5,4 +5,4 @@ import sys
 from benchmarks.command_line import main
 
 if __name__ == "__main__":
-    sys.exit(main("longruns", ["cost", "language", "sensing", "suite", "table"]))
+    sys.exit(main("longruns", ["cost", "figures", "sensing", "suite", "table", "train"]))

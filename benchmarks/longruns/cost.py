@@ -19,9 +19,10 @@ import numpy as np
 
 from benchmarks import markdown, records
 from benchmarks.command_line import add_runs
-from benchmarks.longruns import model
+from benchmarks.longruns import language_model as model
 from benchmarks.longruns.methods import METHODS, renewal_of
-from benchmarks.longruns.training import loss_of_adapters, train
+from benchmarks.longruns.training import objective_of, train
+from benchmarks.longruns.transformer import new_adapters
 
 MODELS = {"2 layers of 128": (2, 128), "4 layers of 512": (4, 512)}
 BATCH, LENGTH, RANK, INTERVAL = 8, 64, 4, 250
@@ -52,11 +53,11 @@ def measure(name: str, layers: int, width: int, runs: int) -> records.Row:
     """Returns milliseconds (quartiles and median) and compile times of one model."""
     base = model.init(jax.random.key(0), layers, width, LENGTH)
     batches = jax.random.randint(jax.random.key(1), (1, BATCH, LENGTH + 1), 0, model.VOCABULARY)
-    draw = functools.partial(model.new_adapters, params=base, rank=RANK)
+    draw = functools.partial(new_adapters, params=base, rank=RANK)
     tx = METHODS["loft"].optimizer(lambda count: 1e-3 * jnp.ones_like(count, jnp.float32))
     adapter = draw(jax.random.key(2))
     state, key = tx.init(adapter), jax.random.key(3)
-    step = functools.partial(train, tx, loss_of_adapters)
+    step = functools.partial(train, tx, objective_of(model.loss, full=False))
     programs: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
         "step": (step, (base, adapter, state, batches.astype(jnp.uint8))),
         "renewal": (renewal_of(METHODS["momentum-250"], draw, tx), (base, adapter, state, key)),

@@ -25,6 +25,8 @@ class Method:
       label: the name.
       optimizer: `learning rate or schedule ->` the transformation.
       full: trains the kernels themselves.
+      scale: `rank ->` the factor of the adapter's product.
+      magnitude: the adapters are DoRA's.
       interval: after how many steps adapters are renewed; None never.
       renewal: options of `loft_jax.adapters.renew`; None draws a new adapter and makes the state
         of its optimizer anew.
@@ -33,12 +35,17 @@ class Method:
     label: str
     optimizer: Callable[[Any], optax.GradientTransformation]
     full: bool = False
+    scale: Callable[[int], float] = lambda rank: 1.0
+    magnitude: bool = False
     interval: int | None = None
     renewal: dict[str, Any] | None = None
 
 
 WARMUP = 20
 """Steps after each new adapter in which the learning rate rises, where a method has this."""
+
+RSLORA_ALPHA = 8
+"""PEFT's default. The other methods have a scale of 1 at all ranks."""
 
 PAIRS = LoraPairs(axes=(("layers/.*", LoraAxes(batch=(0,))),))
 _adamw = functools.partial(optax.adamw, weight_decay=0.0)
@@ -77,6 +84,12 @@ METHODS = {
         full=True,
     ),
     "lora": Method(label="LoRA", optimizer=_adamw),
+    "rslora": Method(
+        label=f"rsLoRA, alpha = {RSLORA_ALPHA}",
+        optimizer=_adamw,
+        scale=lambda rank: RSLORA_ALPHA / rank**0.5,
+    ),
+    "dora": Method(label="DoRA", optimizer=_adamw, magnitude=True),
     "lora-rite": Method(label="LoRA-RITE", optimizer=_of_pairs(baselines.lora_rite)),
     "lora-pro": Method(label="LoRA-Pro", optimizer=_of_pairs(baselines.lora_pro)),
     "altlora": Method(label="AltLoRA+", optimizer=_of_pairs(baselines.altlora_plus)),

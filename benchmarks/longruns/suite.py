@@ -19,8 +19,9 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from benchmarks import records
 from benchmarks.accuracy.search import index_of, rate_at, search
-from benchmarks.longruns.language import Bench, Run, add_sizes
+from benchmarks.longruns.bench import Bench, Run, add_task
 from benchmarks.longruns.methods import METHODS
+from examples.common.errors import UserError
 
 MOST_RATES = 6
 
@@ -37,39 +38,62 @@ class Part:
     ranks: tuple[int, ...] = (4,)
 
 
+_RENEWAL = Part(
+    title="Renewal",
+    methods=(
+        "full", "loft", "lora", "loft-anew-100", "loft-anew-250", "momentum-100",
+        "random-100-small", "loft-anew-50", "loft-anew-500", "momentum-250", "momentum-500",
+        "random-250-small", "lora-anew-100", "loft-anew-100-warm", "random-100",
+    ),
+)  # fmt: skip
+_BOUND = Part(title="Steps of low rank", methods=("full-rank-4", "full-rank-4-feedback"))
+_CALIBRATION = Part(
+    title="Calibration", methods=("loft", "loft-uncalibrated", "loft-calibrated", "loft-simple")
+)
+_RIVALS = Part(
+    title="Other methods",
+    methods=("lora-rite", "altlora", "lora-muon", "loft-muon", "loft-simultaneous", "lora-pro"),
+)
+_SHORT_RENEWAL = Part(
+    title="Renewal",
+    methods=("full", "loft", "lora", "loft-anew-250", "momentum-250", "loft-anew-100"),
+)
+_SHORT_RIVALS = Part(title="Other methods", methods=("rslora", "dora", "lora-rite"))
+
 PARTS = {
-    "renewal": Part(
-        title="Renewal",
-        methods=(
-            "full", "loft", "lora", "loft-anew-100", "loft-anew-250", "momentum-100",
-            "random-100-small", "loft-anew-50", "loft-anew-500", "momentum-250", "momentum-500",
-            "random-250-small", "lora-anew-100", "loft-anew-100-warm", "random-100",
-        ),
-    ),
-    "bound": Part(title="Steps of low rank", methods=("full-rank-4", "full-rank-4-feedback")),
-    "calibration": Part(
-        title="Calibration", methods=("loft", "loft-uncalibrated", "loft-calibrated", "loft-simple")
-    ),
-    "ranks": Part(title="Ranks", methods=("loft", "lora"), ranks=(1, 4, 16)),
-    "rivals": Part(
-        title="Other methods",
-        methods=("lora-rite", "altlora", "lora-muon", "loft-muon", "loft-simultaneous", "lora-pro"),
-    ),
-}  # fmt: skip
+    "language": {
+        "renewal": _RENEWAL,
+        "bound": _BOUND,
+        "calibration": _CALIBRATION,
+        "ranks": Part(title="Ranks", methods=("loft", "lora"), ranks=(1, 4, 16)),
+        "rivals": _RIVALS,
+        "scaled": Part(title="rsLoRA and DoRA", methods=("rslora", "dora"), ranks=(1, 4, 16)),
+    },
+    "arithmetic": {"renewal": _SHORT_RENEWAL, "rivals": _SHORT_RIVALS},
+    "vision": {
+        "renewal": _SHORT_RENEWAL,
+        "calibration": dataclasses.replace(_CALIBRATION, methods=_CALIBRATION.methods[:3]),
+        "rivals": _SHORT_RIVALS,
+        "bound": dataclasses.replace(_BOUND, methods=("full-rank-4",)),
+    },
+    "cifar10": {"renewal": _SHORT_RENEWAL},
+}
+"""By task."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--part", choices=PARTS, nargs="+", default=list(PARTS))
+    parser.add_argument("--part", nargs="+", metavar="PART", help="only these of the task's parts")
     parser.add_argument("--method", choices=METHODS, nargs="+", metavar="METHOD", help="only these")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--minutes", type=float, default=math.inf)
-    add_sizes(parser)
+    add_task(parser)
 
 
 def run(options: argparse.Namespace) -> None:
     end = time.monotonic() + 60 * options.minutes
+    parts = parts_of(options.task, options.part)
     bench = Bench(options)
-    cells = [cell for name in options.part for cell in cells_of(PARTS[name])]
+    cells = [cell for part in parts for cell in cells_of(part)]
     if options.method:
         cells = [cell for cell in cells if cell[0] in options.method]
     for next_run in runs(cells, options.seeds, bench.rows):
@@ -77,6 +101,14 @@ def run(options: argparse.Namespace) -> None:
             print("Time is up. The same command goes on.")
             return
         bench.result(next_run)
+
+
+def parts_of(task: str, names: Sequence[str] | None) -> list[Part]:
+    """The named parts of a task, or all."""
+    of_task = PARTS[task]
+    if unknown := [name for name in names or () if name not in of_task]:
+        raise UserError(f"{task} has no --part {unknown[0]}: its parts are {', '.join(of_task)}.")
+    return [of_task[name] for name in names or of_task]
 
 
 def runs(cells: Sequence[Cell], seeds: int, rows: Mapping[Run, records.Row]) -> Iterator[Run]:

@@ -1,6 +1,6 @@
-"""Prints the tables of the language runs from their results.
+"""Prints the tables of a task from its results.
 
-python -m benchmarks.longruns table
+python -m benchmarks.longruns table --task vision
 """
 
 import argparse
@@ -15,23 +15,24 @@ import numpy as np
 import scipy.stats
 
 from benchmarks import markdown, records
-from benchmarks.longruns.language import RESULTS, Run, rows_of
+from benchmarks.longruns.bench import Run, add_sizes, file_of, rows_of, sizes_of
 from benchmarks.longruns.methods import METHODS
 from benchmarks.longruns.suite import PARTS, Cell, Part, best_rate, cells_of
-from benchmarks.longruns.training import Sizes
+from benchmarks.longruns.tasks import TASKS
 
 HEADS = ["method", "rank", "rate", "test loss", "seeds", "minus LoFT's", "p", "gap closed", "ms"]
 RATE_HEADS = ["method", "rank"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--steps", type=int, default=Sizes().steps)
+    parser.add_argument("--task", choices=TASKS, default="language")
+    parser.add_argument("--results", type=Path, help="the file, if it is not the task's own")
+    add_sizes(parser)
 
 
 def run(options: argparse.Namespace) -> None:
-    rows = rows_of(options.results, Sizes(steps=options.steps))
-    for part in PARTS.values():
+    rows = rows_of(file_of(options), sizes_of(options))
+    for part in PARTS[options.task].values():
         if found_cells(rows, part):
             print(f"\n{part.title}\n\n{table(rows, part)}\n\n{rates(rows, part)}")
 
@@ -43,10 +44,11 @@ def table(rows: Mapping[Run, records.Row], part: Part) -> str:
     paired t-test, corrected by Holm's method for the number of tests in the table.
     """
     cells = found_cells(rows, part)
-    losses = {cell: _at_best(rows, cell) for cell in {*cells, ("full", None)}}
+    losses = {cell: at_best(rows, cell) for cell in {*cells, ("full", None)}}
+    has_accuracy = any("accuracy" in row for row in rows.values())
     tests = {}
     for cell in cells:
-        ours, theirs = losses[cell], _at_best(rows, ("loft", cell[1] or 4))
+        ours, theirs = losses[cell], at_best(rows, ("loft", cell[1] or part.ranks[0]))
         seeds = sorted(ours.keys() & theirs.keys())
         if seeds and cell[0] != "loft":
             tests[cell] = paired([ours[k] for k in seeds], [theirs[k] for k in seeds])
@@ -66,10 +68,11 @@ def table(rows: Mapping[Run, records.Row], part: Part) -> str:
             len(found),
             difference,
             None if p is None else f"{p:.2g}",
-            _gap_closed(rows, losses, cell),
+            _gap_closed(losses, cell, at_best(rows, ("loft", cell[1] or part.ranks[0]))),
             f"{1000 * statistics.median(seconds):.1f}" if seconds else None,
+            *([_mean_accuracy(rows, cell)] if has_accuracy else []),
         ])  # fmt: skip
-    return markdown.table(HEADS, lines)
+    return markdown.table([*HEADS, *(["accuracy"] if has_accuracy else [])], lines)
 
 
 def rates(rows: Mapping[Run, records.Row], part: Part) -> str:
@@ -131,22 +134,31 @@ def mean_and_deviation(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.3f}{spread}"
 
 
-def _at_best(rows: Mapping[Run, records.Row], cell: Cell) -> dict[int, float]:
+def at_best(rows: Mapping[Run, records.Row], cell: Cell) -> dict[int, float]:
     """Test losses by seed at the best rate of a method and rank."""
+    losses = {seed: row["loss"] for seed, row in rows_at_best(rows, cell).items()}
+    return {seed: math.inf if x is None else x for seed, x in losses.items()}
+
+
+def rows_at_best(rows: Mapping[Run, records.Row], cell: Cell) -> dict[int, records.Row]:
+    """The results by seed at the best rate of a method and rank."""
     if not any(run[:2] == cell for run in rows):
         return {}
-    rate = best_rate(rows, *cell)
-    of_cell = {run.seed: row["loss"] for run, row in rows.items() if run[:3] == (*cell, rate)}
-    return {seed: math.inf if x is None else x for seed, x in sorted(of_cell.items())}
+    best = (*cell, best_rate(rows, *cell))
+    of_cell = {run.seed: row for run, row in rows.items() if run[:3] == best}
+    return dict(sorted(of_cell.items()))
+
+
+def _mean_accuracy(rows: Mapping[Run, records.Row], cell: Cell) -> str | None:
+    found = [row["accuracy"] for row in rows_at_best(rows, cell).values() if "accuracy" in row]
+    return f"{statistics.mean(found):.1%}" if found else None
 
 
 def _gap_closed(
-    rows: Mapping[Run, records.Row],
-    losses: Mapping[Cell, Mapping[int, float]],
-    cell: Cell,
+    losses: Mapping[Cell, Mapping[int, float]], cell: Cell, loft: Mapping[int, float]
 ) -> str | None:
     """The part of the gap between LoFT and full fine-tuning, over the seeds that all three have."""
-    full, loft = losses[("full", None)], _at_best(rows, ("loft", cell[1] or 4))
+    full = losses[("full", None)]
     seeds = full.keys() & loft.keys() & losses[cell].keys()
     if not seeds or cell[0] in ("full", "loft"):
         return None

@@ -1,4 +1,4 @@
-"""Runs of the language model: one compiled program for all learning rates and seeds of a method."""
+"""Runs of a task: one compiled program for all learning rates and seeds of a method."""
 
 import functools
 import math
@@ -12,24 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks.longruns import model
-from benchmarks.longruns.data import Texts, held_out, windows
 from benchmarks.longruns.methods import METHODS, renewal_of, warmup_cosine
+from benchmarks.longruns.tasks import Batches, Problem
+from benchmarks.longruns.transformer import new_adapters
 from examples.common.errors import UserError
 
-PRETRAINING_STEPS, PRETRAINING_RATE = 4000, 3e-3
+PRETRAINING_RATE = 3e-3
 EVALUATIONS = 6
 """Test losses along a run, about evenly spaced."""
 
-
-class Sizes(NamedTuple):
-    """The size of the model and of a run."""
-
-    steps: int = 1500
-    layers: int = 2
-    width: int = 128
-    length: int = 64
-    batch: int = 8
+Loss = Callable[..., jax.Array]
+"""Of a `Problem`."""
 
 
 class Programs(NamedTuple):
@@ -47,18 +40,18 @@ class Programs(NamedTuple):
 
 
 @functools.cache
-def programs(name: str, rank: int, steps: int) -> Programs:
+def programs(loss: Loss, name: str, rank: int, steps: int) -> Programs:
     """Returns the programs of a method, for any rate and seed."""
     method = METHODS[name]
     optimizer = lambda rate: method.optimizer(warmup_cosine(rate, steps))
-    objective = loss_of_kernels if method.full else loss_of_adapters
-    draw = lambda params, key: model.new_adapters(key, params, rank)
+    objective = objective_of(loss, method.full, method.scale(rank))
+    draw = lambda params, key: new_adapters(key, params, rank, method.magnitude)
 
     def start(pretrained: Any, rate: jax.Array, key: jax.Array) -> tuple[Any, Any]:
         trained = kernels(pretrained) if method.full else draw(pretrained, key)
         return trained, optimizer(rate).init(trained)
 
-    def chunk(rate: jax.Array, base: Any, trained: Any, state: Any, batches: jax.Array) -> Any:
+    def chunk(rate: jax.Array, base: Any, trained: Any, state: Any, batches: Batches) -> Any:
         return train(optimizer(rate), objective, base, trained, state, batches)
 
     def change(rate: jax.Array, base: Any, trained: Any, state: Any, key: jax.Array) -> Any:
@@ -69,27 +62,28 @@ def programs(name: str, rank: int, steps: int) -> Programs:
 
 
 def fine_tune(
-    pretrained: Any, texts: Texts, name: str, rank: int, rate: float, seed: int, sizes: Sizes
+    pretrained: Any, problem: Problem, name: str, rank: int, rate: float, seed: int, steps: int
 ) -> dict[str, Any]:
     """Returns the results of a run.
 
     Returns:
-      `loss` and `validation`, in nats a byte, None where not finite; `curve`, test losses by step;
-      `seconds`, the processor time of a step: the median over the run, with the renewals.
+      `loss` and `validation`, the mean losses, None where not finite; `accuracy` on the test data,
+      where the problem has one; `curve`, test losses by step; `seconds`, the processor time of a
+      step: the median over the run, with the renewals.
     """
-    method, steps, shape = METHODS[name], sizes.steps, (sizes.batch, sizes.length)
-    run = programs(name, rank, steps)
+    method, run = METHODS[name], programs(problem.loss, name, rank, steps)
     key, of_start = jax.random.split(jax.random.key(seed))
     eta = jnp.asarray(rate, jnp.float32)
     base, (trained, state) = pretrained, run.start(pretrained, eta, of_start)
-    validation, test = (held_out(text, *shape) for text in texts[1:])
     spacing = max(steps // EVALUATIONS, 1)
     interval = method.interval or spacing
     curve, seconds, loss = [], [], math.nan
+    evaluate = lambda of, batches: mean(
+        of, *parts(method.full, base, trained), batches, method.scale(rank)
+    )
     for begin in range(0, steps, interval):
         end = min(begin + interval, steps)
-        rng = np.random.default_rng([seed, begin])
-        batches = windows(texts.train, rng, end - begin, *shape)
+        batches = problem.batches(np.random.default_rng([seed, begin]), end - begin)
         clock = time.process_time()
         trained, state = run.chunk(eta, base, trained, state, batches)
         if method.interval and end < steps:
@@ -98,23 +92,22 @@ def fine_tune(
         jax.block_until_ready(trained)
         seconds.append((time.process_time() - clock) / (end - begin))
         if end % spacing < end - begin or end == steps:
-            loss = mean_loss(*parts(method.full, base, trained), test)
+            loss = evaluate(problem.loss, problem.test)
             curve.append([end, round(loss, 5)])
             if not math.isfinite(loss):
                 return {"loss": None, "validation": None, "curve": curve[:-1], "seconds": None}
-    return {
-        "loss": round(loss, 5),
-        "validation": round(mean_loss(*parts(method.full, base, trained), validation), 5),
-        "curve": curve,
-        "seconds": round(float(np.median(seconds)), 5),
-    }
+    found = {"loss": loss, "validation": evaluate(problem.loss, problem.validation)}
+    if problem.accuracy is not None:
+        found["accuracy"] = evaluate(problem.accuracy, problem.test)
+    rounded = {name: round(x, 5) for name, x in found.items()}
+    return rounded | {"curve": curve, "seconds": round(float(np.median(seconds)), 5)}
 
 
 def train(tx: optax.GradientTransformation, objective: Callable[..., jax.Array], base: Any,
-          trained: Any, state: Any, batches: jax.Array) -> tuple[Any, Any]:  # fmt: skip
+          trained: Any, state: Any, batches: Batches) -> tuple[Any, Any]:  # fmt: skip
     """A step for each batch."""
 
-    def step(carry: Any, batch: jax.Array) -> tuple[Any, None]:
+    def step(carry: Any, batch: Any) -> tuple[Any, None]:
         trained, state = carry
         gradients = jax.grad(objective)(trained, base, batch)
         updates, state = tx.update(gradients, state, trained)
@@ -123,12 +116,9 @@ def train(tx: optax.GradientTransformation, objective: Callable[..., jax.Array],
     return jax.lax.scan(step, (trained, state), batches)[0]
 
 
-def loss_of_adapters(adapters: Any, base: Any, batch: jax.Array) -> jax.Array:
-    return model.loss(base, adapters, batch)
-
-
-def loss_of_kernels(trained: Any, base: Any, batch: jax.Array) -> jax.Array:
-    return model.loss(parts(True, base, trained)[0], None, batch)
+def objective_of(loss: Loss, full: bool, scale: float = 1.0) -> Callable[..., jax.Array]:
+    """Returns `(trained, base, batch) ->` the loss, of kernels or of adapters."""
+    return lambda trained, base, batch: loss(*parts(full, base, trained), batch, scale)
 
 
 def kernels(params: Any) -> Any:
@@ -144,33 +134,33 @@ def parts(full: bool, base: Any, trained: Any) -> tuple[Any, Any]:
     return {**base, "layers": {**base["layers"], **trained["layers"]}}, None
 
 
-def mean_loss(params: Any, adapters: Any, batches: jax.Array) -> float:
-    return float(_mean_loss(params, adapters, batches))
+def mean(of: Loss, params: Any, adapters: Any, batches: Batches, scale: float = 1.0) -> float:
+    """The mean over batches of a problem's loss or accuracy."""
+    return float(_mean(of, params, adapters, batches, scale))
 
 
-@jax.jit
-def _mean_loss(params: Any, adapters: Any, batches: jax.Array) -> jax.Array:
-    return jnp.mean(jax.lax.map(lambda batch: model.loss(params, adapters, batch), batches))
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def _mean(of: Loss, params: Any, adapters: Any, batches: Batches, scale: float) -> jax.Array:
+    return jnp.mean(jax.lax.map(lambda batch: of(params, adapters, batch, scale), batches))
 
 
-def pretrain(text: Callable[[], np.ndarray], cache: Path, sizes: Sizes, steps: int) -> Any:
-    """Returns the model trained on a text, from the cache if it is there."""
-    params = model.init(jax.random.key(1), sizes.layers, sizes.width, sizes.length)
+def pretrain(problem: Problem, cache: Path, steps: int) -> Any:
+    """Returns the model after its first training, from the cache if it is there."""
+    params = problem.init(jax.random.key(1))
     leaves, treedef = jax.tree.flatten(params)
     if cache.exists():
         with np.load(cache) as file:
-            found = [jnp.asarray(file[f"arr_{k}"]) for k in range(len(leaves))]
+            found = [jnp.asarray(file[name]) for name in file]
         if [x.shape for x in found] != [x.shape for x in leaves]:
             raise UserError(f"{cache} holds another model. Give another --cache.")
         return treedef.unflatten(found)
     tx = optax.adamw(warmup_cosine(PRETRAINING_RATE, steps), weight_decay=0.0)
-    objective = lambda params, _, batch: model.loss(params, None, batch)
+    objective = lambda params, _, batch: problem.loss(params, None, batch)
     chunk = jax.jit(functools.partial(train, tx, objective, None))
-    state, rng, read = tx.init(params), np.random.default_rng(1), text()
+    state, rng, draw = tx.init(params), np.random.default_rng(1), problem.pretraining()
     for begin in range(0, steps, 500):
         count = min(500, steps - begin)
-        batches = windows(read, rng, count, sizes.batch, sizes.length)
-        params, state = chunk(params, state, batches)
+        params, state = chunk(params, state, draw(rng, count))
         print(f"pretraining, step {begin + count}", flush=True)
     np.savez(cache, *jax.tree.leaves(params))
     return params

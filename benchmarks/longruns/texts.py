@@ -1,5 +1,6 @@
 """The texts of the language runs: Python's standard library, and random windows of bytes."""
 
+import argparse
 import gzip
 import sysconfig
 import zlib
@@ -9,6 +10,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from examples.common.errors import UserError
 
 HELD_OUT_BATCHES = 64
 """Batches of the validation loss, and of the test loss."""
@@ -34,8 +37,11 @@ def python_sources() -> Texts:
     return Texts(*(np.frombuffer(b"\n".join(part), np.uint8) for part in split))
 
 
-def read_text(path: Path) -> np.ndarray:
-    """Returns the bytes of a file, which may be gzipped."""
+def read_text(options: argparse.Namespace) -> np.ndarray:
+    """Returns the bytes of the file of --text, which may be gzipped."""
+    path: Path | None = options.text
+    if path is None:
+        raise UserError("There is no pretrained model yet: give a --text to train on first.")
     data = path.read_bytes()
     return np.frombuffer(gzip.decompress(data) if path.suffix == ".gz" else data, np.uint8)
 
