@@ -47,16 +47,21 @@ def begin(folder: Path, meta: Mapping[str, Any], arrays: Arrays) -> Callable[[],
     """
     # Not a checkpointer: one that fails waits for all of Orbax's threads in the process.
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=_WITHOUT_COPIES)
-    futures: list[Any] = []
+    for item in arrays:
+        (folder / item).mkdir(parents=True)
 
-    def begin_items() -> None:
+    async def begin_items() -> list[Any]:
+        # At once: a thread that writes one item already would slow the others' beginning down.
+        begun = (
+            handler.async_save(epath.Path(folder / item), args=ocp.args.PyTreeSave(dict(leaves)))
+            for item, leaves in arrays.items()
+        )
+        return [future for futures in await asyncio.gather(*begun) for future in futures or ()]
+
+    def run() -> list[Any]:
         # Not asyncio.run, which is not safe beside the event loops of Orbax's threads.
         with contextlib.closing(asyncio.new_event_loop()) as loop:
-            for item, leaves in arrays.items():
-                (folder / item).mkdir(parents=True)
-                args = ocp.args.PyTreeSave(dict(leaves))
-                begun = handler.async_save(epath.Path(folder / item), args=args)
-                futures.extend(loop.run_until_complete(begun) or ())
+            return loop.run_until_complete(begin_items())
 
     # In Orbax a save waits for the signals of the operation that began last in the process, which
     # may be a save of the program's own. Once that has ended or failed, they never come. An
@@ -64,7 +69,7 @@ def begin(folder: Path, meta: Mapping[str, Any], arrays: Arrays) -> Callable[[],
     # it begins in the thread that also begins the program's saves, and not in the background.
     ocp.Checkpointer(handler).synchronize_next_awaitable_signal_operation_id()
     with ThreadPoolExecutor(1) as executor:  # an event loop may be running in the caller's thread
-        executor.submit(begin_items).result()
+        futures = executor.submit(run).result()
 
     def finish() -> None:
         try:
