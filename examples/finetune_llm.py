@@ -37,7 +37,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from common import batches, loop
-from common.answering import answer
+from common.answering import answer, choose
 from common.errors import UserError, exit_status
 from common.figures import draw_comparison
 from common.llm_settings import LlmSettings, parse_arguments
@@ -161,11 +161,14 @@ def finetune(
         if task.kind == "text":
             sample(run, settings, model, pretrained, step=0)
         seconds = answer(run, settings, model, pretrained, task, step=0)
+        if not resume:
+            choose(run, settings, trainer, state.params, task, step=0)
         state = loop.fit(settings, run, trainer, state, task, resume=resume, afterwards=seconds)
         adapter = trainer.whole(state.params)
         if task.kind == "text":
             sample(run, settings, trainer.model(adapter), pretrained, step=settings.steps)
         answer(run, settings, trainer.model(adapter), pretrained, task, step=settings.steps)
+        choose(run, settings, trainer, state.params, task, step=settings.steps)
         run.save_adapter(adapter)
         if jax.process_index() > 0:
             return run.folder

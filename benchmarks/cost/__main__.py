@@ -12,6 +12,7 @@ COMMANDS = (
     "tree-size",
     "peak-memory",
     "beside-peft",
+    "generation",
     "load-memory",
     "compile-time",
     "precision",

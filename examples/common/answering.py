@@ -1,4 +1,4 @@
-"""Answers the prompts of a task by generation, and counts the right ones."""
+"""Right answers: of generated texts, and of the likeliest of several choices."""
 
 import json
 import re
@@ -18,6 +18,7 @@ from .models.generate import complete
 from .models.llama_weights import Pretrained
 from .runs import Run
 from .tasks import Prompts, Task
+from .training import Trainer
 
 
 def answer(
@@ -60,6 +61,23 @@ def answer(
         mean = float(np.mean([record["exact_match"] for record in sets]))
         say(f"step {step}: mean of {len(sets)} sets, {percent({'exact_match': mean})}")
     return time.perf_counter() - start
+
+
+def choose(
+    run: Run, settings: LlmSettings, trainer: Trainer, params: Any, task: Task, step: int
+) -> None:
+    """Logs how often the likeliest choice is right, for each set of multiple-choice questions."""
+    tested = {r["tested"]: r for r in run.records() if "tested" in r and r["step"] == step}
+    for name, of_set in task.tests.items():
+        if name not in tested:  # else the run was resumed
+            size = settings.batch_size // settings.accumulate
+            found = of_set.metrics(trainer.evaluate(params, of_set.examples, size))
+            tested[name] = {"accuracy": found["eval_accuracy"], "loss": found["eval_loss"]}
+            run.log({"step": step, "tested": name} | tested[name])
+            say(f"step {step}: {name}, accuracy {100 * found['eval_accuracy']:.1f} %")
+    if len(task.tests) > 1:
+        mean = float(np.mean([tested[name]["accuracy"] for name in task.tests]))
+        say(f"step {step}: mean of {len(task.tests)} sets, accuracy {100 * mean:.1f} %")
 
 
 def save_answers(path: Path, tokenizer: Tokenizer, prompts: Prompts, texts: list[str]) -> None:

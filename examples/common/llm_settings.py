@@ -91,8 +91,8 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[LlmSettings, Path | Non
     add(
         "--test-data",
         type=names,
-        help="files or hub datasets, separated by commas, whose prompts to answer before and "
-        "after training",
+        help="files or hub datasets, separated by commas, whose questions to answer before "
+        "and after training",
     )
     add_number(parser, defaults, "max_new_tokens", "tokens of a generated answer")
     add(

@@ -63,7 +63,6 @@ def fit(
     first, units = int(state.step), settings.batch_size * task.units
     steps = batches(task.train, settings.batch_size, settings.seed, range(first, settings.steps))
     bar = tqdm(
-        steps,
         initial=first,
         total=settings.steps,
         unit="step",
@@ -72,8 +71,8 @@ def fit(
         disable=jax.process_index() > 0,
     )
     try:
-        with Preemption() as preemption, interrupt_as_preemption() as interrupted:
-            for done, batch in enumerate(bar, start=first + 1):
+        with bar, Preemption() as preemption, interrupt_as_preemption() as interrupted:
+            for done, batch in enumerate(steps, start=first + 1):
                 learning_rate = settings.learning_rate_at(done - 1)
                 with clock.measure("step") as measured:
                     state, loss = trainer.step(state, batch, learning_rate)
@@ -81,19 +80,19 @@ def fit(
                 speed = units / measured.seconds
                 record = {"step": done, "loss": loss, "learning_rate": learning_rate}
                 run.log(record | {f"{task.unit}_per_second": speed})
-                left = afterwards + clock.left(
+                left = clock.left(
                     step=settings.steps - done,
                     evaluation=multiples(settings.eval_every, done - 1, settings.steps),
                     checkpoint=multiples(settings.save_every, done - 1, settings.steps),
                 )
-                bar.set_postfix(
-                    {
-                        "left": clock_time(left),
-                        "loss": f"{loss:.3f}",
-                        "lr": f"{learning_rate:.1e}",
-                        f"{task.unit}/s": f"{speed:.0f}",
-                    }
-                )
+                shown = {
+                    "left": clock_time(left + afterwards),
+                    "loss": f"{loss:.3f}",
+                    "lr": f"{learning_rate:.1e}",
+                    f"{task.unit}/s": f"{speed:.0f}",
+                }
+                bar.set_postfix(shown, refresh=False)
+                bar.update()
                 last, stop = done == settings.steps, preemption.reached(done)
                 metrics = None
                 if done % settings.eval_every == 0 or last:
@@ -105,6 +104,8 @@ def fit(
                 if stop and not last:
                     run.wait()  # so that what the user is told below is true
                     raise KeyboardInterrupt if interrupted.is_set() else Preempted
+                if last:
+                    bar.set_postfix(shown | {"left": clock_time(afterwards)})
     except (KeyboardInterrupt, Preempted) as stopped:
         why = "preempted" if isinstance(stopped, Preempted) else "stopped"
         remedy = f"continue with --resume --output {run.folder}"

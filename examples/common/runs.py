@@ -179,10 +179,9 @@ def next_steps(folder: Path, script: str) -> str:
     if (folder / "merged").is_dir():
         lines.append(f"load the trained model: from_pretrained({str(shown / 'merged')!r})")
     if (folder / "peft").is_dir():
-        lines.append(
-            f"load the adapter: PeftModel.from_pretrained(base, {str(shown / 'peft')!r}), "
-            "or serve it (docs/howto/serve_transformers.md)"
-        )
+        lines.append(f"load the adapter: PeftModel.from_pretrained(base, {str(shown / 'peft')!r})")
+    if lines and script == "finetune_llm.py":
+        lines.append("serve it: docs/howto/serve_transformers.md, and beside it the other programs")
     config = shown / "settings.json"
     lines.append(f"change a setting: python examples/{script} --config {config} --rank 16")
     return "\nnext:\n" + "\n".join(f"  {line}" for line in lines)

@@ -116,8 +116,13 @@ def make_parser(
     add("--dropout", type=fraction, help="of the adapters' input in training; default 0")
     group = parser.add_argument_group("optimization")
     add = group.add_argument
-    peaks = ", ".join(f"{defaults.default_peak(name):g} for {name}" for name in methods)
-    add("--learning-rate", type=positive_float, help=f"peak learning rate; default {peaks}")
+    shown = ("loft", "lora", "full")
+    peaks = ", ".join(f"{defaults.default_peak(name):g} for {name}" for name in shown)
+    add(
+        "--learning-rate",
+        type=positive_float,
+        help=f"peak learning rate; default {peaks}, and others for other methods",
+    )
     add(
         "--warmup",
         type=non_negative_float,

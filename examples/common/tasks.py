@@ -20,6 +20,9 @@ from .training import Loss, Outputs
 
 T = TypeVar("T")
 
+HELD_OUT = "held out"
+"""The name of the examples of `--eval-data`, or of those that are held out from `--data`."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prompts:
@@ -28,6 +31,14 @@ class Prompts:
     ids: list[list[int]]
     references: list[str]
     """The right answers."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationSet:
+    """Examples of `--test-data`, which are evaluated as the held-out ones are."""
+
+    examples: Any
+    metrics: Callable[[Any], dict[str, float]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,6 +64,8 @@ class Task:
     """Draws the learning curve; arguments as for `draw_accuracy`."""
     prompts: Mapping[str, Prompts] = dataclasses.field(default_factory=dict)
     """Prompts to answer before and after training, by the name of their set."""
+    tests: Mapping[str, EvaluationSet] = dataclasses.field(default_factory=dict)
+    """Sets to evaluate before and after training, by name."""
 
 
 Content = str | Sequence[Record]
@@ -170,11 +183,8 @@ def _prompts(
     held_out: Sequence[forms.Example],
 ) -> dict[str, Prompts]:
     """The prompts of the held-out examples for `--generate`, and those of `--test-data`."""
-    sets = {"held out": held_out} if settings.generate else {}
-    for source in settings.test_data:
-        if (name := sources.set_name(source)) in sets:
-            raise UserError(f"--test-data has two sets of the name {name}: rename a file.")
-        sets[name] = forms.examples(sources.read(source, "--test-data"))
+    sets = {HELD_OUT: held_out} if settings.generate else {}
+    sets |= {name: forms.examples(content) for name, content in _test_data(settings).items()}
     found = {}
     for name, examples in sets.items():
         places = batches.spread(np.arange(len(examples)), settings.generate or len(examples))
@@ -193,14 +203,11 @@ def multiple_choice(settings: LlmSettings, tokenizer: Tokenizer, content: Conten
     held_out = [held_out[place] for place in places]
     train = choices.encode(tokenizer, questions, settings.seq_len, every=False)
     rows = choices.encode(tokenizer, held_out, settings.seq_len, every=True)
-
-    def metrics(outputs: Mapping[str, np.ndarray]) -> dict[str, float]:
-        accuracy, likelihood = choices.score(rows, outputs["nats"])
-        return {
-            "eval_loss": float(outputs["loss"][rows["right"]].mean()),
-            "eval_accuracy": accuracy,
-            "eval_answer_likelihood": likelihood,
-        }
+    tests = {}
+    for name, records in _test_data(settings).items():
+        examples = choices.encode(tokenizer, load(records), settings.seq_len, every=True)
+        metrics = functools.partial(_choice_metrics, examples)
+        tests[name] = EvaluationSet(examples=examples, metrics=metrics)
 
     return Task(
         kind="questions",
@@ -210,12 +217,34 @@ def multiple_choice(settings: LlmSettings, tokenizer: Tokenizer, content: Conten
         units=settings.seq_len,
         loss=choices.answer_loss,
         outputs=choices.answer_nats,
-        metrics=metrics,
+        metrics=functools.partial(_choice_metrics, rows),
+        tests=tests,
         sentence=lambda m: (
             f"held-out accuracy {100 * m['eval_accuracy']:.1f} %, likelihood of the right answer "
             f"{m['eval_answer_likelihood']:.3f}, loss {m['eval_loss']:.4f}"
         ),
     )
+
+
+def _choice_metrics(
+    rows: dict[str, np.ndarray], outputs: Mapping[str, np.ndarray]
+) -> dict[str, float]:
+    accuracy, likelihood = choices.score(rows, outputs["nats"])
+    return {
+        "eval_loss": float(outputs["loss"][rows["right"]].mean()),
+        "eval_accuracy": accuracy,
+        "eval_answer_likelihood": likelihood,
+    }
+
+
+def _test_data(settings: LlmSettings) -> dict[str, Content]:
+    """The contents of `--test-data`, by the name of the set."""
+    found: dict[str, Content] = {}
+    for source in settings.test_data:
+        if (name := sources.set_name(source)) in (HELD_OUT, *found):
+            raise UserError(f"--test-data has two sets of the name {name}: rename a file.")
+        found[name] = sources.read(source, "--test-data")
+    return found
 
 
 def language_task(settings: LlmSettings, tokenizer: Tokenizer, config: TokenizerConfig) -> Task:
@@ -228,7 +257,7 @@ def language_task(settings: LlmSettings, tokenizer: Tokenizer, config: Tokenizer
         content = sources.read(settings.data)
     task = settings.task or _task_of(content)
     if task != "instructions":
-        _refuse_answer_flags(settings, task)
+        _refuse_flags_of_answers(settings, task)
     if task == "text":
         return language_modelling(settings, tokenizer, content)
     if task == "multiple-choice":
@@ -236,11 +265,11 @@ def language_task(settings: LlmSettings, tokenizer: Tokenizer, config: Tokenizer
     return instructions(settings, tokenizer, config, content)
 
 
-def _refuse_answer_flags(settings: LlmSettings, task: str) -> None:
-    """Raises an error if a flag is given that has an effect on `--task instructions` only."""
+def _refuse_flags_of_answers(settings: LlmSettings, task: str) -> None:
+    """Raises an error if a flag is given that has no effect on this task."""
     values = {
         "--generate": settings.generate,
-        "--test-data": settings.test_data,
+        "--test-data": settings.test_data and task == "text",
         "--chat-template": settings.chat_template,
         "--train-on all": settings.train_on == "all",
         "--no-packing": not settings.packing,

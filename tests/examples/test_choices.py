@@ -7,7 +7,7 @@ import pytest
 from optimizers import hasty_compiler as hasty_compiler
 
 import finetune_llm
-from common.data import choices
+from common.data import choices, exact_match
 from common.errors import UserError
 from tests.examples.tiny_llama import byte_tokenizer
 
@@ -36,6 +36,39 @@ def test_choices_are_those_of_the_format_and_the_answer(write):
     assert first.choices == tuple(f"the correct answer is answer{n}" for n in (1, 2, 3))
     assert first.right == 1
     assert len(second.choices) == 4 and second.right == 3
+
+
+# The instructions of the eight commonsense sets of LLM-Adapters, by the kind of their labels.
+COMMONSENSE = {
+    "boolq": ("Please answer the following question with true or false, question: is it?", "", 2),
+    "piqa": ("Please choose the correct solution to the question: how?", "solution", 2),
+    "social_i_qa": ("Please choose the correct answer to the question: why?", "answer", 3),
+    "hellaswag": ("Please choose the correct ending to complete the sentence: A.", "ending", 4),
+    "winogrande": ("Please choose the correct answer to fill in the blank: A _ B.", "option", 2),
+    "ARC-Challenge": ("Please choose the correct answer to the question: why?", "answer", 4),
+    "ARC-Easy": ("Please choose the correct answer to the question: what?", "answer", 5),
+    "openbookqa": ("Please choose the correct answer to the question: who?", "answer", 4),
+}
+
+
+@pytest.mark.parametrize("name", COMMONSENSE)
+def test_the_commonsense_sets_are_read_by_likelihood_and_by_generated_answer(write, name):
+    asked, kind, count = COMMONSENSE[name]
+    labels = [f"{kind}{n}" for n in range(1, count + 1)] if kind else ["true", "false"]
+    said = " ".join(f"{label.capitalize()}: number {label}" for label in labels) if kind else ""
+    rows = [
+        row(label) | {"instruction": f"{asked}\n\n{said}\n\nAnswer format: {'/'.join(labels)}"}
+        for label in labels
+    ]
+    questions = choices.load_questions(write(rows))
+    assert [question.right for question in questions] == list(range(count))
+    for question in questions:
+        assert question.choices == tuple(f"the correct answer is {label}" for label in labels)
+    references = [one["output"] for one in rows]
+    always_first = [f"I think it is {labels[0].capitalize()}."] * count
+    found = exact_match.score(always_first, references)
+    assert found["label_match"] == 1 / count and found["exact_match"] == 0
+    assert exact_match.score(references, references)["label_match"] == 1
 
 
 def worded(answer: str, *said: str) -> dict[str, str]:
@@ -125,12 +158,21 @@ def test_the_score_compares_the_choices_of_each_question():
 def test_the_script_learns_multiple_choice(write, model_folder, tmp_path, capsys, answers):
     data = write([worded(f"answer{1 + n % 3}", "no", f"number {n}", "yes") for n in range(20)])
     flags = [*SMALL.split(), "--model", str(model_folder), "--data", data, "--answers", answers]
+    if answers == "labels":
+        for name in ("boolq", "piqa"):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "test.json").write_text(json.dumps([row("answer1"), row("answer2")]))
+        flags += ["--test-data", f"{tmp_path}/boolq/test.json,{tmp_path}/piqa/test.json"]
     assert finetune_llm.main([*flags, "--output", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
     assert "18 training questions, 2 held out" in printed and "after 4 steps" in printed
     records = [json.loads(x) for x in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     measured = [record for record in records if "eval_accuracy" in record]
     assert [record["step"] for record in measured] == [0, 2, 4]
+    tested = [(record["step"], record["tested"]) for record in records if "tested" in record]
+    sets = ["boolq", "piqa"] if answers == "labels" else []
+    assert tested == [(step, name) for step in (0, 4) for name in sets]
+    assert ("step 4: mean of 2 sets, accuracy" in printed) == bool(sets)
     assert all(0 < record["eval_answer_likelihood"] < 1 for record in measured)
     assert (tmp_path / "out" / "curve.png").read_bytes().startswith(b"\x89PNG")
 

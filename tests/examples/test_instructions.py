@@ -217,6 +217,14 @@ def test_final_answers_are_compared(answer, reference, exact):
     assert exact_match.score([answer], [reference])["exact_match"] == exact
 
 
+def test_labels_are_compared_where_the_references_are_labels():
+    references = ["the correct answer is answer2", "the correct answer is false"]
+    generated = ["Answer2, since answer1 is wrong", "the correct answer is true"]
+    found = exact_match.score(generated, references)
+    assert found == {"exact_match": 0.0, "label_match": 0.5}
+    assert "label_match" not in exact_match.score(["yes"], ["the correct answer is 4"])
+
+
 def test_last_numbers_are_compared_where_the_references_are_numbers():
     score = exact_match.score(["It is 7", "#### 8 of 9"], ["#### 7", "#### 8"])
     assert score == {"exact_match": 0.5, "last_number_match": 0.5}

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 MARK = "####"
 """GSM8K writes the final answer after this mark."""
 
+_LABELLED = re.compile(
+    r"the correct answer is (true|false|(?:solution|answer|ending|option)\d+)\.?"
+)
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
 
 
@@ -39,6 +42,21 @@ def last_number(text: str) -> str | None:
     return _normal(numbers[-1]) if numbers else None
 
 
+def label(text: str, like: str) -> str | None:
+    """The first label in a text, of the kind of another label, as LLM-Adapters looks for it.
+
+    Example:
+        >>> label("The correct answer is solution2, not solution1.", like="solution1")
+        'solution2'
+        >>> label("It is True.", like="false")
+        'true'
+    """
+    kind = like.rstrip("0123456789")
+    pattern = r"\b(?:true|false)\b" if kind == like else rf"\b{kind}\d+\b"
+    found = re.search(pattern, text.lower())
+    return found[0] if found else None
+
+
 def _normal(number: str) -> str:
     """'1,000.0' and '1000' have one form."""
     return f"{float(number.replace(',', '')):.10g}"
@@ -54,7 +72,9 @@ def score(generated: Sequence[str], references: Sequence[str]) -> dict[str, floa
     Returns:
         `exact_match`, the fraction whose final answer is that of the reference. If all references
         contain numbers, also `last_number_match`, the fraction whose last number is that of the
-        reference, which does not require a mark before the final answer.
+        reference, which does not require a mark before the final answer. If all references are
+        "the correct answer is" and a label, as in LLM-Adapters' commonsense data, also
+        `label_match`, the fraction whose first label is that of the reference.
 
     Example:
         >>> score(["2+2 = 4 #### 4", "That is 5."], ["#### 4", "#### 5"])
@@ -70,4 +90,9 @@ def score(generated: Sequence[str], references: Sequence[str]) -> dict[str, floa
     if None not in numbers:
         same = [last_number(ours) == right for (ours, _), right in zip(pairs, numbers, strict=True)]
         found["last_number_match"] = sum(same) / len(pairs)
+    labels = [_LABELLED.fullmatch(right.strip().lower()) for right in references]
+    if None not in labels:
+        right = [match[1] for match in labels if match]
+        same = [label(ours, one) == one for (ours, _), one in zip(pairs, right, strict=True)]
+        found["label_match"] = sum(same) / len(pairs)
     return found

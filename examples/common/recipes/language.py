@@ -59,8 +59,7 @@ _COMMONSENSE: dict[str, Any] = {
     "data": "LLM-Adapters (github.com/AGI-Edgerunners/LLM-Adapters): ft-training_set/"
     "commonsense_170k.json, and the folder dataset with the eight test sets.",
     "differs": (
-        "Answers are generated greedily and compared as a whole; LLM-Adapters uses four beams "
-        "and looks for the label.",
+        "Answers are generated greedily; LLM-Adapters uses four beams. Compare the label match.",
     ),
     "rows": _question,
 }
