@@ -29,6 +29,7 @@ RANK = 4
 CURVES = {
     "full": ("full fine-tuning", "#222222"),
     "full-rank-4": ("full, steps of rank 4", "#999999"),
+    "full-rank-4-feedback": ("the same, the rest kept", "#cccccc"),
     "lora": ("LoRA", "#d1495b"),
     "loft": ("LoFT", "#00798c"),
     "loft-anew-250": ("LoFT, drawn anew every 250", "#edae49"),
