@@ -11,7 +11,7 @@ ten solutions of each, sampled at temperature 0.5, to `samples.jsonl`. It does n
 files and your network. evalplus needs older versions of some packages, so install it apart:
 
     python -m venv judge && judge/bin/pip install evalplus
-    python examples/evaluate_code.py ... --judge judge/bin/python
+    python examples/evaluate_code.py --problems HumanEvalPlus.jsonl.gz --judge judge/bin/python
 """
 
 import argparse

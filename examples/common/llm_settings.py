@@ -9,7 +9,7 @@ from typing import Literal
 from .errors import UserError
 from .methods import METHODS
 from .models.llama import TARGETS
-from .settings import Settings, add_number, make_parser, names, parse, positive_int
+from .settings import Settings, add_number, check_decay, make_parser, names, parse, positive_int
 
 _SECOND_MOMENTS = {"calibrated": "loft", "factored": "factored", "diagonal": "simple"}
 
@@ -133,6 +133,7 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[LlmSettings, Path | Non
         raise UserError(f"--compare {unknown[0]}: choose from {', '.join(methods)}.")
     for method in (settings.method, *settings.compare):
         _check_storage(settings, method)
+        check_decay(settings, method)
     if settings.merge and settings.quantize is not None:
         raise UserError(
             "--merge needs unquantized weights, because an adapter is smaller than the steps of "

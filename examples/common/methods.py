@@ -43,6 +43,8 @@ class Method:
     part of full fine-tuning's gradient norm that the adapters can express."""
     rslora: bool = False
     dora: bool = False
+    decays: bool = True
+    """Whether its optimizer has weight decay."""
 
     @property
     def for_text(self) -> bool:
@@ -79,7 +81,7 @@ def _lora_pro(
     learning_rate: Any, pairs: LoraPairs | None, weight_decay: float = 0.0
 ) -> optax.GradientTransformation:
     if weight_decay:
-        raise UserError("--weight-decay: LoRA-Pro has none. Remove the flag.")
+        raise ValueError("LoRA-Pro has no weight decay")
     return baselines.lora_pro(learning_rate, pairs=pairs)
 
 
@@ -147,7 +149,7 @@ METHODS = {
     ),
     # The variant with a second moment (Algorithm 2 of the paper).
     "altlora": Method(label="AltLoRA+", optimizer=_with_pairs(baselines.altlora_plus), rate=5),
-    "lora-pro": Method(label="LoRA-Pro", optimizer=_lora_pro, rate=1),
+    "lora-pro": Method(label="LoRA-Pro", optimizer=_lora_pro, rate=1, decays=False),
     "lora-rite": Method(label="LoRA-RITE", optimizer=_with_pairs(baselines.lora_rite), rate=5),
     "vpt": Method(label="VPT", optimizer=_adamw, rate=10, trains="prompts"),
     "adapter": Method(label="bottleneck adapters", optimizer=_adamw, rate=10, trains="bottlenecks"),

@@ -185,6 +185,7 @@ def parse(
             f"--accumulate {settings.accumulate} does not divide --batch-size "
             f"{settings.batch_size}: choose a divisor."
         )
+    check_decay(settings, settings.method)
     if settings.dropout and METHODS[settings.method].trains != "adapters":
         raise UserError(
             f"--dropout is for adapters, and --method {settings.method} has none: remove the flag."
@@ -195,6 +196,14 @@ def parse(
         )
     check_installed(settings.log_to)
     return settings, output, resume
+
+
+def check_decay(settings: Settings, method: str) -> None:
+    """Raises an error if a method has no weight decay, and there should be some."""
+    if settings.weight_decay and not METHODS[method].decays:
+        raise UserError(
+            f"--weight-decay: {METHODS[method].label} has none. Remove the flag, or the method."
+        )
 
 
 def _settings(given: dict[str, Any], kind: type[S]) -> tuple[S, Path | None, bool]:

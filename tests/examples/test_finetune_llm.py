@@ -328,6 +328,7 @@ def test_without_an_output_folder_the_next_free_one_is_taken(tmp_path, monkeypat
         (["--method", "full", "--dtype", "bfloat16"], "--method full trains weights"),
         (["--method", "full", "--dropout", "0.1"], "--dropout is for adapters"),
         (["--method", "lora-pro", "--weight-decay", "0.1"], "LoRA-Pro has none"),
+        (["--compare", "lora-pro", "--weight-decay", "0.1"], "LoRA-Pro has none"),
         (["--resume"], "--resume needs --output"),
         (["--resume", "--output", "missing"], "missing contains no run to resume"),
     ],

@@ -34,6 +34,7 @@ MESH = "fsdp=4,tensor=2"
 def arguments(model_folder, text_file) -> list[str]:
     """Flags for a short run."""
     flags = f"--steps {STEPS} --eval-every 8 --save-every 2 --batch-size 4 --seq-len 8 --rank 2"
+    flags += " --dropout 0.1"  # whose masks do not depend on the mesh
     return [*flags.split(), "--model", str(model_folder), "--data", str(text_file)]
 
 
@@ -163,7 +164,7 @@ def test_two_processes_train_and_one_that_dies_ends_the_other(two, uninterrupted
     assert first.returncode != 0
     assert "another process" in printed or "another task died" in printed
     assert f"--resume --output {folder}" in printed
-    assert "step/s" in printed and "step/s" not in second.communicate()[0]  # one progress bar
+    assert "left=" in printed and "left=" not in second.communicate()[0]  # one progress bar
     expected = losses(uninterrupted)
     np.testing.assert_allclose(list(done.values()), [expected[k] for k in done], rtol=1e-5)
 

@@ -12,7 +12,6 @@ from optimizers import hasty_compiler as hasty_compiler
 
 from common import losses, methods, training
 from common.data import text
-from common.errors import UserError
 from common.models import llama_weights as weights
 from common.models.llama import Llama, LlamaConfig, lora_rule
 from loft_jax.adapters import add_lora, lora_pairs
@@ -109,11 +108,6 @@ def test_optimizers_of_adapters_decay_them(method):
         np.testing.assert_allclose(updates[name], -0.1 * params[name], rtol=1e-6)
     alternates = method in ("loft", "muon", "altlora")
     assert len(moved) == (1 if alternates else 2)
-
-
-def test_lora_pro_has_no_weight_decay():
-    with pytest.raises(UserError, match="--weight-decay: LoRA-Pro has none"):
-        methods.make_optimizer("lora-pro", 1e-3, weight_decay=0.1)
 
 
 def test_gradients_are_clipped_at_the_norm_that_is_given():
