@@ -68,8 +68,11 @@ def begin(folder: Path, meta: Mapping[str, Any], arrays: Arrays) -> Callable[[],
     # operation of its own has none. Which one it is, Orbax looks up while a save begins: therefore
     # it begins in the thread that also begins the program's saves, and not in the background.
     ocp.Checkpointer(handler).synchronize_next_awaitable_signal_operation_id()
-    with ThreadPoolExecutor(1) as executor:  # an event loop may be running in the caller's thread
-        futures = executor.submit(run).result()
+    if _in_event_loop():
+        with ThreadPoolExecutor(1) as executor:
+            futures = executor.submit(run).result()
+    else:
+        futures = run()
 
     def finish() -> None:
         try:
@@ -83,6 +86,15 @@ def begin(folder: Path, meta: Mapping[str, Any], arrays: Arrays) -> Callable[[],
         (folder / "meta" / "metadata").write_text(json.dumps(meta), "utf-8")
 
     return finish
+
+
+def _in_event_loop() -> bool:
+    """Whether this thread runs an event loop, as that of a notebook does; it cannot run another."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 def begin_together(

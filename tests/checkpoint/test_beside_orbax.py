@@ -37,7 +37,10 @@ def test_a_save_that_begins_while_one_of_orbax_ends(tmp_path, monkeypatch):
             other.wait_until_finished()
         start(thread)
 
-    options = ocp.AsyncOptions(post_finalization_callback=lambda: may_end.wait(100))
+    def hold():
+        may_end.wait(100)
+
+    options = ocp.AsyncOptions(post_finalization_callback=hold)
     with ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler(), async_options=options) as other:
         other.save(tmp_path / "other", args=ocp.args.StandardSave({"x": jnp.ones(3)}))
         monkeypatch.setattr(threading.Thread, "start", start_after_the_other_ended)
