@@ -21,6 +21,7 @@ LABELS = {
     "lora": "LoRA",
     "dora": "DoRA",
     "calibrated": "LoFT, calibrated",
+    "calibrated-bfloat16": 'LoFT, calibrated, `nu_dtype="bfloat16"`',
     "factored": "LoFT, factored",
     "simple": "LoFT (simple)",
     "muon": "LoFT-Muon",

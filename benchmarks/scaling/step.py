@@ -35,7 +35,7 @@ TOKENS = ("data", "fsdp")
 """The axes that shard the batch."""
 METHODS = ("calibrated", "factored", "lora")
 """The methods that `formulas` predicts."""
-OTHER_METHODS = ("simple", "muon", "dora")
+OTHER_METHODS = ("calibrated-bfloat16", "simple", "muon", "dora")
 
 
 def _config(
@@ -280,6 +280,8 @@ def optimizer(setting: Setting, rule: Any) -> optax.GradientTransformation:
     pairs = lora_pairs(rule)
     if setting.method == "muon":
         return loft_muon(1e-3, max_norm=1.0, pairs=pairs)
+    if setting.method == "calibrated-bfloat16":
+        return loft_adamw(1e-3, max_norm=1.0, nu_dtype="bfloat16", pairs=pairs)
     second: Any = "diagonal" if setting.method == "simple" else setting.method
     if not setting.chained:
         return loft_adamw(1e-3, second_moment=second, max_norm=1.0, pairs=pairs)
