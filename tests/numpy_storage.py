@@ -22,12 +22,12 @@ IN_MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 """Where to make folders whose flushes take no time, as of `tempfile`."""
 
 
-def begin(folder: Path, meta: Mapping[str, Any], arrays: _storage.Arrays) -> Callable[[], None]:
+def begin(folder: Path, arrays: _storage.Arrays) -> Callable[[Mapping[str, Any]], None]:
     """As `_storage.begin`."""
-    return lambda: _write(folder, meta, arrays)
+    return lambda meta: _write(folder, arrays, meta)
 
 
-def _write(folder: Path, meta: Mapping[str, Any], arrays: _storage.Arrays) -> None:
+def _write(folder: Path, arrays: _storage.Arrays, meta: Mapping[str, Any]) -> None:
     for item, leaves in arrays.items():
         (folder / item).mkdir(parents=True)
         on_host = {path: np.asarray(x) for path, x in leaves.items()}

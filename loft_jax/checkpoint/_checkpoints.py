@@ -1,11 +1,12 @@
 """A folder of checkpoints: saving, keeping the newest and the best, restoring."""
 
 import contextlib
+import functools
 import operator
 import os
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, SupportsIndex
 
@@ -16,15 +17,15 @@ from loft_jax.checkpoint import _folder, _processes, _reading
 from loft_jax.checkpoint._base import BaseReference
 from loft_jax.checkpoint._errors import CheckpointError, DamagedCheckpointWarning, brief
 from loft_jax.checkpoint._leaves import (
+    begin_records,
     by_path,
     check_equal_everywhere,
     named_leaves,
     options_by_path,
-    records,
 )
 from loft_jax.checkpoint._ownership import Ownership
 from loft_jax.checkpoint._reading import Restored
-from loft_jax.checkpoint._record import Damaged, Record, encode_data, parse
+from loft_jax.checkpoint._record import Damaged, Record, decode_data, encode_data, parse
 from loft_jax.checkpoint._restoring import restore_newest
 from loft_jax.checkpoint._retention import Retention, warn_of_undeleted
 from loft_jax.checkpoint._saving import Save
@@ -178,7 +179,7 @@ class Checkpoints:
             raise ValueError(
                 f"metrics {list(measured)} lack {self._best!r}, the metric named by best."
             )
-        encode_data(data)
+        data = decode_data(encode_data(data))  # a copy: it is written in the background
         trees = {"adapter": adapter, "opt_state": opt_state, "key": key}
         named = {item: named_leaves(tree, item) for item, tree in trees.items()}
         with self._lock:
@@ -186,12 +187,17 @@ class Checkpoints:
             steps = self.steps()
             warn_of_undeleted(self.folder, self._ownership.claim(), stacklevel=2)
             measured = _processes.on_first_process(lambda: measured)
-            described = {item: records(*leaves) for item, leaves in named.items()}
-            check_equal_everywhere(named, described)
+            begun = {item: begin_records(*leaves) for item, leaves in named.items()}
             options = {item: options_by_path(tree) for item, tree in trees.items()}
             scales = self._scales_of(adapter, tuple(named["adapter"][0]))
-            record = Record(step, described, options, data, measured, self._base, scales=scales)
-            if not self._is_new(record, steps):
+
+            @functools.cache
+            def describe() -> Record:
+                items = {item: finish() for item, finish in begun.items()}
+                check_equal_everywhere(named, items)
+                return Record(step, items, options, data, measured, self._base, scales=scales)
+
+            if not self._is_new(step, describe, steps):
                 return False
             # Orbax accepts neither empty arrays nor empty trees. The record describes them in full.
             arrays = {
@@ -199,8 +205,10 @@ class Checkpoints:
                 for item, (leaves, _) in named.items()
             }
             arrays = {item: leaves for item, leaves in arrays.items() if leaves}
-            self._retention.add(record)
-            self._saving = Save(self.folder, record, arrays, self._timeout_s, self._ownership.check)
+            self._saving = Save(
+                self.folder, step, describe, arrays, self._timeout_s, self._ownership.check
+            )
+            self._retention.add(step, measured)
             if not self._asynchronous:
                 self.wait()
             return True
@@ -333,23 +341,24 @@ class Checkpoints:
             self._scales[paths] = known_scales(adapter, paths, self._pairs)
         return self._scales[paths]
 
-    def _is_new(self, record: Record, steps: Sequence[int]) -> bool:
+    def _is_new(self, step: int, describe: Callable[[], Record], steps: Sequence[int]) -> bool:
         newest = max(steps, default=-1)
-        if record.step > newest:
+        if step > newest:
             return True
-        if record.step not in steps:
+        if step not in steps:
             raise CheckpointError(
-                f"{self.folder}: step {record.step} is older than the newest checkpoint, {newest}, "
+                f"{self.folder}: step {step} is older than the newest checkpoint, {newest}, "
                 "and would not be kept. To continue from an older step, save to another folder."
             )
-        text = _processes.on_first_process(lambda: _folder.record_text(self.folder, record.step))
+        record = describe()
+        text = _processes.on_first_process(lambda: _folder.record_text(self.folder, step))
         with contextlib.suppress(Damaged, ValueError):
-            there = parse(text or "", record.step)
+            there = parse(text or "", step)
             same = (there.items, there.options) == (record.items, record.options)
             if same and _processes.on_first_process(lambda: there.data == record.data):
                 return False
         raise CheckpointError(
-            f"{self.folder}: step {record.step} was saved already, with other values. Checkpoints "
+            f"{self.folder}: step {step} was saved already, with other values. Checkpoints "
             "are never overwritten: restore before continuing, or save to another folder."
         )
 

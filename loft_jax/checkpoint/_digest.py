@@ -6,6 +6,7 @@ changed ones, with probability 2^-64. Sums are order-independent: each device su
 no array is gathered.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -40,12 +41,17 @@ def digests(leaves: dict[str, Any]) -> dict[str, str]:
       >>> digests({"x": x, "y": np.arange(6, dtype=np.float32), "z": x[::-1]})
       {'x': '5e44f811b63dcce9', 'y': '5e44f811b63dcce9', 'z': '6f63f487b0524836'}
     """
-    # Dispatch all before waiting for the first.
+    return begin_digests(leaves)()
+
+
+def begin_digests(leaves: dict[str, Any]) -> Callable[[], dict[str, str]]:
+    """Begins to compute digests: returns a function that waits for them. Otherwise as `digests`."""
+    # All are dispatched before the first is waited for.
     sums = {
         path: _compiled(x) if isinstance(x, jax.Array) else _sums(np.asarray(x), np)
         for path, x in leaves.items()
     }
-    return {
+    return lambda: {
         path: "".join(f"{int(np.asarray(part)):08x}" for part in pair)
         for path, pair in sums.items()
     }

@@ -2,13 +2,13 @@
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 from loft_jax.checkpoint import _folder, _processes
 from loft_jax.checkpoint._errors import UndeletedCheckpointWarning, listing
-from loft_jax.checkpoint._record import Damaged, Record, parse
+from loft_jax.checkpoint._record import Damaged, parse
 
 
 class Retention:
@@ -40,10 +40,10 @@ class Retention:
         self._scores: dict[int, float | None] = {}
         self._unread: set[int] = set()
 
-    def add(self, record: Record) -> None:
+    def add(self, step: int, metrics: Mapping[str, float]) -> None:
         """Registers a checkpoint that is about to be saved."""
-        value = record.metrics.get(self._metric or "", math.nan)
-        self._scores[record.step] = None if math.isnan(value) else self._sign * value
+        value = metrics.get(self._metric or "", math.nan)
+        self._scores[step] = None if math.isnan(value) else self._sign * value
 
     def remove(self, step: int | None) -> None:
         """Forgets a checkpoint that does not exist anymore."""
@@ -58,10 +58,11 @@ class Retention:
             if step not in self._scores:  # saved by an earlier process
                 read = lambda step=step: _folder.record_text(self._folder, step)
                 try:
-                    self.add(parse(_processes.on_first_process(read) or "", step))
+                    record = parse(_processes.on_first_process(read) or "", step)
                 except (Damaged, ValueError, OSError):
                     self._unread.add(step)  # it may be readable later
                 else:
+                    self.add(step, record.metrics)
                     self._unread.discard(step)
         scores = ((self._scores.get(step), step) for step in steps)
         ranked = [(score, step) for score, step in scores if score is not None]

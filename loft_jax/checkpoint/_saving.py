@@ -24,7 +24,8 @@ class Save:
 
     Args:
       folder: the folder of the run.
-      record: of the checkpoint.
+      step: of the checkpoint.
+      describe: returns the record; it waits for the digests.
       arrays: not empty; no item is.
       timeout_s: how long to wait for the other processes.
       check: called before the folder is renamed; raises an error to prevent it.
@@ -33,28 +34,35 @@ class Save:
     def __init__(
         self,
         folder: Path,
-        record: Record,
+        step: int,
+        describe: Callable[[], Record],
         arrays: Arrays,
         timeout_s: int,
         check: Callable[[], None],
     ):
-        self.step, self._record, self._check = record.step, record, check
-        name = _processes.on_first_process(lambda: _folder.unfinished_name(record.step))
+        self.step, self._describe, self._check = step, describe, check
+        name = _processes.on_first_process(lambda: _folder.unfinished_name(step))
         self._unfinished = folder / name
         self._error: BaseException | None = None
         self._on_host: Arrays | None = None
-        meta = record.to_json()  # now: the caller may change the position in the data
-        begin: Callable[[], Callable[[], None]]
         if jax.process_count() == 1:
             # In the memory of the host nothing can change them, and Orbax can write them in the
             # background. Only NumPy arrays, which the caller can change, are copied there: JAX does
             # not reuse a donated buffer that NumPy still refers to.
             own = lambda x: x.copy() if isinstance(x, np.ndarray) else x
             on_host = self._on_host = jax.device_get(jax.tree.map(own, arrays))
-            begin = lambda: _storage.begin(self._unfinished, meta, on_host)
+
+            def begin() -> Callable[[], None]:
+                write = _storage.begin(self._unfinished, on_host)
+                # In the background: Python of Orbax's threads would slow it down here.
+                return lambda: write(describe().to_json())
         else:
-            # Orbax synchronizes the processes over their devices, which training also uses.
-            begin = lambda: _storage.begin_together(self._unfinished, meta, arrays, timeout_s)
+            meta = describe().to_json()
+
+            def begin() -> Callable[[], None]:
+                # Orbax synchronizes the processes over their devices, which training also uses.
+                return _storage.begin_together(self._unfinished, meta, arrays, timeout_s)
+
         try:
             finish = begin()
         except Exception as error:  # all processes have to learn of it, when they wait
@@ -72,7 +80,7 @@ class Save:
             finish()
             if self._error is None and jax.process_index() == 0:
                 # Orbax may lose arrays without an error, as where a folder cannot be listed.
-                verify(self._unfinished, self._record, self._on_host)
+                verify(self._unfinished, self._describe(), self._on_host)
                 self._check()
                 _folder.publish(self._unfinished, self.step)
         except BaseException as error:

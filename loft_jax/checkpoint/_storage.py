@@ -34,16 +34,16 @@ _WITHOUT_COPIES = ocp.type_handlers.create_type_handler_registry(
 )
 
 
-def begin(folder: Path, meta: Mapping[str, Any], arrays: Arrays) -> Callable[[], None]:
+def begin(folder: Path, arrays: Arrays) -> Callable[[Mapping[str, Any]], None]:
     """Begins to write a checkpoint of arrays on the host, in a single-process run.
 
     Args:
       folder: of the checkpoint; created.
-      meta: the record, as JSON.
       arrays: not empty, and no item is; they must not change until they are written.
 
     Returns:
-      A function that waits until everything is written.
+      A function that waits until the arrays are written, then writes the record, its argument, as
+      JSON.
     """
     # Not a checkpointer: one that fails waits for all of Orbax's threads in the process.
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=_WITHOUT_COPIES)
@@ -74,7 +74,7 @@ def begin(folder: Path, meta: Mapping[str, Any], arrays: Arrays) -> Callable[[],
     else:
         futures = run()
 
-    def finish() -> None:
+    def finish(meta: Mapping[str, Any]) -> None:
         try:
             for future in futures:
                 future.result()
@@ -103,7 +103,8 @@ def begin_together(
     """Begins to write a checkpoint in all processes.
 
     Args:
-      folder, meta, arrays: as of `begin`, equal in all processes.
+      folder, arrays: as of `begin`, equal in all processes.
+      meta: the record, as JSON.
       timeout_s: how long to wait for the other processes, in seconds.
 
     Returns:

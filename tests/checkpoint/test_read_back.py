@@ -11,26 +11,26 @@ TREE = {str(k): np.full((k, 2), k, np.float32) for k in range(9)}  # one is empt
 STATE = {"adapter": TREE, "opt_state": {"mu": jnp.ones((3, 2), jnp.bfloat16), "n": jnp.int32(1)}}
 
 
-def other_value(write, folder, meta, arrays):
-    write(folder, meta, {**arrays, "adapter": {**arrays["adapter"], "3": TREE["3"] + 1}})
+def other_value(write, folder, arrays, meta):
+    write(folder, {**arrays, "adapter": {**arrays["adapter"], "3": TREE["3"] + 1}}, meta)
 
 
-def other_shape(write, folder, meta, arrays):
-    write(folder, meta, {**arrays, "adapter": {**arrays["adapter"], "3": TREE["3"].T}})
+def other_shape(write, folder, arrays, meta):
+    write(folder, {**arrays, "adapter": {**arrays["adapter"], "3": TREE["3"].T}}, meta)
 
 
-def lost_array(write, folder, meta, arrays):
-    write(folder, meta, {**arrays, "adapter": {k: x for k, x in TREE.items() if k not in "03"}})
+def lost_array(write, folder, arrays, meta):
+    write(folder, {**arrays, "adapter": {k: x for k, x in TREE.items() if k not in "03"}}, meta)
 
 
-def half_of_orbax_own_file(write, folder, meta, arrays):
-    write(folder, meta, arrays)
+def half_of_orbax_own_file(write, folder, arrays, meta):
+    write(folder, arrays, meta)
     file = folder / "adapter" / "_METADATA"  # without it, Orbax reads what it is asked for
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
-def half_file(write, folder, meta, arrays):
-    write(folder, meta, arrays)
+def half_file(write, folder, arrays, meta):
+    write(folder, arrays, meta)
     largest = max((folder / "adapter").rglob("*"), key=lambda path: path.stat().st_size)
     largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
 
@@ -38,8 +38,8 @@ def half_file(write, folder, meta, arrays):
 def inject(patch, fault):
     """Lets saves write in the background with a fault."""
     begin = _storage.begin
-    write = lambda *args: begin(*args)()
-    patch.setattr(_storage, "begin", lambda *args: lambda: fault(write, *args))
+    write = lambda folder, arrays, meta: begin(folder, arrays)(meta)
+    patch.setattr(_storage, "begin", lambda *args: lambda meta: fault(write, *args, meta))
 
 
 @pytest.mark.parametrize(

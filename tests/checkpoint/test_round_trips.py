@@ -356,9 +356,9 @@ def test_numpy_arrays_may_change_while_they_are_saved(tmp_path, monkeypatch):
     begin, changed = _storage.begin, threading.Event()
 
     def begin_late(*args):
-        def finish():
+        def finish(meta):
             assert changed.wait(20)
-            begin(*args)()
+            begin(*args)(meta)
 
         return finish
 
