@@ -7,6 +7,9 @@ the same factors, and with Algorithm 1 typed plainly in PyTorch if PyTorch is in
 optimizers run in alternation in one process, two steps per round, because LoFT updates one factor
 and then the other. The table shows medians and quartiles. Quote the ratios: times depend on the
 machine.
+
+With the default rate a step changes the products by about a hundredth, as in training. With 1e-3 it
+changes them by as much as they are: then all pairs are balanced at every step.
 """
 
 import argparse
@@ -30,6 +33,7 @@ from loft_jax import LoraPairs
 
 OPTIMIZERS: dict[str, Make] = {"optax.adamw": adamw, "optax.contrib.muon": muon, **LOFT}
 TORCH = "PyTorch, plain"
+RATE = 1e-5
 MAX_STATE = 6e9
 """Bytes. Cross terms take r (r + 1) / 2 numbers per row, PyTorch's r^2: larger ones are skipped."""
 
@@ -82,7 +86,9 @@ class TorchStep:
             self.tx.step(self.grads)
 
 
-def measure(name: str, rank: int, runs: int, chosen: list[str], stacked: bool = False) -> list[Row]:
+def measure(
+    name: str, rank: int, runs: int, chosen: list[str], stacked: bool = False, rate: float = RATE
+) -> list[Row]:
     """Measures the chosen optimizers on one set of pairs at one rank, a row for each."""
     pair_set, steps = PAIR_SETS[name], {}
     params, separate = adapters(pair_set, rank, stacked), adapters(pair_set, rank)
@@ -92,13 +98,14 @@ def measure(name: str, rank: int, runs: int, chosen: list[str], stacked: bool = 
             if importlib.util.find_spec("torch") and fits(pair_set, rank, rank * rank):
                 steps[optimizer] = TorchStep(separate)
         elif optimizer != "calibrated" or fits(pair_set, rank, rank * (rank + 1) // 2):
-            steps[optimizer] = Step(OPTIMIZERS[optimizer](1e-3, pairs), params)
+            steps[optimizer] = Step(OPTIMIZERS[optimizer](rate, pairs), params)
     times = in_alternation(steps, runs)
     base = times[next(iter(times))]
     rows = [
         {
             "pairs": f"{name}, stacked" if stacked else name,
             "rank": rank,
+            "rate": rate,
             "optimizer": optimizer,
             "step_ms": quartiles(times[optimizer] / 2),
             "ratio": paired_ratio(times[optimizer], base),
@@ -144,6 +151,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--ranks", nargs="+", type=int, default=[4])
     add("--stacked", action="store_true", help="stack the layers on a first axis")
     add("--optimizers", nargs="+", choices=[*OPTIMIZERS, TORCH], default=[*OPTIMIZERS, TORCH])
+    add("--rate", type=float, default=RATE, help="learning rate (default %(default)s)")
     add_runs(parser, 9)
 
 
@@ -151,7 +159,9 @@ def run(options: argparse.Namespace) -> None:
     rows = []
     for name in options.pairs:
         for rank in options.ranks:
-            found = measure(name, rank, options.runs, options.optimizers, options.stacked)
+            found = measure(
+                name, rank, options.runs, options.optimizers, options.stacked, options.rate
+            )
             append(options.results, found)
             rows += found
     print(table(rows))
