@@ -219,10 +219,12 @@ def test_methods_that_depend_on_the_factors_keep_them(options, x64):
 
 
 @pytest.mark.parametrize("method", ["calibrated", "factored", "muon", "sgd"])
-@pytest.mark.parametrize(("rows", "rank"), [(1, 4), (8, 16)])
-def test_few_rows_in_bfloat16_are_as_good_as_in_float32(method, rows, rank):
-    wide, low = low_precision.measure(method, [rows], rank, 8, dtypes=["bfloat16"])
-    # A loss that float32 takes to zero ends where bfloat16 rounds the outputs.
+@pytest.mark.parametrize(
+    ("rows", "rank", "dtype"), [(1, 4, "bfloat16"), (8, 16, "bfloat16"), (1, 1, "float16")]
+)
+def test_few_rows_in_low_precision_are_as_good_as_in_float32(method, rows, rank, dtype):
+    wide, low = low_precision.measure(method, [rows], rank, 8, dtypes=[dtype])
+    # A loss that float32 takes to zero ends where the outputs are rounded.
     assert low["excess"] < 0.05 * wide["final"] + 1e-3
     assert low["peak"] < 1.1
     assert low["largest"] < 10

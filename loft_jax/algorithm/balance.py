@@ -21,6 +21,9 @@ from loft_jax.algorithm.pair import FactorPair
 _CORRELATION = 0.5
 # |U|^2 |V|^2 may be this many times r |U V^T|^2; balanced, it is at most r |U V^T|^2.
 _EXCESS = 8.0
+# A factor may be this many times as long as the other. The gradients of a short factor are long, and
+# overflow in float16.
+_UNEVEN = 32.0
 # A singular value below this part of the largest gives one factor the root of this part. So a
 # direction of one factor that the other does not have yet stays alive.
 _FLOOR = 1e-3
@@ -30,6 +33,8 @@ Grams = FactorPair[Float[Array, "r r"]]
 
 def is_unbalanced(grams: Grams) -> Bool[Array, ""]:
     """Returns whether columns of a factor are nearly dependent, or too long for the product.
+
+    Or one factor is much longer than the other.
 
     Args:
       grams: ``U^T U`` and ``V^T V``.
@@ -41,13 +46,18 @@ def is_unbalanced(grams: Grams) -> Bool[Array, ""]:
       >>> nearly_opposite = jnp.array([[1.0, -0.99], [-0.99, 1.0]])
       >>> bool(is_unbalanced(FactorPair(jnp.eye(2), nearly_opposite)))
       True
+      >>> bool(is_unbalanced(FactorPair(jnp.eye(2), 1e-4 * jnp.eye(2))))
+      True
     """
     a, b = _of_unit_trace(grams.a), _of_unit_trace(grams.b)
     correlation = jnp.maximum(_correlation(a), _correlation(b))
     excess = 1 / (_EXCESS * a.shape[-1]) > jnp.sum(a * b)
+    lengths = jnp.trace(grams.a), jnp.trace(grams.b)
+    uneven = jnp.maximum(*lengths) > _UNEVEN**2 * jnp.minimum(*lengths)
     # A product without a column has nothing to balance. Infinite factors are left as they are.
     columns = jnp.sum(jnp.diagonal(a) * jnp.diagonal(b))
-    return ((correlation > _CORRELATION) | excess) & (columns > 0) & jnp.isfinite(columns)
+    found = (correlation > _CORRELATION) | excess | uneven
+    return found & (columns > 0) & jnp.isfinite(columns)
 
 
 def balancing_matrices(grams: Grams) -> FactorPair[Float[Array, "r r"]]:
