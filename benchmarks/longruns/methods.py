@@ -90,6 +90,9 @@ METHODS = {
         scale=lambda rank: RSLORA_ALPHA / rank**0.5,
     ),
     "dora": Method(label="DoRA", optimizer=_adamw, magnitude=True),
+    "loft-dora": Method(
+        label="DoRA, LoFT on the factors, AdamW on the magnitude", optimizer=_loft, magnitude=True
+    ),
     "lora-rite": Method(label="LoRA-RITE", optimizer=_of_pairs(baselines.lora_rite)),
     "lora-pro": Method(label="LoRA-Pro", optimizer=_of_pairs(baselines.lora_pro)),
     "altlora": Method(label="AltLoRA+", optimizer=_of_pairs(baselines.altlora_plus)),

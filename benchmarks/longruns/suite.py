@@ -58,7 +58,7 @@ _SHORT_RENEWAL = Part(
     title="Renewal",
     methods=("full", "loft", "lora", "loft-anew-250", "momentum-250", "loft-anew-100"),
 )
-_SHORT_RIVALS = Part(title="Other methods", methods=("rslora", "dora", "lora-rite"))
+_SHORT_RIVALS = Part(title="Other methods", methods=("rslora", "dora", "loft-dora", "lora-rite"))
 
 PARTS = {
     "language": {
@@ -67,7 +67,9 @@ PARTS = {
         "calibration": _CALIBRATION,
         "ranks": Part(title="Ranks", methods=("loft", "lora"), ranks=(1, 4, 16)),
         "rivals": _RIVALS,
-        "scaled": Part(title="rsLoRA and DoRA", methods=("rslora", "dora"), ranks=(1, 4, 16)),
+        "scaled": Part(
+            title="rsLoRA and DoRA", methods=("rslora", "dora", "loft-dora"), ranks=(1, 4, 16)
+        ),
     },
     "arithmetic": {"renewal": _SHORT_RENEWAL, "rivals": _SHORT_RIVALS},
     "vision": {

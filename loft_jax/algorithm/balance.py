@@ -21,8 +21,8 @@ from loft_jax.algorithm.pair import FactorPair
 _CORRELATION = 0.5
 # |U|^2 |V|^2 may be this many times r |U V^T|^2; balanced, it is at most r |U V^T|^2.
 _EXCESS = 8.0
-# A factor may be this many times as long as the other. The gradients of a short factor are long, and
-# overflow in float16.
+# A factor may be this many times as long as the other. The gradients of a short factor are large,
+# and overflow in float16.
 _UNEVEN = 32.0
 # A singular value below this part of the largest gives one factor the root of this part. So a
 # direction of one factor that the other does not have yet stays alive.

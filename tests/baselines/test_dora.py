@@ -3,9 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from optimizers import hasty_compiler as hasty_compiler
 
+from loft_jax import loft_adamw
 from loft_jax.baselines._dora import dora_init, dora_output, dora_weight
 
 SCALE = 0.7
@@ -114,6 +116,34 @@ def test_a_full_gradient_does_not_change_the_lengths_of_the_direction(assert_clo
     weight = lambda v: dora_weight(v, m, a, 0 * b, detach_norm=False)
     loss = lambda v: jnp.sum(jnp.tanh(weight(v)))
     assert_close(jnp.sum(jax.grad(loss)(kernel) * kernel, axis=0), np.zeros(6))
+
+
+@pytest.mark.usefixtures("x64")
+def test_at_full_rank_loft_trains_the_direction_as_adamw(assert_close):
+    """The magnitude beside the factors is trained by AdamW in both."""
+    kernel, _, a, b = arrays(problem(6, 6, 6))
+    targets = arrays(np.random.default_rng(1).normal(size=(40, 6, 6)))
+    hyper = {"eps": 0.0, "weight_decay": 0.0}
+    loft, adamw = loft_adamw(0.01, **hyper), optax.adamw(0.01, **hyper)
+    weight_of = lambda p: dora_weight(kernel, p["m"], p["lora_a"], p["lora_b"])
+    weight_of_direction = lambda p: dora_weight(
+        p["v"], p["m"], jnp.zeros((6, 1)), jnp.zeros((1, 6))
+    )
+
+    def path(tx, weight, params):
+        state, found = tx.init(params), []
+        for target in targets:
+            of_loss = jax.grad(lambda p, y=target: jnp.sum((weight(p) - y) ** 2))
+            updates, state = tx.update(of_loss(params), state, params)
+            params = optax.apply_updates(params, updates)
+            found.append(weight(params))
+        return found
+
+    m = dora_init(kernel)
+    assert_close(
+        path(loft, weight_of, {"m": m, "lora_a": a, "lora_b": b}),
+        path(adamw, weight_of_direction, {"m": m, "v": kernel + a @ b}),
+    )
 
 
 @pytest.mark.parametrize("detach_norm", [True, False])
