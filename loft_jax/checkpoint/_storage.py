@@ -76,8 +76,10 @@ def begin(folder: Path, arrays: Arrays) -> Callable[[Mapping[str, Any]], None]:
 
     def finish(meta: Mapping[str, Any]) -> None:
         try:
-            for future in futures:
-                future.result()
+            # All of them, also where one fails: the others would write to a folder that is deleted.
+            with contextlib.ExitStack() as waiting:
+                for future in futures:
+                    waiting.callback(future.result)
             for item in arrays:
                 handler.finalize(epath.Path(folder / item))
         finally:
