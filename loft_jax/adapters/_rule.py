@@ -17,7 +17,11 @@ Initializer = Callable[..., Any]
 ALL_LINEAR = "all-linear"
 HEADS = ("lm_head", "head", "classifier", "score")
 
-_HE_UNIFORM = jax.nn.initializers.he_uniform()
+
+def _he_uniform(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    """Draws in float32 at least: in bfloat16 the mean of JAX's draws is not zero (findings/)."""
+    draw = jax.nn.initializers.he_uniform()
+    return draw(key, shape, jnp.promote_types(dtype, jnp.float32)).astype(dtype)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,7 +70,7 @@ class LoraRule:
     alpha: float | int | None = None
     rslora: bool = False
     dropout: float | int = 0.0
-    init_a: Initializer = _HE_UNIFORM
+    init_a: Initializer = _he_uniform
     init_b: Initializer = jax.nn.initializers.zeros
     dtype: Any = jnp.float32
     batch: tuple[int, ...] | None = None

@@ -170,3 +170,11 @@ def test_adding_and_removing_adapters_keeps_the_type_of_the_model():
     assert type(remove_lora(model, merge=False)) is Model
     layer = nnx.Linear(6, 5, rngs=nnx.Rngs(0))
     assert type(add_lora(layer, LoraRule(path="", rank=2), rngs=nnx.Rngs(1))) is LoraLayer
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_the_default_draws_have_a_mean_of_zero(dtype):
+    drawn = LoraRule(path=".*", rank=256).init_a(jax.random.key(0), (4096, 256), dtype)
+    assert drawn.dtype == dtype
+    values = drawn.astype(jnp.float32)
+    assert abs(values.mean()) < 4 * values.std() / values.size**0.5
