@@ -142,6 +142,14 @@ METHODS = {
     ),
     "lora": Method(label="LoRA", optimizer=_adamw, rate=30),
     "dora": Method(label="DoRA", optimizer=_adamw, rate=30, dora=True),
+    # LoFT for the direction, AdamW for the magnitude.
+    "loft-dora": Method(
+        label="DoRA with LoFT",
+        optimizer=_loft(second_moment="factored"),
+        rate=3,
+        projected=True,
+        dora=True,
+    ),
     "rslora": Method(label="rsLoRA", optimizer=_adamw, rate=10, rslora=True),
     "lora+": Method(label="LoRA+", optimizer=_with_pairs(baselines.lora_plus), rate=5),
     "riemannian": Method(
