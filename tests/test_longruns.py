@@ -21,7 +21,7 @@ from benchmarks.longruns import (
     texts,
 )
 from benchmarks.longruns.low_rank_steps import adamw_of_rank, leading_part
-from benchmarks.longruns.methods import METHODS, warmup_cosine
+from benchmarks.longruns.methods import METHODS, renewal_of, warmup_cosine
 from benchmarks.longruns.transformer import adapted, new_adapters
 
 
@@ -121,6 +121,25 @@ def test_adapters_are_scaled_and_doras_have_the_magnitude_of_the_weight():
     dora = {**jax.tree.map(lambda x: x[0], new["layers"]["up"]), **factors}
     expected = x @ (weight / np.linalg.norm(weight, axis=0) * np.linalg.norm(kernel, axis=0))
     np.testing.assert_allclose(adapted(x, kernel, dora, scale), expected, rtol=1e-4)
+
+
+def test_a_new_adapter_of_dora_keeps_the_weight_and_its_magnitude():
+    keys, method = jax.random.split(jax.random.key(0), 4), METHODS["loft-dora-anew-250"]
+    base = {"layers": {"up": {"kernel": jax.random.normal(keys[0], (2, 6, 5))}}}
+    draw = lambda key: new_adapters(key, base, 2, method.magnitude)
+    adapters = jax.tree.map(lambda x: x + 0.5, draw(keys[1]))
+    tx = method.optimizer(lambda count: 0.01)
+    merged, new, _ = renewal_of(method, draw, tx)(base, adapters, tx.init(adapters), keys[2])
+    x = jax.random.normal(keys[3], (3, 6))
+    layer = lambda params, adapters, k: adapted(
+        x,
+        params["layers"]["up"]["kernel"][k],
+        jax.tree.map(lambda leaf: leaf[k], adapters["layers"]["up"]),
+        1.0,
+    )
+    for k in range(2):
+        np.testing.assert_allclose(layer(merged, new, k), layer(base, adapters, k), rtol=1e-4)
+    assert (new["layers"]["up"]["lora_b"] == 0).all()
 
 
 def test_a_task_refuses_what_it_does_not_have(tmp_path, capsys):

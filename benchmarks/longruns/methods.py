@@ -60,10 +60,12 @@ def _renewed(interval: int, directions: str, size: float = 1.0, keep: int = 0) -
     return Method(label=label, optimizer=_loft, interval=interval, renewal=renewal)
 
 
-def _drawn_anew(interval: int, name: str, optimizer: Any, warmup: bool = False) -> Method:
+def _drawn_anew(
+    interval: int, name: str, optimizer: Any, warmup: bool = False, magnitude: bool = False
+) -> Method:
     label = f"{name}, drawn anew every {interval}, without its moments"
     if not warmup:
-        return Method(label=label, optimizer=optimizer, interval=interval)
+        return Method(label=label, optimizer=optimizer, interval=interval, magnitude=magnitude)
 
     def with_warmup(rate: optax.Schedule) -> optax.GradientTransformation:
         return optimizer(
@@ -90,9 +92,7 @@ METHODS = {
         scale=lambda rank: RSLORA_ALPHA / rank**0.5,
     ),
     "dora": Method(label="DoRA", optimizer=_adamw, magnitude=True),
-    "loft-dora": Method(
-        label="DoRA, LoFT on the factors, AdamW on the magnitude", optimizer=_loft, magnitude=True
-    ),
+    "loft-dora": Method(label="DoRA with LoFT", optimizer=_loft, magnitude=True),
     "lora-rite": Method(label="LoRA-RITE", optimizer=_of_pairs(baselines.lora_rite)),
     "lora-pro": Method(label="LoRA-Pro", optimizer=_of_pairs(baselines.lora_pro)),
     "altlora": Method(label="AltLoRA+", optimizer=_of_pairs(baselines.altlora_plus)),
@@ -113,6 +113,10 @@ METHODS = {
     "loft-muon": Method(label="LoFT-Muon", optimizer=_of_pairs(loft_muon, weight_decay=0.0)),
     **{f"lora-anew-{k}": _drawn_anew(k, "LoRA", _adamw) for k in (25, 100, 250)},
     **{f"loft-anew-{k}": _drawn_anew(k, "LoFT", _loft) for k in (25, 50, 100, 250, 500)},
+    **{
+        f"loft-dora-anew-{k}": _drawn_anew(k, "DoRA with LoFT", _loft, magnitude=True)
+        for k in (250, 500)
+    },
     **{f"loft-anew-{k}-warm": _drawn_anew(k, "LoFT", _loft, warmup=True) for k in (50, 100, 250)},
     **{f"random-{k}": _renewed(k, "random") for k in (25, 100, 250, 500)},
     **{f"momentum-{k}": _renewed(k, "momentum") for k in (5, 25, 100, 250, 500)},
@@ -130,7 +134,11 @@ def renewal_of(
         return functools.partial(renew, pairs=PAIRS, **method.renewal)
 
     def draw_anew(base: Any, adapters: Any, state: Any, key: jax.Array) -> tuple[Any, Any, Any]:
-        new = new_adapters(key)
+        # DoRA's direction is merged, and its magnitude goes on.
+        is_magnitude = lambda path: path[-1] == jax.tree_util.DictKey("lora_magnitude")
+        new = jax.tree.map_with_path(
+            lambda path, x, before: before if is_magnitude(path) else x, new_adapters(key), adapters
+        )
         fresh = tx.init(new)
         # The schedule goes on. All else starts anew.
         counts = optax.tree.get_all_with_path(state, "count")

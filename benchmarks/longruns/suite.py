@@ -70,6 +70,9 @@ PARTS = {
         "scaled": Part(
             title="rsLoRA and DoRA", methods=("rslora", "dora", "loft-dora"), ranks=(1, 4, 16)
         ),
+        "dora-renewal": Part(
+            title="Renewals of DoRA with LoFT", methods=("loft-dora-anew-250", "loft-dora-anew-500")
+        ),
     },
     "arithmetic": {"renewal": _SHORT_RENEWAL, "rivals": _SHORT_RIVALS},
     "vision": {
