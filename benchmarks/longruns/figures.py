@@ -45,6 +45,7 @@ BY_RANK = {
     "lora": ("LoRA", "#d1495b"),
     "rslora": ("rsLoRA", "#e8899a"),
     "dora": ("DoRA", "#8d5a97"),
+    "loft-dora": ("DoRA with LoFT", "#3d405b"),
     "loft": ("LoFT", "#00798c"),
 }
 
