@@ -335,17 +335,20 @@ def put_back(x: Any, leaf: Any) -> Any:
 
 
 def check_equal_everywhere(
-    named: Mapping[str, tuple[Mapping[str, Any], Any]],
-    described: Mapping[str, Mapping[str, LeafRecord]],
+    local: Mapping[str, Collection[str]], described: Mapping[str, Mapping[str, LeafRecord]]
 ) -> None:
-    """Raises ValueError if process-local leaves, saved by process 0, differ between processes."""
-    local = {
+    """Raises ValueError if process-local leaves, saved by process 0, differ between processes.
+
+    Args:
+      local: the paths of these leaves, by item.
+      described: the records of all leaves, by item and path.
+    """
+    digests = {
         f"{item}: {path}": described[item][path].digest
-        for item, (leaves, _) in named.items()
-        for path, x in leaves.items()
-        if not isinstance(x, jax.Array)
+        for item, paths in local.items()
+        for path in paths
     }
-    if paths := _processes.differing(local):
+    if paths := _processes.differing(digests):
         raise ValueError(
             listing(
                 "The values of these leaves differ between the processes, and only those of "
