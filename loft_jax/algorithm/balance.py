@@ -24,6 +24,9 @@ _EXCESS = 8.0
 # A factor may be this many times as long as the other. The gradients of a short factor are large,
 # and overflow in float16.
 _UNEVEN = 32.0
+# A factor becomes at most so many times shorter in one step. Updates are added, so that the new
+# factor has the rounding of the old one. What is left is done in the next steps.
+_SHORTER = 32.0
 # A singular value below this part of the largest gives one factor the root of this part. So a
 # direction of one factor that the other does not have yet stays alive.
 _FLOOR = 1e-3
@@ -83,6 +86,7 @@ def balancing_matrices(grams: Grams) -> FactorPair[Float[Array, "r r"]]:
     x_inverse_t = root @ (w / jnp.sqrt(jnp.where(singular > 0, singular, 1)))
     found = jnp.all(jnp.isfinite(x) & jnp.isfinite(x_inverse_t)) & (jnp.max(singular) > 0)
     size = (jnp.trace(grams.b) / jnp.trace(grams.a)) ** 0.25
+    size = jnp.clip(size, 1 / _SHORTER, _SHORTER)
     keep = lambda matrix: jnp.where(found, matrix, eye)
     return FactorPair(keep(x * size), keep(x_inverse_t / size))
 

@@ -131,13 +131,14 @@ def test_at_full_rank_loft_trains_the_direction_as_adamw(assert_close):
     )
 
     def path(tx, weight, params):
-        state, found = tx.init(params), []
-        for target in targets:
-            of_loss = jax.grad(lambda p, y=target: jnp.sum((weight(p) - y) ** 2))
-            updates, state = tx.update(of_loss(params), state, params)
+        def step(carry, target):
+            params, state = carry
+            gradients = jax.grad(lambda p: jnp.sum((weight(p) - target) ** 2))(params)
+            updates, state = tx.update(gradients, state, params)
             params = optax.apply_updates(params, updates)
-            found.append(weight(params))
-        return found
+            return (params, state), weight(params)
+
+        return jax.lax.scan(step, (params, tx.init(params)), jnp.stack(targets))[1]
 
     m = dora_init(kernel)
     assert_close(
