@@ -26,7 +26,7 @@ _EXCESS = 8.0
 _UNEVEN = 32.0
 # A factor becomes at most so many times shorter in one step. Updates are added, so that the new
 # factor has the rounding of the old one. What is left is done in the next steps.
-_SHORTER = 32.0
+_SHORTER = 256.0
 # A singular value below this part of the largest gives one factor the root of this part. So a
 # direction of one factor that the other does not have yet stays alive.
 _FLOOR = 1e-3
