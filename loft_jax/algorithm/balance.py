@@ -25,7 +25,7 @@ _EXCESS = 8.0
 # and overflow in float16.
 _UNEVEN = 32.0
 # A factor becomes at most so many times shorter in one step. Updates are added, so that the new
-# factor has the rounding of the old one. What is left is done in the next steps.
+# factor has the rounding of the old one. The next steps shorten it further where it needs more.
 _SHORTER = 256.0
 # A singular value below this part of the largest gives one factor the root of this part. So a
 # direction of one factor that the other does not have yet stays alive.
@@ -35,9 +35,9 @@ Grams = FactorPair[Float[Array, "r r"]]
 
 
 def is_unbalanced(grams: Grams) -> Bool[Array, ""]:
-    """Returns whether columns of a factor are nearly dependent, or too long for the product.
+    """Returns whether a factor has nearly dependent columns, or is too long.
 
-    Or one factor is much longer than the other.
+    Too long for the product, or in comparison with the other factor.
 
     Args:
       grams: ``U^T U`` and ``V^T V``.
@@ -69,7 +69,8 @@ def balancing_matrices(grams: Grams) -> FactorPair[Float[Array, "r r"]]:
     With ``A = U^T U = Z D Z^T`` and ``B = V^T V``, the matrix ``D^1/2 Z^T B Z D^1/2 = W S^2 W^T``
     has the squared singular values of ``U V^T``, and ``X = Z D^-1/2 W S^1/2``. The product of the
     two is the identity to rounding, whatever the errors of the eigenvectors, so that ``U V^T``
-    keeps its value. Where they do not exist in the precision at hand, both are the identity.
+    keeps its value. A factor becomes at most 256 times shorter. Where the matrices do not exist in
+    the precision at hand, both are the identity.
 
     Args:
       grams: ``A`` and ``B``.
