@@ -108,9 +108,11 @@ def fit(
                     bar.set_postfix(shown | {"left": clock_time(afterwards)})
     except (KeyboardInterrupt, Preempted) as stopped:
         why = "preempted" if isinstance(stopped, Preempted) else "stopped"
-        remedy = f"continue with --resume --output {run.folder}"
+        again = f"continue with --resume --output {run.resumable}"
+        remedy = again
         if not run.has_checkpoint():
-            remedy = f"there is no checkpoint yet, so delete {run.folder} and start again"
+            again = "start again" if run.resumable == run.folder else again
+            remedy = f"there is no checkpoint yet, so delete {run.folder} and {again}"
         say(f"\n{why}; {remedy}", file=sys.stderr)
         raise
     if settings.steps > first:

@@ -27,6 +27,8 @@ from .errors import UserError
 from .trackers import Tracker, numbers_of, open_tracker
 from .training import TrainState
 
+SETTINGS = "settings.json"
+
 
 class Run:
     """An open run folder; closing it waits until all checkpoints are written."""
@@ -98,6 +100,15 @@ class Run:
     def wait(self) -> None:
         """Waits until all checkpoints are written."""
         self._checkpoints.wait()
+
+    @property
+    def resumable(self) -> Path:
+        """The folder that --resume takes: for a method that a run is compared with, that run's."""
+        parent = self.folder.parent
+        if not (parent / SETTINGS).is_file():
+            return self.folder
+        compared = read_settings(parent).get("settings", {}).get("compare") or ()
+        return parent if self.folder.name in compared else self.folder
 
     def has_checkpoint(self) -> bool:
         """Whether there is a checkpoint to resume from; does not wait for other processes."""
@@ -182,14 +193,14 @@ def next_steps(folder: Path, script: str) -> str:
         lines.append(f"load the adapter: PeftModel.from_pretrained(base, {str(shown / 'peft')!r})")
     if lines and script == "finetune_llm.py":
         lines.append("serve it: docs/howto/serve_transformers.md, and beside it the other programs")
-    config = shown / "settings.json"
-    lines.append(f"change a setting: python examples/{script} --config {config} --rank 16")
+    config = shown / SETTINGS
+    lines.append(f"change a setting: python examples/{script} --config {config} --seed 1")
     return "\nnext:\n" + "\n".join(f"  {line}" for line in lines)
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
     """The content of a run's settings.json."""
-    path = folder / "settings.json"
+    path = folder / SETTINGS
     if not path.is_file():
         raise UserError(f"{folder} contains no run to resume: there is no {path}.")
     return json.loads(path.read_text())
@@ -197,14 +208,14 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 def _begin(folder: Path, described: Mapping[str, Any]) -> str:
     """Creates the folder and its settings.json; returns an error message, or ''."""
-    if (folder / "settings.json").exists():
+    if (folder / SETTINGS).exists():
         return (
             f"{folder} already contains a run: add --resume to continue it, or choose another "
             "--output."
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "settings.json").write_text(json.dumps(described, indent=2) + "\n")
+        (folder / SETTINGS).write_text(json.dumps(described, indent=2) + "\n")
     except OSError as error:
         return f"Cannot write to {folder} ({error}): choose another --output."
     return ""

@@ -165,6 +165,23 @@ def test_methods_are_compared_at_the_same_learning_rate(finished, arguments, tmp
     assert "comparison in" in capsys.readouterr().out
 
 
+def test_a_stopped_comparison_goes_on_as_a_whole(arguments, tmp_path, monkeypatch, capsys):
+    folder, step = tmp_path / "out", training.Trainer.step
+
+    def interrupted(trainer, state, *args):
+        if (folder / "lora").exists():
+            signal.raise_signal(signal.SIGINT)
+        return step(trainer, state, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Trainer, "step", interrupted)
+        assert run(*arguments, "--compare", "lora", "--output", folder) == 130
+    assert f"continue with --resume --output {folder}\n" in capsys.readouterr().err
+    assert not (folder / "comparison.png").exists()
+    assert run("--resume", "--output", folder) == 0
+    assert (folder / "comparison.png").exists()
+
+
 def test_gpt2_is_trained_and_its_adapter_exchanged(arguments, model_folder, tmp_path):
     folder = shutil.copytree(model_folder, tmp_path / "gpt2")
     shape = {"n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 256}
