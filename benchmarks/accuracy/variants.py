@@ -8,8 +8,16 @@ from typing import Any
 import optax
 from flax import nnx
 
-from examples.common.methods import METHODS, Optimizer, adapt, adapter_rule, head_labels, trainable
-from loft_jax import LoraPairs, clip_by_projected_global_norm
+from examples.common.methods import (
+    METHODS,
+    Optimizer,
+    adapt,
+    adapter_rule,
+    clip_by_norm,
+    head_labels,
+    trainable,
+)
+from loft_jax import LoraPairs, baselines
 from loft_jax.adapters import LoraRule, lora_pairs, quantize
 
 
@@ -50,6 +58,12 @@ VARIANTS = {name: _like(name) for name, method in METHODS.items() if method.for_
     "lora-2r": _like("lora", label="LoRA, alpha = 2r", rate=10, alpha=2),
     # The scale is alpha / sqrt(r), as in its paper.
     "lora-ga": _like("rslora", label="LoRA-GA", from_gradient=True),
+    # The default of its released code.
+    "lora-rite-no-escape": _like(
+        "lora-rite",
+        label="LoRA-RITE, no escaped mass",
+        optimizer=lambda rate, pairs: baselines.lora_rite(rate, escaped_mass=False, pairs=pairs),
+    ),
     "zero-shot-nf4": _like("head", label="before training, NF4", trained=False, quantized=True),
     "lora-nf4": _like("lora", label="QLoRA", quantized=True),
     "loft-nf4": _like("loft", label="QLoFT", quantized=True),
@@ -99,13 +113,10 @@ def make_optimizer(
             its learning rate is `learning_rate`.
     """
     pairs: LoraPairs = lora_pairs(rule)
-    clip = optax.clip_by_global_norm(max_norm)
-    if METHODS[variant.method].projected:
-        clip = clip_by_projected_global_norm(max_norm, pairs=pairs)
     optimizer = variant.optimizer(learning_rate, pairs)
     if head is not None and head_schedule is not None and METHODS[variant.method].trains != "head":
         of_head = optax.adamw(head_schedule, weight_decay=0.0)
         optimizer = optax.partition(
             {"head": of_head, "body": optimizer}, functools.partial(head_labels, head)
         )
-    return optax.chain(clip, optimizer)
+    return optax.chain(clip_by_norm(variant.method, max_norm, pairs), optimizer)

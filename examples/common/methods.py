@@ -40,7 +40,11 @@ class Method:
     """Prompts and bottlenecks are those of `models.vit_baselines`, for images only."""
     projected: bool = False
     """Whether clipping uses the norm of the gradients after LoFT's projection. This norm is the
-    part of full fine-tuning's gradient norm that the adapters can express."""
+    part of full fine-tuning's gradient norm that the adapters can express. The norm of the factors'
+    own gradients means nothing to an optimizer that is free to scale one factor up and the other
+    down."""
+    alternate: bool = True
+    """Whether a projected step moves one factor, in turn, or both."""
     rslora: bool = False
     dora: bool = False
     decays: bool = True
@@ -121,6 +125,7 @@ METHODS = {
         optimizer=_loft(alternate=False),
         rate=3,
         projected=True,
+        alternate=False,
     ),
     "no-calibration": Method(
         label="LoFT, no calibration",
@@ -133,6 +138,7 @@ METHODS = {
         optimizer=_loft(alternate=False, calibrate=False),
         rate=3,
         projected=True,
+        alternate=False,
     ),
     "muon": Method(
         label="LoFT-Muon",
@@ -158,7 +164,13 @@ METHODS = {
     # The variant with a second moment (Algorithm 2 of the paper).
     "altlora": Method(label="AltLoRA+", optimizer=_with_pairs(baselines.altlora_plus), rate=5),
     "lora-pro": Method(label="LoRA-Pro", optimizer=_lora_pro, rate=1, decays=False),
-    "lora-rite": Method(label="LoRA-RITE", optimizer=_with_pairs(baselines.lora_rite), rate=5),
+    "lora-rite": Method(
+        label="LoRA-RITE",
+        optimizer=_with_pairs(baselines.lora_rite),
+        rate=5,
+        projected=True,
+        alternate=False,
+    ),
     "vpt": Method(label="VPT", optimizer=_adamw, rate=10, trains="prompts"),
     "adapter": Method(label="bottleneck adapters", optimizer=_adamw, rate=10, trains="bottlenecks"),
     "full": Method(label="full fine-tuning", optimizer=_adamw, rate=1, trains="all"),
@@ -284,9 +296,17 @@ def make_optimizer(
         )
     if max_norm is None:
         return optimizer
-    if chosen.projected:
-        return optax.chain(clip_by_projected_global_norm(max_norm, pairs=pairs), optimizer)
-    return optax.chain(optax.clip_by_global_norm(max_norm), optimizer)
+    return optax.chain(clip_by_norm(method, max_norm, pairs), optimizer)
+
+
+def clip_by_norm(
+    method: str, max_norm: float, pairs: LoraPairs | None
+) -> optax.GradientTransformation:
+    """Clips gradients at the global norm that suits a method; see `Method.projected`."""
+    chosen = METHODS[method]
+    if not chosen.projected:
+        return optax.clip_by_global_norm(max_norm)
+    return clip_by_projected_global_norm(max_norm, alternate=chosen.alternate, pairs=pairs)
 
 
 def head_labels(head: str, params: Any) -> Any:

@@ -123,6 +123,26 @@ def test_gradients_are_clipped_at_the_norm_that_is_given():
     np.testing.assert_allclose(first_moment(2.0), 0.1, rtol=1e-6)
 
 
+@pytest.mark.parametrize("method", ["loft", "no-alternation", "neither", "muon", "lora-rite"])
+def test_methods_of_the_weight_are_clipped_alike_however_it_is_factored(method):
+    """All scalings of the factors have the first step of the clipped weight."""
+    rng = np.random.default_rng(0)
+    a, b, gradient = (rng.normal(size=shape) for shape in ((5, 2), (2, 4), (5, 4)))
+
+    def step(size):
+        params = {"lora_a": size * a, "lora_b": b / size}
+        grads = {"lora_a": gradient @ params["lora_b"].T, "lora_b": params["lora_a"].T @ gradient}
+        tx = methods.clip_by_norm(method, 1.0, None)
+        clipped, _ = jax.jit(tx.update)(grads, tx.init(params), params)
+        return clipped["lora_b"] / grads["lora_b"]
+
+    np.testing.assert_allclose(step(100.0), step(1.0), rtol=1e-5)
+    of_b = a @ np.linalg.pinv(a) @ gradient
+    both = of_b + gradient @ np.linalg.pinv(b) @ b
+    norm = np.linalg.norm(of_b if methods.METHODS[method].alternate else both)
+    np.testing.assert_allclose(step(1.0), 1 / norm, rtol=1e-5)
+
+
 # ---------------------------------------------------------------------------- dropout
 
 
