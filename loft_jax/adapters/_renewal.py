@@ -71,8 +71,8 @@ def renew(
         which are sketches of the mean gradient; or a function, see
         `loft_jax.algorithm.renewal.Directions`.
       size: the singular values with which new directions enter, relative to the root mean square
-        of those of ``s U V^T``. Small ones turn towards the gradient at once, which does harm
-        where gradients are noisy.
+        of those of ``s U V^T``. After a small one the first step turns the factors towards its
+        gradient. Which is better depends on the interval: docs/longruns.md.
       weights, transpose: as in `merge`.
 
     Returns:
@@ -118,8 +118,9 @@ def change_rank(
     the product goes to the frozen weight, and the moments are projected. As in `renew`, the weight
     of the model does not change.
 
-    The adapter's scale has to stay: give the optimizer ``LoraPairs(scale=...)``, as ``alpha / r``
-    of a rule would change with the rank.
+    The adapter's scale stays what it was. Keep the optimizer's rules: their scale is ``alpha /
+    rank`` of the rule, whatever the rank of the factors. A new rule with the new rank would change
+    it. Where you need one, give ``LoraPairs(scale=...)``.
 
     Args:
       base, adapter, state, key, pairs, directions, size, weights, transpose: as in `renew`.
