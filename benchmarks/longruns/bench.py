@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from benchmarks import records
 from benchmarks.longruns.tasks import TASKS, Sizes, task
-from benchmarks.longruns.training import fine_tune, mean, pretrain
+from benchmarks.longruns.training import PRETRAINING_RATE, fine_tune, mean, pretrain
 from examples.common.errors import UserError
 
 SIZES = {
@@ -39,7 +39,7 @@ class Bench:
         self.problem = module.problem(options, self.sizes)
         cache = options.cache or Path(module.CACHE)
         steps = options.pretraining_steps or module.PRETRAINING_STEPS
-        self.pretrained = pretrain(self.problem, cache, steps)
+        self.pretrained = pretrain(self.problem, cache, steps, options.pretraining_rate)
         before = mean(self.problem.loss, self.pretrained, None, self.problem.test)
         print(f"test loss before fine-tuning: {before:.4f} {module.UNIT}", flush=True)
         self.file = file_of(options)
@@ -68,6 +68,7 @@ def add_task(parser: argparse.ArgumentParser) -> None:
     add("--images", type=Path, help="folder with the data of vision or cifar10")
     add_sizes(parser)
     add("--pretraining-steps", type=int, help="the default depends on the task")
+    add("--pretraining-rate", type=float, default=PRETRAINING_RATE, help="a smaller one if wider")
     add("--cache", type=Path, help="of the pretrained model; the default depends on the task")
     add("--results", type=Path, help="default: benchmarks/longruns/results/TASK.jsonl")
 

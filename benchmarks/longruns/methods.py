@@ -94,6 +94,11 @@ METHODS = {
     "dora": Method(label="DoRA", optimizer=_adamw, magnitude=True),
     "loft-dora": Method(label="DoRA with LoFT", optimizer=_loft, magnitude=True),
     "lora-rite": Method(label="LoRA-RITE", optimizer=_of_pairs(baselines.lora_rite)),
+    # The default of its released code.
+    "lora-rite-no-escape": Method(
+        label="LoRA-RITE, no escaped mass",
+        optimizer=_of_pairs(baselines.lora_rite, escaped_mass=False),
+    ),
     "lora-pro": Method(label="LoRA-Pro", optimizer=_of_pairs(baselines.lora_pro)),
     "altlora": Method(label="AltLoRA+", optimizer=_of_pairs(baselines.altlora_plus)),
     "lora-muon": Method(label="LoRA, Muon on the factors", optimizer=optax.contrib.muon),
@@ -111,7 +116,7 @@ METHODS = {
         label="LoFT, factored, no calibration", optimizer=functools.partial(_loft, calibrate=False)
     ),
     "loft-muon": Method(label="LoFT-Muon", optimizer=_of_pairs(loft_muon, weight_decay=0.0)),
-    **{f"lora-anew-{k}": _drawn_anew(k, "LoRA", _adamw) for k in (25, 100, 250)},
+    **{f"lora-anew-{k}": _drawn_anew(k, "LoRA", _adamw) for k in (25, 100, 250, 500)},
     **{f"loft-anew-{k}": _drawn_anew(k, "LoFT", _loft) for k in (25, 50, 100, 250, 500)},
     **{
         f"loft-dora-anew-{k}": _drawn_anew(k, "DoRA with LoFT", _loft, magnitude=True)
@@ -122,7 +127,8 @@ METHODS = {
     **{f"momentum-{k}": _renewed(k, "momentum") for k in (5, 25, 100, 250, 500)},
     **{f"random-{k}-small": _renewed(k, "random", 0.1) for k in (25, 50, 100, 250, 500)},
     **{f"momentum-{k}-small": _renewed(k, "momentum", 0.1) for k in (5, 25, 100, 250, 500)},
-    **{f"kept-{k}-small": _renewed(k, "momentum", 0.1, keep=2) for k in (25, 250)},
+    **{f"kept-{k}-small": _renewed(k, "momentum", 0.1, keep=2) for k in (25, 250, 500)},
+    **{f"random-{k}-small-kept": _renewed(k, "random", 0.1, keep=2) for k in (250, 500)},
 }
 
 

@@ -43,17 +43,28 @@ _RENEWAL = Part(
     methods=(
         "full", "loft", "lora", "loft-anew-100", "loft-anew-250", "momentum-100",
         "random-100-small", "loft-anew-50", "loft-anew-500", "momentum-250", "momentum-500",
-        "random-250-small", "lora-anew-100", "loft-anew-100-warm", "random-100",
+        "random-250-small", "lora-anew-100", "lora-anew-250", "lora-anew-500",
+        "loft-anew-100-warm", "random-100", "momentum-100-small", "momentum-250-small",
     ),
 )  # fmt: skip
+_KEPT = Part(
+    title="A part kept",
+    methods=("kept-250-small", "random-250-small-kept", "kept-500-small", "random-500-small-kept"),
+)
+_RENEWAL_BY_RANK = Part(
+    title="Renewal by rank", methods=("loft-anew-100", "loft-anew-500"), ranks=(1, 16)
+)
 _BOUND = Part(title="Steps of low rank", methods=("full-rank-4", "full-rank-4-feedback"))
 _CALIBRATION = Part(
     title="Calibration", methods=("loft", "loft-uncalibrated", "loft-calibrated", "loft-simple")
 )
 _RIVALS = Part(
     title="Other methods",
-    methods=("lora-rite", "altlora", "lora-muon", "loft-muon", "loft-simultaneous", "lora-pro"),
-)
+    methods=(
+        "lora-rite", "lora-rite-no-escape", "altlora", "lora-muon", "loft-muon",
+        "loft-simultaneous", "lora-pro",
+    ),
+)  # fmt: skip
 _SHORT_RENEWAL = Part(
     title="Renewal",
     methods=("full", "loft", "lora", "loft-anew-250", "momentum-250", "loft-anew-100"),
@@ -63,6 +74,8 @@ _SHORT_RIVALS = Part(title="Other methods", methods=("rslora", "dora", "loft-dor
 PARTS = {
     "language": {
         "renewal": _RENEWAL,
+        "kept": _KEPT,
+        "renewal-by-rank": _RENEWAL_BY_RANK,
         "bound": _BOUND,
         "calibration": _CALIBRATION,
         "ranks": Part(title="Ranks", methods=("loft", "lora"), ranks=(1, 4, 16)),
@@ -89,6 +102,7 @@ PARTS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--part", nargs="+", metavar="PART", help="only these of the task's parts")
     parser.add_argument("--method", choices=METHODS, nargs="+", metavar="METHOD", help="only these")
+    parser.add_argument("--ranks", type=int, nargs="+", help="only these, and full fine-tuning")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--minutes", type=float, default=math.inf)
     add_task(parser)
@@ -101,6 +115,8 @@ def run(options: argparse.Namespace) -> None:
     cells = [cell for part in parts for cell in cells_of(part)]
     if options.method:
         cells = [cell for cell in cells if cell[0] in options.method]
+    if options.ranks:
+        cells = [cell for cell in cells if cell[1] in (None, *options.ranks)]
     for next_run in runs(cells, options.seeds, bench.rows):
         if time.monotonic() > end:
             print("Time is up. The same command goes on.")

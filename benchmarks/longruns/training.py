@@ -144,7 +144,7 @@ def _mean(of: Loss, params: Any, adapters: Any, batches: Batches, scale: float) 
     return jnp.mean(jax.lax.map(lambda batch: of(params, adapters, batch, scale), batches))
 
 
-def pretrain(problem: Problem, cache: Path, steps: int) -> Any:
+def pretrain(problem: Problem, cache: Path, steps: int, rate: float) -> Any:
     """Returns the model after its first training, from the cache if it is there."""
     params = problem.init(jax.random.key(1))
     leaves, treedef = jax.tree.flatten(params)
@@ -154,7 +154,7 @@ def pretrain(problem: Problem, cache: Path, steps: int) -> Any:
         if [x.shape for x in found] != [x.shape for x in leaves]:
             raise UserError(f"{cache} holds another model. Give another --cache.")
         return treedef.unflatten(found)
-    tx = optax.adamw(warmup_cosine(PRETRAINING_RATE, steps), weight_decay=0.0)
+    tx = optax.adamw(warmup_cosine(rate, steps), weight_decay=0.0)
     objective = lambda params, _, batch: problem.loss(params, None, batch)
     chunk = jax.jit(functools.partial(train, tx, objective, None))
     state, rng, draw = tx.init(params), np.random.default_rng(1), problem.pretraining()
