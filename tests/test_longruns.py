@@ -145,7 +145,7 @@ def test_a_new_adapter_of_dora_keeps_the_weight_and_its_magnitude():
 def test_a_task_refuses_what_it_does_not_have(tmp_path, capsys):
     for arguments, message in (
         ("suite --task vision --length 9", "has no --length"),
-        ("suite --part images", "its parts are renewal, bound"),
+        ("suite --part images", "its parts are renewal, kept"),
         ("train --task cifar10 --method full --rate 1", "needs --images"),
         (
             f"train --task vision --images {tmp_path} --method full --rate 1",

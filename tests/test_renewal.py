@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import subprocess
+import sys
 from collections.abc import Callable
 
 import jax
@@ -12,14 +14,24 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from optax.contrib import schedule_free
 from optimizers import assert_trees_close, random_like, types
 from optimizers import hasty_compiler as hasty_compiler
 from oracles import Hyper, MomentumHyper, Problem, adamw, projector
 
 from loft_jax import LoraAxes, LoraPairs, loft_adamw, loft_muon, loft_sgd
 from loft_jax.adapters import LoraRule, add_lora, change_rank, merge, renew, renew_model
-from loft_jax.algorithm.pair import FactorPair
-from loft_jax.algorithm.renewal import RenewalInput, momentum_directions
+from loft_jax.algorithm.basis import orthonormal_basis
+from loft_jax.algorithm.pair import FactorPair, Moments
+from loft_jax.algorithm.renewal import (
+    RenewalInput,
+    carry_moments,
+    momentum_directions,
+    random_directions,
+    renew_factors,
+)
+from loft_jax.algorithm.second_moment import SECOND_MOMENTS
+from loft_jax.algorithm.sharded_dim import UNSHARDED
 
 STEPS = 18
 Factors = tuple[np.ndarray, np.ndarray]
@@ -404,7 +416,7 @@ BAD = {
     ),
     "a hidden subtree": (
         lambda base, adapter, state: renew(base, adapter, masked(adapter, {"q": False}), KEY),
-        "put optax.MaskedNode",
+        "q/lora_a: no LoFT optimizer",
     ),
     "an ablation": (
         lambda base, adapter, state: renew(
@@ -419,6 +431,50 @@ BAD = {
     "rank": (
         lambda base, adapter, state: change_rank(base, adapter, state, KEY, 9),
         "q/lora_a: the new rank must be from 1 to 6",
+    ),
+    "a keep that is no number": (
+        lambda base, adapter, state: renew(base, adapter, state, KEY, keep=("q/.*", 1)),
+        r"keep must be a whole number, or \(regex",
+    ),
+    "a rank that is not whole": (
+        lambda base, adapter, state: change_rank(base, adapter, state, KEY, 3.0),
+        "rank must be a whole number",
+    ),
+    "an entry of no adapter": (
+        lambda base, adapter, state: change_rank(base, adapter, state, KEY, (("k/.*", 4),)),
+        "rank: 'k/.*' matches no adapter. Their paths are q/lora_a",
+    ),
+    "a size of zero": (
+        lambda base, adapter, state: renew(base, adapter, state, KEY, size=0.0),
+        "size must be positive",
+    ),
+    "columns of another number": (
+        lambda base, adapter, state: renew(
+            base, adapter, state, KEY, keep=1, directions=lambda key, given, count: given.factors
+        ),
+        r"directions returned columns of shapes .*, and has to return \[\(8, 1\), \(6, 1\)\]",
+    ),
+    "an average of the parameters": (
+        lambda base, adapter, state: renew(
+            base, adapter, schedule_free(loft_adamw(1.0), 1.0).init(adapter), KEY
+        ),
+        r"a tree like the adapter at .*z",
+    ),
+    "an average of the updates": (
+        lambda base, adapter, state: change_rank(
+            base, adapter, optax.chain(loft_adamw(1.0), optax.ema(0.9)).init(adapter), KEY, 3
+        ),
+        r"a tree like the adapter at \[1\]\.ema",
+    ),
+    "gradients in an accumulation": (
+        lambda base, adapter, state: renew(base, adapter, accumulating(adapter), KEY),
+        "accumulated the gradients of 1 steps",
+    ),
+    "a float8 weight": (
+        lambda base, adapter, state: renew(
+            {"q": {"kernel": jnp.zeros((8, 6), jnp.float8_e4m3fn)}}, adapter, state, KEY
+        ),
+        "no floating-point weight",
     ),
     "directions": (
         lambda base, adapter, state: renew(base, adapter, state, KEY, directions="gradient"),
@@ -442,6 +498,12 @@ def masked(adapter, mask):
     return optax.masked(loft_adamw(1.0, pairs=LoraPairs(required=False)), mask).init(adapter)
 
 
+def accumulating(adapter):
+    """A state of two steps' accumulation, after one."""
+    tx = optax.MultiSteps(loft_adamw(1.0), 2)
+    return tx.update(adapter, tx.init(adapter), adapter)[1]
+
+
 QUANTIZED = jnp.zeros((8, 6), jnp.int8)
 
 
@@ -461,3 +523,238 @@ def test_an_adapter_that_was_never_trained_keeps_its_zero_factor():
     assert not new.adapter["q"]["lora_b"].any()
     lengths = jnp.linalg.norm(new.adapter["q"]["lora_a"], axis=0)
     np.testing.assert_allclose(lengths, 8**0.5, rtol=1e-5)
+
+
+# What is left of the rank: products of lower rank than their factors.
+
+
+def normal(seed: int, *shape: int, dtype=jnp.float32) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def direction_lengths(adapter) -> tuple[np.ndarray, np.ndarray]:
+    a, b = adapter["q"]["lora_a"], adapter["q"]["lora_b"]
+    return np.linalg.norm(a, axis=0), np.linalg.norm(b, axis=1)
+
+
+@pytest.mark.parametrize("zero", ["lora_a", "lora_b"])
+@pytest.mark.parametrize("keep", [None, 2], ids=["shrunk", "kept"])
+def test_an_adapter_before_its_first_step_stays_trainable(zero, keep):
+    factors = {"lora_a": normal(0, 8, 4), "lora_b": normal(1, 4, 6)}
+    adapter = {"q": factors | {zero: jnp.zeros_like(factors[zero])}}
+    base, state = {"q": {"kernel": normal(2, 8, 6)}}, loft_adamw(1.0).init(adapter)
+    if keep is None:
+        new = change_rank(base, adapter, state, KEY, 2)
+    else:
+        new = renew(base, adapter, state, KEY, keep=keep)
+    assert_trees_close(new.base, base)
+    lengths = dict(zip(("lora_a", "lora_b"), direction_lengths(new.adapter), strict=True))
+    assert not lengths.pop(zero).any()
+    (live,) = lengths.values()
+    np.testing.assert_allclose(live, live[0], rtol=1e-5)
+    assert live[0] > 1
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("deficient", ["a", "b"])
+def test_directions_that_the_product_does_not_have_become_new_ones(deficient, dtype):
+    """Three are to be kept of a product of rank one, and one is to be new."""
+    # bfloat16 has these whole numbers exactly.
+    small = (lambda x: jnp.round(2 * x)) if dtype == jnp.bfloat16 else (lambda x: x)
+    of_rank_one = lambda m, n: small(normal(0, m, 1)) @ small(normal(1, 1, n))
+    a, b = normal(2, 8, 4), normal(3, 4, 6)
+    a, b = (of_rank_one(8, 4), b) if deficient == "a" else (a, of_rank_one(4, 6))
+    adapter = {"q": {"lora_a": a.astype(dtype), "lora_b": b.astype(dtype)}}
+    base, state = {"q": {"kernel": jnp.zeros((8, 6))}}, loft_adamw(1.0).init(adapter)
+    new = renew(base, adapter, state, KEY, keep=3)
+    before, after = merge(base, adapter), merge(*new[:2])
+    tolerance = 20 * float(jnp.finfo(dtype).eps)
+    assert_trees_close(after, before, tolerance * float(jnp.abs(before["q"]["kernel"]).max()))
+    lengths = direction_lengths(jax.tree.map(lambda x: np.asarray(x, np.float32), new.adapter))
+    for of in lengths:
+        assert of.min() > 0.2 * of.max()
+    product = np.asarray(new.adapter["q"]["lora_a"] @ new.adapter["q"]["lora_b"], np.float32)
+    assert np.linalg.matrix_rank(product, rtol=0.05) == 4
+
+
+def test_new_directions_enter_with_the_size_of_a_product_that_nearly_cancels():
+    x, y = normal(0, 48), normal(1, 40)
+    u, v = jnp.stack([x, x], 1), jnp.stack([y, -y * (1 - 1e-4)], 1)
+    exact = np.linalg.norm(np.asarray(u, np.float64) @ np.asarray(v, np.float64).T)
+    given = RenewalInput(FactorPair(u, v), None)
+    for seed in range(4):
+        new = renew_factors(jax.random.key(seed), given, 0, 2, random_directions, 1.0)
+        sizes = np.linalg.svd(new.a @ new.b.T, compute_uv=False)[:2]
+        np.testing.assert_allclose(sizes, exact / 2**0.5, rtol=0.02)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("name", SECOND_MOMENTS)
+def test_unseen_directions_get_the_mean_of_the_seen_ones_of_a_partner_of_rank_one(
+    name, assert_close
+):
+    second_moment = SECOND_MOMENTS[name]
+    wide = functools.partial(normal, dtype=np.float64)
+    old = orthonormal_basis(wide(0, 9, 1) @ wide(1, 1, 3))
+    h = wide(2, 5, 9) @ old.matrix
+    nothing = jnp.zeros((5, second_moment.width(5, 3)))
+    nu = second_moment.advance(nothing, h, jnp.eye(3), None, 0.0, UNSHARDED)
+    columns = wide(3, 9, 2)
+    new = orthonormal_basis(columns - old.matrix @ (old.matrix.T @ columns))
+    carried = carry_moments(second_moment, Moments(h, nu), old.matrix, old, new)
+    found = second_moment.diagonal(carried.nu, 2, UNSHARDED)
+    assert_close(found, np.tile(np.sum(h**2, 1, keepdims=True), 2), 1e-10, "unseen directions")
+    assert_close(carried.mu, np.zeros((5, 2)), 1e-10, "unseen directions")
+
+
+# Several optimizers, and those around them.
+
+
+def two_layers() -> tuple:
+    base = {name: {"kernel": normal(k, 8, 6)} for k, name in enumerate(("l0", "l1"))}
+    adapter = {
+        name: {"lora_a": normal(k + 2, 8, 2), "lora_b": normal(k + 4, 2, 6)}
+        for k, name in enumerate(base)
+    }
+    return base, adapter
+
+
+def trained(tx, adapter, steps: int = 3) -> tuple:
+    state, update = tx.init(adapter), jax.jit(tx.update)
+    for seed in range(steps):
+        updates, state = update(random_like(adapter, seed), state, adapter)
+        adapter = optax.apply_updates(adapter, updates)
+    return adapter, state
+
+
+def by_layer(by_leaf=False, **optimizers):
+    labels = lambda params: {k: dict.fromkeys(v, k) if by_leaf else k for k, v in params.items()}
+    return optax.partition(optimizers, labels)
+
+
+@pytest.mark.parametrize("by_leaf", [False, True], ids=["subtrees", "leaves"])
+def test_layers_with_optimizers_of_their_own_are_renewed_as_by_one(by_leaf):
+    base, adapter = two_layers()
+    make = functools.partial(loft_adamw, 1e-2)
+    adapter, state = trained(make(), adapter)
+    tx = by_layer(by_leaf, l0=make(), l1=make())
+    parts, apart = trained(tx, two_layers()[1])
+    assert_trees_close(parts, adapter)
+    directions = lambda key, given, count: tuple(normal(9, *x.shape) for x in given.factors)
+    expected = renew(base, adapter, state, KEY, directions=directions)
+    found = renew(base, parts, apart, KEY, directions=directions)
+    assert_trees_close(found.adapter, expected.adapter)
+    assert_trees_close(found.base, expected.base)
+    assert jax.tree.structure(found.state) == jax.tree.structure(apart)
+    for name in adapter:
+        one = found.state.inner_states[name].inner_state[0]
+        for field in ("basis", "mu", "nu"):
+            together = getattr(expected.state[0], field)[name]
+            assert_trees_close(getattr(one, field)[name], together)
+
+
+def test_only_the_moments_of_an_optimizer_that_has_some_are_carried():
+    base, adapter = two_layers()
+    tx = by_layer(l0=loft_sgd(1e-2), l1=loft_adamw(1e-2))
+    adapter, state = trained(tx, adapter)
+    new = renew(base, adapter, state, KEY, directions="random")
+    before, after = (x.inner_states["l1"].inner_state[0] for x in (state, new.state))
+    for field in ("basis", "mu", "nu"):
+        for name, x in getattr(after, field)["l1"].items():
+            assert jnp.abs(x - getattr(before, field)["l1"][name]).max() > 1e-4, (field, name)
+    assert_trees_close(merge(*new[:2]), merge(base, adapter))
+
+
+@pytest.mark.parametrize("rank", [None, 1, 3])
+def test_gradients_are_accumulated_for_the_new_factors(rank):
+    base, adapter = two_layers()
+    tx = optax.MultiSteps(loft_adamw(1e-2), 2)
+    adapter, state = trained(tx, adapter, 4)
+    change = renew if rank is None else functools.partial(change_rank, rank=rank)
+    new = change(base, adapter, state, KEY)
+    assert types(new.state.acc_grads) == types(new.adapter)
+    grads = random_like(new.adapter, 9)
+    _, once = tx.update(grads, new.state, new.adapter)
+    updates, _ = tx.update(grads, once, new.adapter)
+    plain, _ = loft_adamw(1e-2).update(grads, new.state.inner_opt_state, new.adapter)
+    assert_trees_close(updates, plain)
+
+
+def test_an_accumulation_that_is_traced_starts_anew():
+    base, adapter = two_layers()
+    adapter, state = trained(optax.MultiSteps(loft_adamw(1e-2), 4), adapter, 2)
+    assert state.mini_step == 2
+    new = jax.jit(renew)(base, adapter, state, KEY)
+    assert new.state.mini_step == 0
+    assert not any(x.any() for x in jax.tree.leaves(new.state.acc_grads))
+
+
+def test_pairs_that_no_entry_matches_keep_no_direction():
+    base, adapter = two_layers()
+    adapter, state = trained(loft_adamw(1e-2), adapter)
+    new = renew(base, adapter, state, KEY, keep=(("l0/.*", 2),))
+    assert_trees_close(new.adapter["l0"], adapter["l0"], 0)
+    assert_trees_close(new.base["l0"], base["l0"], 1e-6)
+    assert jnp.abs(new.adapter["l1"]["lora_a"] - adapter["l1"]["lora_a"]).max() > 0.1
+
+
+def test_an_adapter_with_more_columns_than_its_weight_bars_no_other():
+    base, adapter = two_layers()
+    base["l1"] = {"kernel": normal(7, 8, 3)}
+    adapter["l1"] = {"lora_a": normal(8, 8, 4), "lora_b": normal(9, 4, 3)}
+    adapter, state = trained(loft_adamw(1e-2), adapter)
+    with pytest.raises(ValueError, match="l1/lora_a: its rank is 4, and its weight has 3"):
+        renew(base, adapter, state, KEY)
+    new = change_rank(base, adapter, state, KEY, (("l0/.*", 1),))
+    assert new.adapter["l0"]["lora_a"].shape == (8, 1)
+    assert_trees_close(new.adapter["l1"], adapter["l1"], 0)
+    assert renew(base, adapter, state, KEY, keep=(("l1/.*", 4),)).adapter["l1"]["lora_b"].any()
+
+
+def test_without_momentum_a_rank_shrinks():
+    base, adapter = two_layers()
+    new = change_rank(base, adapter, loft_sgd(1e-2).init(adapter), KEY, 1)
+    assert new.adapter["l0"]["lora_b"].shape == (1, 6)
+
+
+WARNED = """
+import warnings
+import jax, jax.numpy as jnp
+from flax import nnx
+from loft_jax import loft_adamw
+from loft_jax.adapters import LoraRule, add_lora, renew, renew_model
+
+adapter = {"q": {"lora_a": jnp.ones((8, 2)), "lora_b": jnp.ones((2, 6))}}
+base, state = {"q": {"kernel": jnp.zeros((8, 6), jnp.bfloat16)}}, loft_adamw(1.0).init(adapter)
+rule = LoraRule(path="", rank=2, alpha=4, init_b=nnx.initializers.normal())
+model = add_lora(nnx.Linear(6, 5, rngs=nnx.Rngs(0)), rule, rngs=nnx.Rngs(1))
+optimizer = nnx.Optimizer(model, loft_adamw(1e-2, pairs=rule), wrt=nnx.LoRAParam)
+key = jax.random.key(0)
+for call in (
+    lambda: renew(base, adapter, state, key),  # line 15
+    lambda: renew_model(model, optimizer, key),  # line 16
+):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()
+    for w in caught:
+        print(w.filename, w.lineno, " ".join(str(w.message).split()))
+"""
+
+
+def test_warnings_are_at_the_users_line():
+    """In another process: here the frames of the type checker lie between."""
+    run = subprocess.run(
+        [sys.executable, "-c", WARNED], check=True, capture_output=True, text=True, timeout=300
+    )
+    first, second = run.stdout.splitlines()
+    assert first.startswith("<string> 15 q/kernel is bfloat16")
+    assert second.startswith("<string> 16 ") and "made with scale 2" in second
+
+
+def test_a_change_of_rank_in_place_keeps_what_it_can():
+    rule = LoraRule(path="", rank=2, alpha=4)
+    model = add_lora(nnx.Linear(6, 5, rngs=nnx.Rngs(0)), rule, rngs=nnx.Rngs(1))
+    optimizer = nnx.Optimizer(model, loft_adamw(1e-2, pairs=rule), wrt=nnx.LoRAParam)
+    with pytest.raises(ValueError, match="leave keep out"):
+        renew_model(model, optimizer, KEY, rank=3, keep=1, pairs=rule)

@@ -54,6 +54,10 @@ _KEPT = Part(
 _RENEWAL_BY_RANK = Part(
     title="Renewal by rank", methods=("loft-anew-100", "loft-anew-500"), ranks=(1, 16)
 )
+_SIZES = Part(
+    title="Other sizes",
+    methods=("full", "loft", "lora", "loft-anew-500", "loft-dora", "loft-dora-anew-500"),
+)
 _BOUND = Part(title="Steps of low rank", methods=("full-rank-4", "full-rank-4-feedback"))
 _CALIBRATION = Part(
     title="Calibration", methods=("loft", "loft-uncalibrated", "loft-calibrated", "loft-simple")
@@ -76,6 +80,7 @@ PARTS = {
         "renewal": _RENEWAL,
         "kept": _KEPT,
         "renewal-by-rank": _RENEWAL_BY_RANK,
+        "sizes": _SIZES,
         "bound": _BOUND,
         "calibration": _CALIBRATION,
         "ranks": Part(title="Ranks", methods=("loft", "lora"), ranks=(1, 4, 16)),

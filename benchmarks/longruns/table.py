@@ -17,7 +17,7 @@ import scipy.stats
 from benchmarks import markdown, records
 from benchmarks.longruns.bench import Run, add_sizes, file_of, rows_of, sizes_of
 from benchmarks.longruns.methods import METHODS
-from benchmarks.longruns.suite import PARTS, Cell, Part, best_rate, cells_of
+from benchmarks.longruns.suite import Cell, Part, best_rate, cells_of, parts_of
 from benchmarks.longruns.tasks import TASKS
 
 HEADS = ["method", "rank", "rate", "test loss", "seeds", "minus LoFT's", "p", "gap closed", "ms"]
@@ -26,13 +26,14 @@ RATE_HEADS = ["method", "rank"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", choices=TASKS, default="language")
+    parser.add_argument("--part", nargs="+", metavar="PART", help="only these of the task's parts")
     parser.add_argument("--results", type=Path, help="the file, if it is not the task's own")
     add_sizes(parser)
 
 
 def run(options: argparse.Namespace) -> None:
     rows = rows_of(file_of(options), sizes_of(options))
-    for part in PARTS[options.task].values():
+    for part in parts_of(options.task, options.part):
         if found_cells(rows, part):
             print(f"\n{part.title}\n\n{table(rows, part)}\n\n{rates(rows, part)}")
 

@@ -182,18 +182,10 @@ def add_products(
     with_paths, treedef = jax.tree_util.tree_flatten_with_path(base)
     leaves = [leaf for _, leaf in with_paths]
     position = {path_string(path): k for k, (path, _) in enumerate(with_paths)}
+    by_path = {name: leaves[k] for name, k in position.items()}
     for pair in tree.pairs:
         path = tree.paths[pair.a]
-        given = [match.expand(to) for regex, to in weights if (match := re.fullmatch(regex, path))]
-        candidates = given or weight_paths(path)
-        k = next((position[name] for name in candidates if name in position), None)
-        if k is None or not jnp.issubdtype(leaves[k].dtype, jnp.floating):
-            raise ValueError(
-                f"{path}: there is no floating-point weight at {' or '.join(candidates) or path}. "
-                "Specify it with weights=((regex of a, path),). A quantized weight cannot be "
-                "merged into: keep its adapter separate, and to renew it or change its rank "
-                "dequantize the weight first"
-            )
+        k = position[find_weight(path, by_path, weights)]
         weight = leaves[k]
         order = next((to for regex, to in transpose if re.fullmatch(regex, path)), None)
         wide = jnp.promote_types(weight.dtype, jnp.float32)
@@ -204,6 +196,32 @@ def add_products(
         product = _arrange(product, pair, tuple(weight.shape), order, path)
         leaves[k] = (weight + pair.scale * product).astype(weight.dtype)
     return jax.tree.unflatten(treedef, leaves)
+
+
+def find_weight(path: str, leaves: Mapping[str, Any], weights: Sequence[tuple[str, str]]) -> str:
+    """Returns the path of the base weight of an adapter.
+
+    Args:
+      path: of the factor ``a``.
+      leaves: the base by path.
+      weights: as in `merge`.
+
+    Raises:
+      ValueError: there is none, or none that an adapter can be merged into.
+    """
+    given = [match.expand(to) for regex, to in weights if (match := re.fullmatch(regex, path))]
+    candidates = given or weight_paths(path)
+    name = next((name for name in candidates if name in leaves), None)
+    # A float8 is a quantized weight too.
+    can_merge = lambda dtype: jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize >= 2
+    if name is None or not can_merge(leaves[name].dtype):
+        raise ValueError(
+            f"{path}: there is no floating-point weight at {' or '.join(candidates) or path}. "
+            "Specify it with weights=((regex of a, path),). A quantized weight cannot be "
+            "merged into: keep its adapter separate, and to renew it or change its rank "
+            "dequantize the weight first"
+        )
+    return name
 
 
 def _product(pair: Pair, a: jax.Array, b: jax.Array) -> jax.Array:

@@ -70,11 +70,15 @@ class Calibrated:
         )
 
     def carry(
-        self, nu: Float[Array, "m t"], calibration: Float[Array, "r k"], dim: ShardedDim
+        self,
+        nu: Float[Array, "m t"],
+        calibration: Float[Array, "r k"],
+        known: Float[Array, ""],
+        dim: ShardedDim,
     ) -> Float[Array, "m u"]:
-        """``P_i <- T^T P_i T + (tr P_i / r) (I - T^T T)``."""
+        """``P_i <- T^T P_i T + (tr P_i / known) (I - T^T T)``."""
         r = calibration.shape[0]
-        mean = jnp.sum(packed_diagonal(nu, r), axis=1, keepdims=True) / r
+        mean = jnp.sum(packed_diagonal(nu, r), axis=1, keepdims=True) / known
         return calibrate_cross_terms(nu, calibration) + mean * packed(unseen(calibration))
 
     def direction(

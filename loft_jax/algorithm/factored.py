@@ -70,13 +70,17 @@ class Factored:
         return pack(RowColumnSums(rows, gram), dim)
 
     def carry(
-        self, nu: Float[Array, "m width"], calibration: Float[Array, "r k"], dim: ShardedDim
+        self,
+        nu: Float[Array, "m width"],
+        calibration: Float[Array, "r k"],
+        known: Float[Array, ""],
+        dim: ShardedDim,
     ) -> Float[Array, "m new_width"]:
-        """``S <- T^T S T + (tr S / r) (I - T^T T)``; ``R`` by the ratio of traces."""
+        """``S <- T^T S T + (tr S / known) (I - T^T T)``; ``R`` by the ratio of traces."""
         r = calibration.shape[0]
         rows, gram = unpack(nu, r, dim)
         total = jnp.trace(gram)
-        carried = calibration.T @ gram @ calibration + total / r * unseen(calibration)
+        carried = calibration.T @ gram @ calibration + total / known * unseen(calibration)
         rows = rows * (jnp.trace(carried) / jnp.where(total > 0, total, 1))
         return pack(RowColumnSums(rows, carried), dim)
 

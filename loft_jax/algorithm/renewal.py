@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from loft_jax.algorithm.basis import Basis, calibration_matrix, orthonormal_basis
 from loft_jax.algorithm.jacobi import symmetric_eigen
@@ -36,7 +36,10 @@ class RenewalInput(NamedTuple):
 
 
 Directions = Callable[[jax.Array, RenewalInput, int], Factors]
-"""``(key, input, count) ->`` new columns of ``U`` and of ``V``, of any length; see `DIRECTIONS`."""
+"""``(key, input, count) ->`` new columns of ``U``, ``m x count``, and of ``V``, ``n x count``.
+
+They may have any length, and have to be linearly independent of each other; see `DIRECTIONS`.
+"""
 
 
 def random_directions(key: jax.Array, given: RenewalInput, count: int) -> Factors:
@@ -87,11 +90,15 @@ def renew_factors(
       key: of the pair's random numbers.
       given: the factors, and first moments.
       keep: how many directions stay: the leading singular vectors of the product, with their
-        singular values. All of them stay as they are.
+        singular values. All of them stay as they are. Where the product has fewer, random new
+        directions take their place.
       count: how many directions are new; ``keep + count`` is the new rank.
       directions: what the new ones are. They are made orthogonal to those that stay.
       size: the singular values of the new product ``s U_+ V_+^T``, relative to the root mean square
         of those of ``s U V^T``.
+
+    Raises:
+      ValueError: ``directions`` returns columns of other shapes.
 
     Example:
       >>> pair = FactorPair(jnp.diag(jnp.array([3.0, 2.0, 1.0]))[:, :2], jnp.eye(4)[:, :2])
@@ -106,21 +113,51 @@ def renew_factors(
       Array([9. , 6.5, 6.5], dtype=float32)
     """
     u, v = given.factors
-    grams = FactorPair(u.T @ u, v.T @ v)
-    mean_square = jnp.sum(grams.a * grams.b) / u.shape[1]
-    kept = given.factors if keep >= u.shape[1] else _leading(given.factors, keep)
+    if not count and keep >= u.shape[1]:
+        return given.factors
+    left, right = _orthonormal_left(given.factors)
+    # A sum of squares: from the Gram matrices of the factors it could cancel.
+    mean_square = jnp.sum(right**2) / u.shape[1]
+    noise = jnp.finfo(u.dtype).eps * jnp.linalg.norm(u) * jnp.linalg.norm(v)
+    empty = jnp.sqrt(mean_square) <= 8 * noise
+    if keep >= u.shape[1]:
+        kept, holds = given.factors, jnp.ones(keep, bool)
+    else:
+        kept, holds = _leading(left, right, keep, 8 * noise)
+    new = _new_columns(key, given, count, directions)
+    # What is kept of a product of lower rank is nothing, and such a direction is new as well.
+    spare = random_directions(jax.random.fold_in(key, 1), given, kept.a.shape[1])
+
+    # Both factors get the root of the singular value. Without a product, as at the start of
+    # training, one factor is zero, and the other keeps its size.
+    own = FactorPair(*(jnp.linalg.norm(x) / x.shape[1] ** 0.5 for x in given.factors))
+    length = size**0.5 * mean_square**0.25
+    lengths = FactorPair(
+        jnp.where(empty, own.a, length),
+        jnp.where(empty, jnp.where(own.a > 0, 0, own.b), length),
+    )
+
+    def extend(length: Array, old: Array, new: Array, spare: Array) -> Array:
+        old = jnp.where(holds, old, 0)
+        found = _outside(old, jnp.concatenate([jnp.where(holds, 0, spare), new], axis=1))
+        return length * found + jnp.pad(old, ((0, 0), (0, count)))
+
+    return FactorPair(*(extend(*of) for of in zip(lengths, kept, new, spare, strict=True)))
+
+
+def _new_columns(
+    key: jax.Array, given: RenewalInput, count: int, directions: Directions
+) -> Factors:
     if not count:
-        return kept
-    new = directions(key, given, count)
-
-    def extend(own: Array, gram: Array, old: Array, new: Array) -> Array:
-        # Both factors get the root of the singular value. Where one is still zero, as at the start
-        # of training, it stays zero, and the other keeps its size.
-        own_length = jnp.sqrt(jnp.trace(gram) / own.shape[1])
-        length = jnp.where(mean_square > 0, size**0.5 * mean_square**0.25, own_length)
-        return jnp.concatenate([old, length * _outside(old, new)], axis=1)
-
-    return FactorPair(*(extend(*of) for of in zip(given.factors, grams, kept, new, strict=True)))
+        return FactorPair(*(x[:, :0] for x in given.factors))
+    new = FactorPair(*directions(key, given, count))
+    expected = [(x.shape[0], count) for x in given.factors]
+    if [jnp.shape(x) for x in new] != expected:
+        raise ValueError(
+            f"directions returned columns of shapes {[jnp.shape(x) for x in new]}, and has to "
+            f"return {expected}"
+        )
+    return new
 
 
 def carry_moments(
@@ -150,21 +187,33 @@ def carry_moments(
     if nu is not None and second_moment is not None:
         none = jnp.zeros((nu.shape[0], previous.shape[1]), nu.dtype)
         nu = second_moment.advance(nu, none, now, None, 1.0, dim)
-        nu = second_moment.carry(nu, carried, dim)
+        # A partner of lower rank has columns of zeros in its basis, and moments of zero there.
+        known = jnp.maximum(old.dim.sum(jnp.sum(old.matrix**2)), 1)
+        nu = second_moment.carry(nu, carried, known, dim)
     return Moments(mu, nu)
 
 
-def _leading(factors: Factors, keep: int) -> Factors:
-    """Returns balanced factors of the leading part of the product: singular vectors, scaled."""
+def _orthonormal_left(factors: Factors) -> tuple[Float[Array, "m r"], Float[Array, "n r"]]:
+    """Returns ``X, Y`` with ``U V^T = X Y^T`` and orthonormal columns of ``X``."""
     u, v = factors
     q = orthonormal_basis(u).q
     assert q is not None
-    core = (q.T @ u) @ (v.T @ v) @ (u.T @ q)
-    values, vectors = symmetric_eigen(core)
-    left = q @ vectors[:, jnp.argsort(-values)[:keep]]
-    right = v @ (u.T @ left)
-    root = jnp.sqrt(jnp.linalg.norm(right, axis=0))
-    return FactorPair(left * root, right / jnp.where(root > 0, root, 1))
+    return q, v @ (u.T @ q)
+
+
+def _leading(
+    left: Float[Array, "m r"], right: Float[Array, "n r"], keep: int, noise: Float[Array, ""]
+) -> tuple[Factors, Bool[Array, " keep"]]:
+    """Returns balanced factors of the leading part of a product: singular vectors, scaled.
+
+    Also returns which of them are more than rounding.
+    """
+    values, vectors = symmetric_eigen(right.T @ right)
+    vectors = vectors[:, jnp.argsort(-values)[:keep]]
+    left, right = left @ vectors, right @ vectors
+    size = jnp.linalg.norm(right, axis=0)
+    root = jnp.sqrt(size)
+    return FactorPair(left * root, right / jnp.where(root > 0, root, 1)), size > noise
 
 
 def _outside(old: Float[Array, "m k"], new: Float[Array, "m c"]) -> Float[Array, "m c"]:

@@ -84,7 +84,11 @@ class SecondMoment(Direction, Protocol):
         ...
 
     def carry(
-        self, nu: Float[Array, "m width"], calibration: Float[Array, "r k"], dim: ShardedDim
+        self,
+        nu: Float[Array, "m width"],
+        calibration: Float[Array, "r k"],
+        known: Float[Array, ""],
+        dim: ShardedDim,
     ) -> Float[Array, "m new_width"]:
         """Returns the moment in the basis that a renewal has chosen, of rank ``k``.
 
@@ -95,6 +99,7 @@ class SecondMoment(Direction, Protocol):
         Args:
           nu: the moment in the old basis.
           calibration: ``T``, from the old basis to the new one.
+          known: how many directions the old span has, 1 at least.
           dim: how the rows are sharded.
         """
         ...
@@ -136,10 +141,14 @@ class Diagonal:
         return b2 * nu + (1 - b2) * h * h
 
     def carry(
-        self, nu: Float[Array, "m r"], calibration: Float[Array, "r k"], dim: ShardedDim
+        self,
+        nu: Float[Array, "m r"],
+        calibration: Float[Array, "r k"],
+        known: Float[Array, ""],
+        dim: ShardedDim,
     ) -> Float[Array, "m k"]:
         """The diagonal alone: exact where coordinates stay or exchange their places."""
-        mean = jnp.mean(nu, axis=1, keepdims=True)
+        mean = jnp.sum(nu, axis=1, keepdims=True) / known
         return nu @ calibration**2 + mean * jnp.diagonal(unseen(calibration))
 
     def direction(
@@ -194,9 +203,13 @@ class Entrywise:
         return self.kept.advance(nu, h, calibration, basis_changed, b2, dim)
 
     def carry(
-        self, nu: Float[Array, "m width"], calibration: Float[Array, "r k"], dim: ShardedDim
+        self,
+        nu: Float[Array, "m width"],
+        calibration: Float[Array, "r k"],
+        known: Float[Array, ""],
+        dim: ShardedDim,
     ) -> Float[Array, "m new_width"]:
-        return self.kept.carry(nu, calibration, dim)
+        return self.kept.carry(nu, calibration, known, dim)
 
     def direction(
         self,

@@ -1,10 +1,13 @@
 """Renewal of the adapters of a tree, with the states of the LoFT optimizers that train them."""
 
 import functools
+import math
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import optax
 
 from loft_jax.algorithm.basis import orthonormal_basis
@@ -19,20 +22,25 @@ from loft_jax.algorithm.renewal import (
 from loft_jax.algorithm.second_moment import SECOND_MOMENTS, SecondMoment
 from loft_jax.execution.groups import Group, group_pairs
 from loft_jax.optimizers.adamw import ScaleByLoftAdamState
+from loft_jax.optimizers.mirrored import check_other_state, restart_accumulation
 from loft_jax.optimizers.muon import ScaleByLoftMuonState
 from loft_jax.optimizers.options import Off, second_moment_name
 from loft_jax.optimizers.sgd import ScaleByLoftMomentumState
 from loft_jax.pairs.find import Pair, PairedTree, find_pairs
-from loft_jax.pairs.spec import PerPair, first_match
+from loft_jax.pairs.spec import PerPair, first_match, is_entries
 
 _STATES = (ScaleByLoftAdamState, ScaleByLoftMomentumState, ScaleByLoftMuonState)
 
 
 class _Plan(NamedTuple):
-    """What happens to a pair: how many of its directions stay, and how many are new."""
+    """What happens to a pair: how many of its directions stay, and how many are new.
+
+    `states` has the positions of the states that train the pair.
+    """
 
     keep: int
     new: int
+    states: tuple[int, ...]
 
 
 class _Leaves(NamedTuple):
@@ -50,7 +58,7 @@ class _Leaves(NamedTuple):
 
     def has(self, factor: int) -> bool:
         """Whether the state is of the factor at this position, and not masked there."""
-        return bool(self.basis) and not isinstance(self.basis[factor], optax.MaskedNode)
+        return bool(self.basis) and not _is_masked(self.basis[factor])
 
 
 @jax.default_matmul_precision("highest")
@@ -79,11 +87,15 @@ def renew_adapter(
     flat, treedef = jax.tree.flatten(state, is_leaf=is_state)
     states = [_read(tree, x) for x in flat if is_state(x)]
     _check_states(tree, states)
-    choose = _directions(directions, states)
+    check_other_state(tree, state, _STATES)
+    plans = _plans(tree, keep, rank, states)
+    choose = _directions(directions, states, any(plan.new for plan in plans))
+    if not (isinstance(size, jax.Array) or 0 < size < math.inf):
+        raise ValueError(f"size must be positive and finite, got {size!r}")
 
     leaves = list(tree.leaves)
     new_states = [x._replace(basis=[*x.basis], mu=[*x.mu], nu=[*x.nu]) for x in states]
-    for number, (plan, members) in enumerate(_plans(tree, keep, rank).items()):
+    for number, (plan, members) in enumerate(plans.items()):
         _check_ablations(tree, members, plan, flat)
         part = PairedTree(tree.paths, tree.leaves, tree.treedef, tuple(members), tree.splits)
         key_of_plan = jax.random.fold_in(key, number)
@@ -92,7 +104,8 @@ def renew_adapter(
             renew(jax.random.fold_in(key_of_plan, k), tree.leaves, leaves, states, new_states)
     written = iter(new_states)
     flat = [_write(tree, x, next(written)) if is_state(x) else x for x in flat]
-    return tree.treedef.unflatten(leaves), treedef.unflatten(flat)
+    new = tree.treedef.unflatten(leaves)
+    return new, restart_accumulation(treedef.unflatten(flat), new)
 
 
 def _renew_group(
@@ -109,7 +122,7 @@ def _renew_group(
     """Writes the renewed factors of a group to the new leaves, and its moments to the states."""
     kind = group.kind
     of_both = lambda leaves: FactorPair(group.matrices("a", leaves), group.matrices("b", leaves))
-    of_group = [k for k, state in enumerate(old_states) if state.has(group.leaves.a[0])]
+    of_group = plan.states
     moments = of_both(old_states[of_group[0]].mu) if of_group else None
     given = RenewalInput(of_both(old_leaves), moments)
 
@@ -135,15 +148,21 @@ def _renew_group(
 
 
 def _read(tree: PairedTree, state: Any) -> _Leaves:
+    like = tree.treedef.unflatten(tree.leaves)
+
     def flat(field: Any) -> list[Any]:
+        if field is None:
+            return []
+        # optax.masked and optax.partition may put one MaskedNode in the place of a subtree.
+        hidden = lambda x, subtree: jax.tree.map(lambda _: x, subtree) if _is_masked(x) else x
         try:
-            return [] if field is None else tree.treedef.flatten_up_to(field)
-        except ValueError as error:
+            whole = jax.tree.map(hidden, field, like, is_leaf=_is_masked)
+            return tree.treedef.flatten_up_to(whole)
+        except (ValueError, TypeError) as error:
             raise ValueError(
                 "The state does not have the structure of the adapter. For an nnx.Optimizer use "
                 "loft_jax.adapters.renew_model. Elsewhere pass the tree of parameters that the "
-                "optimizer was given; where optax.masked or optax.partition hides a subtree from "
-                f"it, put optax.MaskedNode() in its place. JAX says: {str(error)[:200]}"
+                f"optimizer was given. JAX says: {str(error)[:200]}"
             ) from error
 
     nu = flat(getattr(state, "nu", None))
@@ -152,41 +171,80 @@ def _read(tree: PairedTree, state: Any) -> _Leaves:
 
 
 def _write(tree: PairedTree, state: Any, leaves: _Leaves) -> Any:
+    def put(field: Any, new: list[Any]) -> Any:
+        hide = lambda old, subtree: old if _is_masked(old) else subtree
+        return jax.tree.map(hide, field, tree.treedef.unflatten(new), is_leaf=_is_masked)
+
     fields = {name: x for name, x in leaves._asdict().items() if isinstance(x, list) and x}
-    return state._replace(**{name: tree.treedef.unflatten(x) for name, x in fields.items()})
+    return state._replace(**{name: put(getattr(state, name), x) for name, x in fields.items()})
 
 
-def _plans(tree: PairedTree, keep: PerPair, rank: PerPair) -> dict[_Plan, list[Pair]]:
+def _is_masked(x: Any) -> bool:
+    return isinstance(x, optax.MaskedNode)
+
+
+def _plans(
+    tree: PairedTree, keep: PerPair, rank: PerPair, states: Sequence[_Leaves]
+) -> dict[_Plan, list[Pair]]:
     """Returns the pairs by what happens to them."""
+    paths = [tree.paths[pair.a] for pair in tree.pairs]
+    _check_counts("keep", keep, paths)
+    _check_counts("rank", rank, paths)
     found: dict[_Plan, list[Pair]] = {}
-    for pair in tree.pairs:
-        path = tree.paths[pair.a]
-        new_rank = first_match(rank, path)
-        new_rank = pair.r if new_rank is None else new_rank
-        if not 1 <= new_rank <= min(pair.m, pair.n):
+    for pair, path in zip(tree.pairs, paths, strict=True):
+        size, given = min(pair.m, pair.n), first_match(rank, path)
+        new_rank = pair.r if given is None else given
+        if given is not None and not 1 <= given <= size:
             raise ValueError(
-                f"{path}: the new rank must be from 1 to {min(pair.m, pair.n)}, the smaller size "
-                f"of its weight, got {new_rank}"
+                f"{path}: the new rank must be from 1 to {size}, the smaller size of its weight, "
+                f"got {given}"
             )
-        kept = first_match(keep, path)
         largest = min(pair.r, new_rank)
-        kept = largest if kept is None else kept
+        # A change of rank keeps all that it can, and a renewal what it is told.
+        kept = largest if keep is None else first_match(keep, path) or 0
         if not 0 <= kept <= largest:
             raise ValueError(
                 f"{path}: keep must be from 0 to {largest}, the smaller of the old and the new "
                 f"rank, got {kept}"
             )
-        found.setdefault(_Plan(kept, new_rank - kept), []).append(pair)
+        if kept < new_rank and new_rank > size:
+            raise ValueError(
+                f"{path}: its rank is {new_rank}, and its weight has {size} directions only: "
+                f"lower the rank with change_rank, or keep={pair.r} for this pair"
+            )
+        trained_by = tuple(k for k, state in enumerate(states) if state.has(pair.a))
+        found.setdefault(_Plan(kept, new_rank - kept, trained_by), []).append(pair)
     return found
 
 
-def _directions(directions: str | Directions, states: Sequence[_Leaves]) -> Directions:
+def _check_counts(name: str, value: PerPair, paths: Sequence[str]) -> None:
+    """Whether a ``keep`` or ``rank`` is a whole number, or such numbers by regex."""
+    if value is None:
+        return
+    named = value if is_entries(value) else ((".*", value),)
+    for entry in named:
+        regex, number = entry
+        if not isinstance(number, (int, np.integer)) or isinstance(number, bool):
+            raise ValueError(
+                f"{name} must be a whole number, or (regex of the path of a, whole number) "
+                f"entries, got {value!r}"
+            )
+        if not any(re.fullmatch(regex, path) for path in paths):
+            raise ValueError(
+                f"{name}: {regex!r} matches no adapter. Their paths are {', '.join(paths[:5])}"
+                + ", ..." * (len(paths) > 5)
+            )
+
+
+def _directions(
+    directions: str | Directions, states: Sequence[_Leaves], needed: bool
+) -> Directions:
     if callable(directions):
         return directions
     if directions not in DIRECTIONS:
         names = ", ".join(map(repr, DIRECTIONS))
         raise ValueError(f"directions must be a function or one of {names}, got {directions!r}")
-    if directions == "momentum" and not all(state.mu for state in states):
+    if needed and directions == "momentum" and not all(state.mu for state in states):
         raise ValueError(
             "directions='momentum' needs a first moment, and loft_sgd without momentum has none: "
             "use 'random' or a function"
