@@ -117,7 +117,7 @@ METHODS = {
     ),
     "loft-muon": Method(label="LoFT-Muon", optimizer=_of_pairs(loft_muon, weight_decay=0.0)),
     **{f"lora-anew-{k}": _drawn_anew(k, "LoRA", _adamw) for k in (25, 100, 250, 500)},
-    **{f"loft-anew-{k}": _drawn_anew(k, "LoFT", _loft) for k in (25, 50, 100, 250, 500)},
+    **{f"loft-anew-{k}": _drawn_anew(k, "LoFT", _loft) for k in (25, 50, 100, 250, 500, 1000)},
     **{
         f"loft-dora-anew-{k}": _drawn_anew(k, "DoRA with LoFT", _loft, magnitude=True)
         for k in (250, 500)
