@@ -11,6 +11,7 @@ import optax
 import pytest
 from flax import nnx
 
+from benchmarks import markdown
 from benchmarks.accuracy import config, gradient_init, plan, report, run, store, summary, variants
 from benchmarks.accuracy.config import Cell, Runs
 from benchmarks.accuracy.search import index_of, rate_at, search
@@ -250,7 +251,7 @@ def test_the_page_has_the_tables_of_the_results():
     page = (DOCS / "accuracy.md").read_text()
     parts = report.make_parts(report.read_all(config.RESULTS))
     assert report.fill(page, parts) == page, "python -m benchmarks.accuracy report"
-    marks = {match[2] for match in report.MARKED.finditer(page)}
+    marks = {match[2] for match in markdown.MARKED.finditer(page)}
     # Where a figure's experiment has its own grid, the table by rate stands for that by method.
     assert parts.keys() - marks == {"table: transfer wikitext2", "table: transfer cifar10"}
     for name in marks:

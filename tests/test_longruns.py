@@ -15,6 +15,7 @@ from benchmarks.longruns import (
     figures,
     images,
     language,
+    report,
     sensing,
     suite,
     table,
@@ -162,6 +163,16 @@ def row(loss: float | None) -> records.Row:
     return {"loss": loss, "validation": loss, "seconds": 0.01}
 
 
+def test_the_page_has_the_tables_of_the_results(tmp_path, capsys):
+    page = tmp_path / "page.md"
+    page.write_text(report.PAGE.read_text())
+    assert main(["report", "--page", str(page)]) == 0
+    assert page.read_text() == report.PAGE.read_text(), "python -m benchmarks.longruns report"
+    page.write_text("<!-- table: language apples -->\n<!-- end -->\n")
+    assert main(["report", "--page", str(page)]) != 0
+    assert "its parts are renewal, kept" in capsys.readouterr().err
+
+
 def test_the_suite_searches_a_rate_outward_and_then_runs_the_other_seeds():
     cells = suite.cells_of(suite.Part(title="", methods=("full", "loft")))
     losses = {"full": {0.003: 1.0, 0.001: 1.1, 0.01: 0.9, 0.03: None}, "loft": {0.01: 2.0}}
@@ -258,4 +269,4 @@ def test_steps_of_low_rank_are_the_leading_part_of_adamws():
 def main(arguments: list[str]) -> int:
     from benchmarks.command_line import main
 
-    return main("longruns", ["suite", "train"], arguments)
+    return main("longruns", ["report", "suite", "train"], arguments)

@@ -8,16 +8,15 @@ Results may be incomplete.
 """
 
 import argparse
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from benchmarks import markdown
 from benchmarks.accuracy import config, figures, store, tables
 from benchmarks.accuracy.plan import Results
 from examples.common.errors import UserError
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
-MARKED = re.compile(r"(<!-- ((?:table|figure): [\w ]+) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
 
 
 def read_all(root: Path) -> Results:
@@ -49,12 +48,12 @@ def make_parts(results: Results) -> dict[str, str]:
 def fill(page: str, parts: Mapping[str, str]) -> str:
     """The page with these parts between its marks."""
 
-    def part(match: re.Match[str]) -> str:
-        if match[2] not in parts:
-            raise UserError(f"unknown mark {match[2]!r}; choose from {', '.join(parts)}.")
-        return f"{match[1]}\n{parts[match[2]]}\n\n{match[3]}"
+    def part(mark: str) -> str:
+        if mark not in parts:
+            raise UserError(f"unknown mark {mark!r}; choose from {', '.join(parts)}.")
+        return parts[mark]
 
-    return MARKED.sub(part, page)
+    return markdown.fill(page, part)
 
 
 def draw_all(results: Results, images: Path) -> list[Path]:

@@ -5,4 +5,4 @@ import sys
 from benchmarks.command_line import main
 
 if __name__ == "__main__":
-    sys.exit(main("longruns", ["cost", "figures", "sensing", "suite", "table", "train"]))
+    sys.exit(main("longruns", ["cost", "figures", "report", "sensing", "suite", "table", "train"]))
