@@ -466,6 +466,20 @@ BAD = {
         ),
         r"a tree like the adapter at \[1\]\.ema",
     ),
+    "an average of a part of the updates": (
+        lambda base, adapter, state: renew_two(
+            base,
+            adapter,
+            optax.chain(loft_adamw(1.0), optax.masked(optax.ema(0.9), {"q": True, "k": False})),
+        ),
+        r"a tree like the adapter at \[1\]\.inner_state\.ema",
+    ),
+    "another optimizer for a layer": (
+        lambda base, adapter, state: renew_two(
+            base, adapter, by_layer(q=loft_sgd(1.0), k=optax.adam(1.0)), directions="random"
+        ),
+        r"a tree like the adapter at .*k.*mu",
+    ),
     "gradients in an accumulation": (
         lambda base, adapter, state: renew(base, adapter, accumulating(adapter), KEY),
         "accumulated the gradients of 1 steps",
@@ -496,6 +510,12 @@ NOTHING = {"q": {"lora_a": False, "lora_b": False}}
 def masked(adapter, mask):
     """A state that is of no pair."""
     return optax.masked(loft_adamw(1.0, pairs=LoraPairs(required=False)), mask).init(adapter)
+
+
+def renew_two(base, adapter, tx, **options):
+    """Two equal adapters with an optimizer."""
+    base, adapter = ({**x, "k": x["q"]} for x in (base, adapter))
+    return renew(base, adapter, tx.init(adapter), KEY, **options)
 
 
 def accumulating(adapter):
@@ -663,6 +683,30 @@ def test_only_the_moments_of_an_optimizer_that_has_some_are_carried():
         for name, x in getattr(after, field)["l1"].items():
             assert jnp.abs(x - getattr(before, field)["l1"][name]).max() > 1e-4, (field, name)
     assert_trees_close(merge(*new[:2]), merge(base, adapter))
+
+
+def in_two_parts(tx):
+    return optax.MultiSteps(tx, 2).gradient_transformation()
+
+
+ACCUMULATING = {
+    "all": lambda: in_two_parts(loft_adamw(1e-2)),
+    "layers": lambda: by_layer(
+        l0=in_two_parts(loft_adamw(1e-2)), l1=in_two_parts(loft_adamw(1e-2))
+    ),
+    "twice": lambda: in_two_parts(in_two_parts(loft_adamw(1e-2))),
+}
+
+
+@pytest.mark.parametrize("how", ACCUMULATING)
+def test_an_accumulation_has_the_shapes_of_the_new_factors(how):
+    base, adapter = two_layers()
+    tx = ACCUMULATING[how]()
+    adapter, state = trained(tx, adapter, 4)
+    new = change_rank(base, adapter, state, KEY, 1)
+    assert types(new.state) == types(tx.init(new.adapter))
+    updates, _ = jax.jit(tx.update)(random_like(new.adapter, 9), new.state, new.adapter)
+    assert types(updates) == types(new.adapter)
 
 
 @pytest.mark.parametrize("rank", [None, 1, 3])

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from loft_jax.optimizers.masked import is_masked, unmask
 from loft_jax.pairs.find import PairedTree
 
 
@@ -28,13 +29,17 @@ def check_other_state(tree: PairedTree, state: optax.OptState, known: tuple[type
         `optax.MultiSteps` holds gradients.
     """
 
+    like = tree.treedef.unflatten(tree.leaves)
+    factors = {position for pair in tree.pairs for position in (pair.a, pair.b)}
+
     def is_mirror(x: Any) -> bool:
         try:
-            leaves = tree.treedef.flatten_up_to(x)
+            leaves = tree.treedef.flatten_up_to(unmask(x, like))
         except (ValueError, TypeError, KeyError):
             return False
-        factors = {position for pair in tree.pairs for position in (pair.a, pair.b)}
-        return all(getattr(leaves[k], "shape", None) == tree.leaves[k].shape for k in factors)
+        seen = [k for k in factors if not is_masked(leaves[k])]
+        shape = lambda x: getattr(x, "shape", None)
+        return bool(seen) and all(shape(leaves[k]) == tree.leaves[k].shape for k in seen)
 
     def stop(x: Any) -> bool:
         return isinstance(x, (*known, optax.MultiStepsState)) or is_mirror(x)
@@ -66,17 +71,15 @@ def _check_accumulation(state: optax.MultiStepsState) -> None:
 
 def restart_accumulation(state: optax.OptState, adapter: optax.Params) -> optax.OptState:
     """Returns the state with empty accumulations of gradients like the adapter."""
-    leaves, treedef = jax.tree.flatten(adapter)
 
     def restart(x: Any) -> Any:
         if not isinstance(x, optax.MultiStepsState):
             return x
-        sums = treedef.flatten_up_to(x.acc_grads)
-        # What is masked holds no array.
-        empty = [
-            jnp.zeros_like(leaf, old.dtype) if hasattr(old, "dtype") else old
-            for leaf, old in zip(leaves, sums, strict=True)
-        ]
-        return x._replace(mini_step=jnp.zeros_like(x.mini_step), acc_grads=treedef.unflatten(empty))
+        zeros = lambda old, leaf: old if is_masked(old) else jnp.zeros_like(leaf, old.dtype)
+        return x._replace(
+            mini_step=jnp.zeros_like(x.mini_step),
+            inner_opt_state=restart_accumulation(x.inner_opt_state, adapter),
+            acc_grads=jax.tree.map(zeros, x.acc_grads, adapter, is_leaf=is_masked),
+        )
 
     return jax.tree.map(restart, state, is_leaf=lambda x: isinstance(x, optax.MultiStepsState))

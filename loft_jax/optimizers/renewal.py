@@ -22,6 +22,7 @@ from loft_jax.algorithm.renewal import (
 from loft_jax.algorithm.second_moment import SECOND_MOMENTS, SecondMoment
 from loft_jax.execution.groups import Group, group_pairs
 from loft_jax.optimizers.adamw import ScaleByLoftAdamState
+from loft_jax.optimizers.masked import is_masked, mask_as, unmask
 from loft_jax.optimizers.mirrored import check_other_state, restart_accumulation
 from loft_jax.optimizers.muon import ScaleByLoftMuonState
 from loft_jax.optimizers.options import Off, second_moment_name
@@ -58,7 +59,7 @@ class _Leaves(NamedTuple):
 
     def has(self, factor: int) -> bool:
         """Whether the state is of the factor at this position, and not masked there."""
-        return bool(self.basis) and not _is_masked(self.basis[factor])
+        return bool(self.basis) and not is_masked(self.basis[factor])
 
 
 @jax.default_matmul_precision("highest")
@@ -153,11 +154,8 @@ def _read(tree: PairedTree, state: Any) -> _Leaves:
     def flat(field: Any) -> list[Any]:
         if field is None:
             return []
-        # optax.masked and optax.partition may put one MaskedNode in the place of a subtree.
-        hidden = lambda x, subtree: jax.tree.map(lambda _: x, subtree) if _is_masked(x) else x
         try:
-            whole = jax.tree.map(hidden, field, like, is_leaf=_is_masked)
-            return tree.treedef.flatten_up_to(whole)
+            return tree.treedef.flatten_up_to(unmask(field, like))
         except (ValueError, TypeError) as error:
             raise ValueError(
                 "The state does not have the structure of the adapter. For an nnx.Optimizer use "
@@ -171,16 +169,9 @@ def _read(tree: PairedTree, state: Any) -> _Leaves:
 
 
 def _write(tree: PairedTree, state: Any, leaves: _Leaves) -> Any:
-    def put(field: Any, new: list[Any]) -> Any:
-        hide = lambda old, subtree: old if _is_masked(old) else subtree
-        return jax.tree.map(hide, field, tree.treedef.unflatten(new), is_leaf=_is_masked)
-
     fields = {name: x for name, x in leaves._asdict().items() if isinstance(x, list) and x}
-    return state._replace(**{name: put(getattr(state, name), x) for name, x in fields.items()})
-
-
-def _is_masked(x: Any) -> bool:
-    return isinstance(x, optax.MaskedNode)
+    put = lambda name, new: mask_as(tree.treedef.unflatten(new), getattr(state, name))
+    return state._replace(**{name: put(name, x) for name, x in fields.items()})
 
 
 def _plans(
@@ -188,6 +179,8 @@ def _plans(
 ) -> dict[_Plan, list[Pair]]:
     """Returns the pairs by what happens to them."""
     paths = [tree.paths[pair.a] for pair in tree.pairs]
+    if not paths:
+        return {}
     _check_counts("keep", keep, paths)
     _check_counts("rank", rank, paths)
     found: dict[_Plan, list[Pair]] = {}
