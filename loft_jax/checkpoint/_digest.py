@@ -46,15 +46,25 @@ def digests(leaves: dict[str, Any]) -> dict[str, str]:
 
 def begin_digests(leaves: dict[str, Any]) -> Callable[[], dict[str, str]]:
     """Begins to compute digests: returns a function that waits for them. Otherwise as `digests`."""
-    # All are dispatched before the first is waited for.
+    # On accelerators all are dispatched before the first is waited for.
     sums = {
-        path: _compiled(x) if isinstance(x, jax.Array) else _sums(np.asarray(x), np)
+        path: _begin(x) if isinstance(x, jax.Array) else _sums(np.asarray(x), np)
         for path, x in leaves.items()
     }
     return lambda: {
         path: "".join(f"{int(np.asarray(part)):08x}" for part in pair)
         for path, pair in sums.items()
     }
+
+
+def _begin(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    sums = _compiled(x)
+    devices = x.sharding.device_set
+    # Programs that add up over several CPU devices share their threads: with many under way, two
+    # processes on a busy machine waited for each other for good.
+    if len(devices) > 1 and any(device.platform == "cpu" for device in devices):
+        jax.block_until_ready(sums)
+    return sums
 
 
 def _sums(x: Any, xp: Any) -> tuple[Any, Any]:
