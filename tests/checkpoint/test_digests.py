@@ -1,11 +1,13 @@
 """Digests detect every change of an array and do not depend on where it is."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from loft_jax.checkpoint import base_reference, digests
+from loft_jax.checkpoint import _digest, base_reference, digests
 
 
 def digest(x) -> str:
@@ -69,3 +71,16 @@ def test_a_base_is_told_by_its_name_and_by_each_weight():
     assert base_reference("tiny", params | {"w": params["w"].at[0, 0].add(1e-7)}) != base
     assert base.checksum == base_reference("other", params).checksum
     assert type(base).from_json(base.to_json()) == base
+
+
+def test_sums_over_several_cpu_devices_are_not_under_way_at_once(monkeypatch):
+    """Their programs share threads, and on a busy machine many of them wait for good."""
+    waited = []
+    wait = lambda x: waited.append(x) or jax.block_until_ready(x)
+    watched = types.SimpleNamespace(**vars(jax) | {"block_until_ready": wait})
+    monkeypatch.setattr(_digest, "jax", watched)
+    x, mesh = jnp.arange(16.0), jax.make_mesh((8,), ("x",))
+    sharded = jax.device_put(x, jax.NamedSharding(mesh, jax.P("x")))
+    finish = _digest.begin_digests({"x": sharded, "y": sharded + 1, "z": x})
+    assert len(waited) == 2
+    assert finish()["x"] == finish()["z"]
