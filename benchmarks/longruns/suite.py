@@ -2,7 +2,7 @@
 
     python -m benchmarks.longruns suite --text wikitext2-train.txt.gz
 
-All of it, about 230 runs, takes about two hours of one idle core. It can be stopped at any time,
+All of it, about 340 runs, takes about two hours of one idle core. It can be stopped at any time,
 and --minutes starts no further run after so long. The learning rates of all methods are searched
 first, then the other seeds follow one by one: what is there can be reported at any time.
 

@@ -28,7 +28,6 @@ def check_other_state(tree: PairedTree, state: optax.OptState, known: tuple[type
       ValueError: a tree of the adapter's structure is elsewhere in the state, or
         `optax.MultiSteps` holds gradients.
     """
-
     like = tree.treedef.unflatten(tree.leaves)
     factors = {position for pair in tree.pairs for position in (pair.a, pair.b)}
 
@@ -70,7 +69,12 @@ def _check_accumulation(state: optax.MultiStepsState) -> None:
 
 
 def restart_accumulation(state: optax.OptState, adapter: optax.Params) -> optax.OptState:
-    """Returns the state with empty accumulations of gradients like the adapter."""
+    """Returns the state with empty accumulations of gradients like the adapter.
+
+    Args:
+      state: of the whole optimizer; `optax.MultiSteps` may be anywhere in it.
+      adapter: with the new factors.
+    """
 
     def restart(x: Any) -> Any:
         if not isinstance(x, optax.MultiStepsState):

@@ -211,7 +211,11 @@ def _plans(
 
 
 def _check_counts(name: str, value: PerPair, paths: Sequence[str]) -> None:
-    """Whether a ``keep`` or ``rank`` is a whole number, or such numbers by regex."""
+    """Checks that a ``keep`` or ``rank`` is a whole number, or such numbers by regex.
+
+    Raises:
+      ValueError: it is something else, or a regex matches no adapter.
+    """
     if value is None:
         return
     named = value if is_entries(value) else ((".*", value),)
